@@ -1,0 +1,49 @@
+# Every verb of the repository. CI calls these and nothing else.
+# A machine needs Python 3.11 or newer, git and make; each verb sets up .venv by itself.
+
+PYTHON ?= python3
+BIN := .venv/bin
+CODE := pglpipe benchmarks tests
+# One thread per process: equal runs give equal numbers, and workers do not fight over cores.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-slow test-gpu check format bench clean
+
+help:  ## list the verbs
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
+
+demo: .venv/installed  ## train a small pipeline on synthetic data and show what it learned
+	@$(BIN)/python -m benchmarks.demo
+
+test: .venv/installed  ## run the tests, without the slow ones and those for a GPU
+	@$(PYTEST)
+
+test-slow: .venv/installed  ## run the slow tests alone
+	@$(PYTEST) -m slow
+
+test-gpu: .venv/installed  ## run the tests that need a CUDA device
+	@$(PYTEST) -m gpu
+
+check: .venv/installed  ## formatting, style and types; writes nothing
+	@$(BIN)/black --check $(CODE)
+	@$(BIN)/isort --check-only $(CODE)
+	@$(BIN)/flake8 $(CODE)
+	@$(BIN)/mypy
+
+format: .venv/installed  ## rewrite the code as check wants it
+	@$(BIN)/isort $(CODE)
+	@$(BIN)/black $(CODE)
+
+bench: .venv/installed  ## measure throughput beside the alternatives
+	@$(BIN)/python -m benchmarks.throughput
+
+clean:  ## remove .venv, caches, build outputs and the demo's run
+	rm -rf .venv .pytest_cache .mypy_cache build dist *.egg-info runs/demo
+	find . -name __pycache__ -not -path './.git/*' -prune -exec rm -rf {} +
+
+# The stamp is younger than what it was made from, or the environment is brought up to date.
+.venv/installed: setup.cfg pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install -c constraints.txt -e '.[dev]'
+	@touch $@
