@@ -1,0 +1,69 @@
+"""What can go wrong, and whose turn it is to act.
+
+::
+
+    PglpipeError
+    ├── UserError               the user can repair it: one line, exit status 2
+    │   ├── ConfigError         an option, a key of the config file, a combination
+    │   ├── PartitionError      the network cannot be cut as asked
+    │   └── DataError           a data set is missing, empty or broken
+    └── WorkerError             the run is over on every worker, exit status 1
+        ├── PeerLost            a neighbour's process is gone
+        ├── EdgeTimeout         a neighbour is silent for too long
+        └── ProtocolError       a neighbour sent what nobody expects here
+
+A message says what was expected, what came, and how to repair it, on one line.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class PglpipeError(Exception):
+    """The root of everything that pglpipe raises on purpose."""
+
+
+class UserError(PglpipeError, ValueError):
+    """A mistake in what was asked for; the message says how to repair it."""
+
+
+class ConfigError(UserError):
+    """An option, a key of the config file, or a combination of them."""
+
+
+class PartitionError(UserError):
+    """The network cannot be cut as asked."""
+
+
+class DataError(UserError):
+    """A data set is missing, empty or broken."""
+
+
+class WorkerError(PglpipeError, RuntimeError):
+    """The run cannot go on; every worker ends."""
+
+
+class PeerLost(WorkerError):
+    """A neighbour's process is gone."""
+
+
+class EdgeTimeout(WorkerError):
+    """A neighbour has been silent for longer than the edge's time-out."""
+
+
+class ProtocolError(WorkerError):
+    """A message arrived that does not belong here."""
+
+
+def nearest(word: str, valid: Iterable[str]) -> str:
+    """The hint that ends a message about an unknown word.
+
+    >>> nearest("resnet23", ["resnet32", "vgg11"])
+    "did you mean 'resnet32'? valid: resnet32, vgg11"
+    """
+    valid = sorted(valid)
+    close = difflib.get_close_matches(word, valid, n=1)
+    hint = f"did you mean {close[0]!r}? " if close else ""
+    return f"{hint}valid: {', '.join(valid)}"

@@ -1,0 +1,51 @@
+"""A network is a list of layers; a layer is a name and a way to build it.
+
+Layers are built only on the worker where they live, each from a seed of its own, so
+neither the memory nor the initial weights depend on who hosts what. Their *skeletons*
+on the meta device tell every worker the shapes of all of them at no cost.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from pglpipe.seeding import derive, seeded
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One item of the model's list: the finest place where it can be cut.
+
+    Attributes:
+        name: prefix of the layer's parameters in the network's ``state_dict``.
+        build: makes the module; called only where the layer lives.
+    """
+
+    name: str
+    build: Callable[[], nn.Module]
+
+    def skeleton(self) -> nn.Module:
+        """The layer on the meta device: shapes, but neither memory nor values."""
+        with torch.device("meta"):
+            # A copy, because ``build`` may hand out a module that the user holds.
+            return copy.deepcopy(self.build()).to("meta")
+
+
+def initialize(layer: Layer, index: int, seed: int) -> nn.Module:
+    """Builds layer ``index`` with weights that depend on the index and the seed alone."""
+    with seeded(derive(seed, "layer", index)):
+        return layer.build()
+
+
+def assemble(layers: Sequence[Layer], seed: int) -> nn.Sequential:
+    """The uncut network: an ordinary ``nn.Sequential`` with the layers' names."""
+    modules = (
+        (layer.name, initialize(layer, i, seed)) for i, layer in enumerate(layers)
+    )
+    return nn.Sequential(OrderedDict(modules))

@@ -1,0 +1,104 @@
+"""From what a user holds to a list of layers.
+
+=============================  ==============================  =====================
+what comes                     what it becomes                 names
+=============================  ==============================  =====================
+``nn.Sequential``              one layer per child             the children's own
+list of modules                one layer per module            "0", "1", …
+list of zero-argument makers   built only where they live      "0", "1", …
+list of :class:`Layer`         itself                          the layers' own
+=============================  ==============================  =====================
+
+A module is a chain's item as it stands: it keeps its weights, and stays shared where it
+is shared. A builder makes a layer of its own each time, so builders share nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import nn
+
+from pglpipe.errors import ConfigError, PartitionError
+from pglpipe.layer import Layer
+
+ACCEPTED = (
+    "an nn.Sequential, or a list of modules, of zero-argument builders or of Layer"
+)
+
+
+@dataclass(frozen=True)
+class Built:
+    """A builder that hands out a module which exists already.
+
+    Attributes:
+        module: what the builder returns. ``partition.check_cut`` looks for this attribute to
+            find the parameters that two layers share.
+    """
+
+    module: nn.Module
+
+    def __call__(self) -> nn.Module:
+        return self.module
+
+
+def as_layers(chain: object) -> list[Layer]:
+    """The layers of a user's chain of modules.
+
+    Args:
+        chain: an ``nn.Sequential``, or a list (or tuple) whose items are modules, zero-argument
+            builders or :class:`Layer`.
+
+    Returns:
+        The layers in the chain's order, each with a name of its own.
+
+    Raises:
+        ConfigError: ``chain`` is not a chain, or a layer's name is empty, dotted or not its own.
+        PartitionError: the chain is empty.
+
+    >>> [layer.name for layer in as_layers([nn.Flatten, nn.Linear(4, 2)])]
+    ['0', '1']
+    """
+    layers = [_layer(name, item) for name, item in _items(chain)]
+    if not layers:
+        raise PartitionError(
+            f"expected at least one layer, got an empty chain; give {ACCEPTED}"
+        )
+    _check_names([layer.name for layer in layers])
+    return layers
+
+
+def _items(chain: object) -> list[tuple[str, object]]:
+    if isinstance(chain, nn.Sequential):
+        # Not named_children(), which leaves out the second place of a module that occurs twice.
+        return list(chain._modules.items())
+    if isinstance(chain, Sequence) and not isinstance(chain, str):
+        return [(str(index), item) for index, item in enumerate(chain)]
+    raise ConfigError(
+        f"expected {ACCEPTED}, got {type(chain).__name__}; give the layers in their order"
+    )
+
+
+def _layer(name: str, item: object) -> Layer:
+    if isinstance(item, Layer):
+        return item
+    if isinstance(item, nn.Module):
+        return Layer(name, Built(item))
+    if callable(item):
+        return Layer(name, item)
+    raise ConfigError(
+        f"item {name} of the chain is {type(item).__name__}; expected {ACCEPTED}"
+    )
+
+
+def _check_names(names: list[str]) -> None:
+    for name in names:
+        if not name or "." in name:
+            raise ConfigError(
+                f"layer name {name!r} is empty or has a dot; give it a plain name"
+            )
+        if names.count(name) > 1:
+            raise ConfigError(
+                f"two layers are named {name!r}; give every layer a name of its own"
+            )

@@ -1,0 +1,35 @@
+"""Where a network is cut into stages: costs, balance, checks.
+
+::
+
+    layers, head ──> analyse / measure ──> costs ──> choose_balance ──> sizes ──> slices
+                       (meta)  (device)                                   └─────> describe
+"""
+
+from __future__ import annotations
+
+from pglpipe.partition.balance import balance_by_cost, group
+from pglpipe.partition.choose import MEASURES, choose_balance
+from pglpipe.partition.cost import Costs, HeadBuilder, LayerCost, activations, analyse
+from pglpipe.partition.published import published_balance
+from pglpipe.partition.split import StageRow, check_cut, check_sizes, describe, slices
+from pglpipe.partition.timing import measure
+
+__all__ = [
+    "Costs",
+    "HeadBuilder",
+    "LayerCost",
+    "MEASURES",
+    "StageRow",
+    "activations",
+    "analyse",
+    "balance_by_cost",
+    "check_cut",
+    "check_sizes",
+    "choose_balance",
+    "describe",
+    "group",
+    "measure",
+    "published_balance",
+    "slices",
+]

@@ -1,0 +1,82 @@
+"""From the option ``--balance`` to the sizes of the stages."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from pglpipe.errors import ConfigError, PartitionError, nearest
+from pglpipe.partition.balance import balance_by_cost
+from pglpipe.partition.cost import LayerCost
+from pglpipe.partition.published import published_balance
+from pglpipe.partition.split import check_sizes
+
+# What a stage is to have least of: the sum over its layers and its head.
+MEASURES: dict[str, Callable[[LayerCost], float]] = {
+    "flops": lambda cost: cost.macs,
+    "memory": lambda cost: cost.saved_bytes,
+    "params": lambda cost: cost.parameters,
+    "time": lambda cost: cost.seconds,
+}
+
+
+def choose_balance(
+    spec: str,
+    layer_costs: Sequence[LayerCost],
+    head_costs: Sequence[LayerCost],
+    num_stages: int,
+    *,
+    model: str = "",
+) -> list[int]:
+    """The sizes of the stages that ``spec`` asks for.
+
+    Args:
+        spec: ``flops``, ``params``, ``memory`` or ``time`` (the largest stage, with its head, has
+            as little as possible of it), ``published``, or the sizes themselves, ``"2,3,3"``.
+        layer_costs: of every layer; measured ones for ``time``.
+        head_costs: of the head after every layer but the last.
+        num_stages: number of stages.
+        model: the network's name, for ``published``.
+
+    Returns:
+        The number of layers of each stage.
+
+    Raises:
+        ConfigError: ``spec`` is none of these.
+        PartitionError: the network cannot be cut so.
+    """
+    if spec in MEASURES:
+        return _balance_by(spec, layer_costs, head_costs, num_stages)
+    sizes = (
+        published_balance(model, num_stages) if spec == "published" else _parse(spec)
+    )
+    check_sizes(sizes, len(layer_costs), num_stages)
+    return sizes
+
+
+def _balance_by(
+    spec: str,
+    layer_costs: Sequence[LayerCost],
+    head_costs: Sequence[LayerCost],
+    num_stages: int,
+) -> list[int]:
+    costs = [MEASURES[spec](cost) for cost in layer_costs]
+    exits = [MEASURES[spec](cost) for cost in head_costs]
+    if spec == "time" and not any(costs):
+        raise ValueError(
+            "costs without seconds cannot be balanced by time: measure() them first"
+        )
+    return balance_by_cost(costs, exits, num_stages)
+
+
+def _parse(spec: str) -> list[int]:
+    words = [word.strip() for word in spec.split(",")]
+    if len(words) == 1 and not words[0].lstrip("-").isdecimal():
+        hint = nearest(spec, [*MEASURES, "published"])
+        raise ConfigError(f"unknown balance {spec!r}: {hint}, or sizes such as 2,3,3")
+    for word in words:
+        if not word.isdecimal() or int(word) == 0:
+            raise PartitionError(
+                f"balance {spec}: expected sizes of 1 layer or more, got {word!r}; "
+                "give whole numbers such as 2,3,3"
+            )
+    return [int(word) for word in words]

@@ -1,0 +1,182 @@
+"""What each layer, and the head that could be put after it, costs.
+
+Shapes, multiply-adds and bytes are worked out on the meta device, where tensors have a shape
+but no values: that takes milliseconds, and no data or BatchNorm buffer is touched. Seconds
+are measured elsewhere (:mod:`pglpipe.partition.timing`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from itertools import chain
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from pglpipe.errors import PartitionError
+from pglpipe.layer import Layer
+
+HeadBuilder = Callable[[tuple[int, ...]], nn.Module]
+
+
+@dataclass(frozen=True)
+class LayerCost:
+    """What one layer, or one head, costs.
+
+    Attributes:
+        name: the layer's name.
+        output_shape: of one sample's output, without the batch dimension.
+        parameters: number of trainable and frozen parameters.
+        macs: multiply-adds of the forward pass, per sample (matrix products and convolutions).
+        saved_bytes: bytes that autograd keeps for the backward pass, per sample, without
+            parameters and buffers. Memory that several layers keep is counted where it is
+            first kept, so the sum over consecutive layers is what they keep together.
+        seconds: of forward and backward for a whole batch; 0 when not measured.
+    """
+
+    name: str
+    output_shape: tuple[int, ...]
+    parameters: int
+    macs: int
+    saved_bytes: int
+    seconds: float = 0.0
+
+
+Costs = tuple[list[LayerCost], list[LayerCost]]
+
+
+def analyse(layers: Sequence[Layer], sample: Tensor, head: HeadBuilder) -> Costs:
+    """Costs of the layers, and of the head after each layer but the last.
+
+    Args:
+        layers: the network.
+        sample: a batch ``[B, ...]`` of the network's input; only its shape and type count.
+        head: makes the head for the shape of one sample's activation.
+
+    Returns:
+        One cost per layer, and one per head; there is one head less. ``seconds`` are 0.
+
+    Raises:
+        PartitionError: a layer or a head fails on what it gets, or returns anything but one
+            tensor ``[B, ...]``.
+    """
+    x, saved = sample.to("meta"), _Saved()
+    layer_costs, head_costs = [], []
+    for index, layer in enumerate(layers):
+        x, cost = _analyse(layer, x, saved)
+        layer_costs.append(cost)
+        if index < len(layers) - 1:
+            _, cost = _analyse(head_layer(layer, head, x), x, saved.copy())
+            head_costs.append(cost)
+    return layer_costs, head_costs
+
+
+def activations(layers: Sequence[Layer], sample: Tensor) -> list[Tensor]:
+    """What each layer puts out for a batch, on the meta device: shapes and types.
+
+    Strides may differ from those of a real run, where kernels choose them by device.
+
+    Args:
+        layers: the network.
+        sample: a batch ``[B, ...]`` of the network's input; only its shape and type count.
+
+    Raises:
+        PartitionError: as :func:`analyse`.
+    """
+    x, outputs = sample.to("meta"), []
+    with torch.no_grad():
+        for layer in layers:
+            with _blaming(layer.name, f"cannot take a batch of shape {tuple(x.shape)}"):
+                output = layer.skeleton().train()(x)
+            x = _one_tensor(output, layer.name, len(x))
+            outputs.append(x)
+    return outputs
+
+
+def head_layer(layer: Layer, head: HeadBuilder, output: Tensor) -> Layer:
+    """The head after ``layer``, as a layer of the type of what the layer puts out."""
+    shape = tuple(output.shape[1:])
+    return Layer(f"head after {layer.name}", lambda: head(shape).to(output.dtype))
+
+
+@dataclass
+class _Saved:
+    """The storages that autograd keeps, whoever asks for them and however often.
+
+    They are held, not only counted, so that no address is used twice.
+    """
+
+    storages: dict[int, torch.UntypedStorage] = field(default_factory=dict)
+    num_bytes: int = 0
+
+    def copy(self) -> _Saved:
+        return _Saved(dict(self.storages), self.num_bytes)
+
+    def ignore(self, module: nn.Module) -> None:
+        """Parameters and buffers are kept anyway."""
+        for tensor in chain(module.parameters(), module.buffers()):
+            storage = tensor.untyped_storage()
+            self.storages[storage._cdata] = storage
+
+    def add(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in self.storages:
+            self.storages[storage._cdata] = storage
+            self.num_bytes += storage.nbytes()
+
+
+def _analyse(layer: Layer, x: Tensor, saved: _Saved) -> tuple[Tensor, LayerCost]:
+    before, batch = saved.num_bytes, len(x)
+    with _blaming(layer.name, f"cannot take a batch of shape {tuple(x.shape)}"):
+        module = layer.skeleton().train()
+        saved.ignore(module)
+        output, flops = _forward(module, x, saved)
+    output = _one_tensor(output, layer.name, batch)
+    return output, LayerCost(
+        name=layer.name,
+        output_shape=tuple(output.shape[1:]),
+        parameters=sum(p.numel() for p in module.parameters()),
+        macs=flops // 2 // batch,
+        saved_bytes=(saved.num_bytes - before) // batch,
+    )
+
+
+def _forward(module: nn.Module, x: Tensor, saved: _Saved) -> tuple[object, int]:
+    counter = FlopCounterMode(display=False)
+    hooks = torch.autograd.graph.saved_tensors_hooks(saved.add, _no_backward)
+    with torch.enable_grad(), hooks, counter:
+        output = module(x)
+    return output, counter.get_total_flops()
+
+
+def _no_backward(_: None) -> Tensor:
+    raise AssertionError("nothing is ever back-propagated on the meta device")
+
+
+@contextmanager
+def _blaming(name: str, what: str) -> Iterator[None]:
+    """Turns whatever a user's layer raises into one line that names the layer."""
+    try:
+        yield
+    except Exception as error:
+        reason = (str(error).splitlines() or [""])[0] or type(error).__name__
+        raise PartitionError(
+            f"layer {name!r} {what}: {reason}; repair this layer or the one before it"
+        ) from error
+
+
+def _one_tensor(output: object, name: str, batch: int) -> Tensor:
+    if not isinstance(output, Tensor):
+        raise PartitionError(
+            f"layer {name!r} must return one tensor, got {type(output).__name__}; "
+            "return one tensor, or make one layer of it and the next"
+        )
+    if output.dim() == 0 or len(output) != batch:
+        raise PartitionError(
+            f"layer {name!r} must keep the batch of {batch} as its first dimension, "
+            f"got the shape {tuple(output.shape)}; return [B, ...]"
+        )
+    return output

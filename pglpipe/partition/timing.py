@@ -1,0 +1,117 @@
+"""How long each layer, and the head that could be put after it, takes on a device.
+
+Equal multiply-adds do not take equal time (a block on large maps with few channels is slower
+than one on small maps with many), so the cut that keeps every worker busy is the one by
+measured time.
+"""
+
+from __future__ import annotations
+
+import copy
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from pglpipe.layer import Layer
+from pglpipe.partition.cost import Costs, HeadBuilder, LayerCost, analyse, head_layer
+from pglpipe.seeding import seeded
+
+
+def measure(
+    layers: Sequence[Layer],
+    sample: Tensor,
+    head: HeadBuilder,
+    *,
+    device: torch.device | str = "cpu",
+    repeats: int = 5,
+    budget: float = 30.0,
+) -> Costs:
+    """The costs of :func:`analyse`, with the seconds that a batch takes.
+
+    Measured are forward, backward and the clearing of gradients, of one layer or head at
+    a time, on random data. Every module is a copy, and PyTorch's CPU generator is restored:
+    neither the user's weights and BatchNorm statistics nor later random numbers change.
+
+    Args:
+        layers: the network.
+        sample: a batch ``[B, ...]`` of the network's input, of the size used in training; only
+            its shape and type count.
+        head: makes the head for the shape of one sample's activation.
+        device: where to measure.
+        repeats: timed runs of each module, after an untimed one; their median counts.
+        budget: seconds for all modules together. A module that has used up its share is not
+            repeated, but each is timed at least once.
+
+    Returns:
+        One cost per layer, and one per head; there is one head less.
+
+    Raises:
+        PartitionError: as :func:`analyse`.
+    """
+    layer_costs, head_costs = analyse(layers, sample, head)
+    share = budget / (len(layer_costs) + len(head_costs))
+    stopwatch = _Stopwatch(torch.device(device), repeats, share)
+    timed_layers: list[LayerCost] = []
+    timed_heads: list[LayerCost] = []
+    with seeded(0), torch.enable_grad():
+        x = _random(sample, stopwatch.device)
+        for index, (layer, cost) in enumerate(zip(layers, layer_costs, strict=True)):
+            output, timed = stopwatch.time(layer, cost, x)
+            timed_layers.append(timed)
+            # All but the network's input carry a gradient.
+            x = output.requires_grad_(output.is_floating_point())
+            if index < len(head_costs):
+                exit_layer = head_layer(layer, head, x)
+                _, timed = stopwatch.time(exit_layer, head_costs[index], x)
+                timed_heads.append(timed)
+    return timed_layers, timed_heads
+
+
+def _random(sample: Tensor, device: torch.device) -> Tensor:
+    if sample.is_floating_point():
+        return torch.randn(sample.shape, dtype=sample.dtype).to(device)
+    # Of token numbers, only 0 is sure to be in every vocabulary.
+    return torch.zeros(sample.shape, dtype=sample.dtype, device=device)
+
+
+@dataclass(frozen=True)
+class _Stopwatch:
+    device: torch.device
+    repeats: int
+    share: float  # seconds
+
+    def time(
+        self, layer: Layer, cost: LayerCost, x: Tensor
+    ) -> tuple[Tensor, LayerCost]:
+        """The layer's detached output, and its cost with the median of its seconds."""
+        module = copy.deepcopy(layer.build()).to(self.device).train()
+        output = module(x.clone()).detach()  # warms up, too
+        gradient = torch.randn_like(output)
+        _step(module, x, gradient)
+        times: list[float] = []
+        while not times or (len(times) < self.repeats and sum(times) < self.share):
+            times.append(self._seconds(module, x, gradient))
+        return output, replace(cost, seconds=statistics.median(times))
+
+    def _seconds(self, module: nn.Module, x: Tensor, gradient: Tensor) -> float:
+        self._synchronize()
+        start = time.perf_counter()
+        _step(module, x, gradient)
+        self._synchronize()
+        return time.perf_counter() - start
+
+    def _synchronize(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+
+def _step(module: nn.Module, x: Tensor, gradient: Tensor) -> None:
+    output = module(x.clone())
+    if output.requires_grad:
+        output.backward(gradient)
+    module.zero_grad()
+    x.grad = None
