@@ -1,0 +1,236 @@
+"""What travels through the pipeline: commands down, reports back.
+
+A **command** is in band: it stands in front of its data on the same first-in-first-out
+edge, so every worker meets the same commands in the same order and nobody needs a
+barrier. A command is a handful of whole numbers; the tensors beside it make a message::
+
+    LocalStep            activation, targets
+    GlobalStep           -                       then Microbatch x M, and Clip if norms count
+    Microbatch           activation, targets
+    Clip                 total gradient norm
+    Evaluate             activation, targets
+    Conclude             -                       the end of an evaluation
+    Collect              -                       every worker hands its weights up
+    Stop                 -
+
+A **report** goes back beside the pipeline and never blocks it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class LocalStep:
+    """Every stage learns from its own loss of this batch."""
+
+    step: int
+    epoch: int
+
+
+@dataclass(frozen=True, slots=True)
+class GlobalStep:
+    """One backward pass crosses all stages; ``microbatches`` messages with data follow."""
+
+    step: int
+    epoch: int
+    samples: int
+    microbatches: int
+
+
+@dataclass(frozen=True, slots=True)
+class Microbatch:
+    """A part of a global step's batch: activations on the way down, gradients on the way up."""
+
+    step: int
+    index: int
+
+
+@dataclass(frozen=True, slots=True)
+class Clip:
+    """Gradient norms of a global step: of each parameter on the way up, of all on the way down."""
+
+    step: int
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluate:
+    """Every exit classifies this batch."""
+
+    step: int
+    epoch: int
+
+
+@dataclass(frozen=True, slots=True)
+class Conclude:
+    """An evaluation is over: report and forget its counts."""
+
+    step: int
+    epoch: int
+
+
+@dataclass(frozen=True, slots=True)
+class Collect:
+    """Hand the weights of every stage up to the coordinator."""
+
+
+@dataclass(frozen=True, slots=True)
+class State:
+    """A piece of one stage's weights on its way up."""
+
+    stage: int
+    offset: int
+
+
+@dataclass(frozen=True, slots=True)
+class Stop:
+    """This run through the pipeline is over."""
+
+
+Command = (
+    LocalStep
+    | GlobalStep
+    | Microbatch
+    | Clip
+    | Evaluate
+    | Conclude
+    | Collect
+    | State
+    | Stop
+)
+
+# A command's code on the wire is its place in this list.
+COMMANDS: tuple[type[Command], ...] = (
+    LocalStep,
+    GlobalStep,
+    Microbatch,
+    Clip,
+    Evaluate,
+    Conclude,
+    Collect,
+    State,
+    Stop,
+)
+
+
+class Message(NamedTuple):
+    """A command and the tensors that belong to it."""
+
+    command: Command
+    tensors: tuple[Tensor, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class StepReport:
+    """What one worker's stages did at one step.
+
+    Attributes:
+        kind: ``"local"`` or ``"global"``.
+        samples: images in the batch.
+        losses: by stage index; in a global step only the last stage has one.
+        seconds: waiting and working for this step.
+        waited_recv: seconds of it spent waiting for messages.
+        waited_send: seconds of it spent waiting for a free slot.
+    """
+
+    step: int
+    epoch: int
+    kind: str
+    samples: int
+    losses: dict[int, float]
+    seconds: float
+    waited_recv: float
+    waited_send: float
+
+    @property
+    def waited(self) -> float:
+        """Seconds spent waiting for a neighbour, in either direction."""
+        return self.waited_recv + self.waited_send
+
+
+@dataclass(frozen=True, slots=True)
+class TrainReport:
+    """The steps that one worker has done since its last report, and its memory now."""
+
+    rank: int
+    steps: list[StepReport]
+    memory_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class ExitCount:
+    """How one exit did in an evaluation; ``correct`` is None where accuracy has no meaning."""
+
+    samples: int
+    correct: int | None
+    loss_sum: float
+
+
+@dataclass(frozen=True, slots=True)
+class EvaluationReport:
+    """The counts of one worker's exits, by stage index."""
+
+    rank: int
+    step: int
+    epoch: int
+    exits: dict[int, ExitCount]
+
+
+@dataclass(frozen=True, slots=True)
+class FinalReport:
+    """What one worker has to say at the end of a run.
+
+    Attributes:
+        digests: SHA-256 of each body parameter and buffer, in the model's own order.
+        step_seconds: median seconds of a step of each kind, after warm-up.
+        train_seconds: seconds of all training steps after warm-up, ``samples`` their images.
+        wait_recv_fraction, wait_send_fraction: shares of the training time.
+        peak_activation_bytes: bytes saved for backward at their peak, by kind of step.
+    """
+
+    rank: int
+    stages: list[int]
+    digests: list[tuple[str, str]]
+    step_seconds: dict[str, float]
+    train_seconds: float
+    samples: int
+    wait_recv_fraction: float
+    wait_send_fraction: float
+    peak_memory_bytes: int
+    peak_activation_bytes: dict[str, int]
+    bytes_sent_forward: int
+    bytes_sent_backward: int
+
+
+Report = TrainReport | EvaluationReport | FinalReport
+_REPORTS: dict[str, type[Report]] = {
+    report.__name__: report for report in (TrainReport, EvaluationReport, FinalReport)
+}
+
+
+def encode_report(report: Report) -> str:
+    """The report as one line of JSON."""
+    return json.dumps({"type": type(report).__name__, **dataclasses.asdict(report)})
+
+
+def decode_report(text: str) -> Report:
+    """The report that :func:`encode_report` wrote; only known types are ever made."""
+    fields: dict[str, Any] = json.loads(text)
+    kind = _REPORTS[fields.pop("type")]
+    if kind is TrainReport:
+        fields["steps"] = [_step_report(**step) for step in fields["steps"]]
+    if kind is EvaluationReport:
+        fields["exits"] = {int(k): ExitCount(**v) for k, v in fields["exits"].items()}
+    return kind(**fields)
+
+
+def _step_report(losses: dict[str, float], **fields: Any) -> StepReport:
+    return StepReport(
+        losses={int(stage): loss for stage, loss in losses.items()}, **fields
+    )

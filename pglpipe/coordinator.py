@@ -1,0 +1,232 @@
+"""The coordinator sits at the source and decides what the pipeline does next.
+
+It is an endless question answered lazily: worker 0 asks for the next message, and the
+coordinator turns batches into commands by the guidance. It never waits for a worker; the
+reports that have come in meanwhile go to the observer::
+
+    loader ─▶ guidance ─▶ LocalStep | GlobalStep + Microbatch x M ─▶ worker 0 ─▶ ...
+                     observer ◀── records ◀── reports beside the pipeline
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from pglpipe.commands import (
+    Collect,
+    Conclude,
+    Evaluate,
+    EvaluationReport,
+    FinalReport,
+    GlobalStep,
+    LocalStep,
+    Message,
+    Microbatch,
+    Stop,
+    TrainReport,
+)
+from pglpipe.errors import EdgeTimeout, WorkerError
+from pglpipe.guidance import Guidance
+from pglpipe.metrics import EvaluationRecord, Merger, StepRecord, Summary, summarize
+from pglpipe.transport import Mailbox
+
+_POLL_SECONDS = 0.01
+
+Batch = tuple[Tensor, Tensor]
+Loader = Iterable[Batch]
+
+
+class Observer(Protocol):
+    """Whoever wants to know how the run goes."""
+
+    def on_step(self, record: StepRecord) -> None:
+        """A step is complete on every worker."""
+
+    def on_evaluation(self, record: EvaluationRecord) -> None:
+        """An evaluation is complete on every worker."""
+
+
+@dataclass(frozen=True)
+class Span:
+    """How long a run is.
+
+    Attributes:
+        epochs: passes over the data, the last one perhaps cut short.
+        total_steps: steps in all.
+    """
+
+    epochs: int
+    total_steps: int
+
+
+class Source:
+    """Messages made on demand, as the first worker's inbox; making them is not waiting."""
+
+    waited = 0.0
+
+    def __init__(self, messages: Iterator[Message], device: torch.device) -> None:
+        self._messages = messages
+        self._device = device
+
+    def get(self) -> Message:
+        """The next message, on the worker's device."""
+        command, tensors = next(self._messages)
+        return Message(
+            command, tuple(t.to(self._device, non_blocking=True) for t in tensors)
+        )
+
+
+class Coordinator:
+    """Decides what comes next, and gathers what came of it.
+
+    Args:
+        num_stages, num_workers: the shape of the pipeline.
+        guidance: when steps are global.
+        microbatches: into how many parts a global step's batch is cut, at most.
+        mailbox: where the reports arrive.
+        observer: told of every record; called from worker 0's thread.
+        device: worker 0's.
+        timeout: seconds to wait for the workers' last words.
+    """
+
+    def __init__(
+        self,
+        *,
+        num_stages: int,
+        num_workers: int,
+        guidance: Guidance,
+        microbatches: int,
+        mailbox: Mailbox,
+        observer: Observer,
+        device: torch.device,
+        timeout: float,
+    ) -> None:
+        self._num_stages = num_stages
+        self._num_workers = num_workers
+        self._guidance = guidance
+        self._microbatches = microbatches
+        self._mailbox = mailbox
+        self._observer = observer
+        self._device = device
+        self._timeout = timeout
+        self._merger = Merger(num_stages, num_workers)
+        self._finals: dict[int, FinalReport] = {}
+        self._evaluation: EvaluationRecord | None = None
+        self._steps = self._global_steps = 0
+        self._began = time.perf_counter()
+
+    # -- what the pipeline is to do ---------------------------------------------------
+
+    def fit(self, loader: Loader, span: Span, test: Loader | None) -> Source:
+        """Trains for the span and evaluates after every epoch."""
+        return Source(self._fit(loader, span, test), self._device)
+
+    def evaluate(self, test: Loader) -> Source:
+        """Evaluates once."""
+        return self._once(self._evaluate(test, epoch=0))
+
+    def collect(self) -> Source:
+        """Has every worker hand up its weights."""
+        return self._once(iter([Message(Collect())]))
+
+    def _fit(
+        self, loader: Loader, span: Span, test: Loader | None
+    ) -> Iterator[Message]:
+        self._began = time.perf_counter()
+        for epoch in range(span.epochs):
+            # A loader without a length has as many epochs as it takes.
+            if self._steps == span.total_steps:
+                break
+            for batch in _epoch(loader, epoch, span.total_steps - self._steps):
+                yield from self._step(epoch, *batch)
+                self._listen()
+            if test is not None:
+                yield from self._evaluate(test, epoch)
+        yield Message(Stop())
+
+    def _step(self, epoch: int, x: Tensor, targets: Tensor) -> Iterator[Message]:
+        step = self._steps
+        self._steps += 1
+        if not self._guidance.is_global(step, epoch):
+            yield Message(LocalStep(step, epoch), (x, targets))
+            return
+        self._global_steps += 1
+        parts = min(self._microbatches, len(targets))
+        yield Message(GlobalStep(step, epoch, len(targets), parts))
+        chunks = zip(x.tensor_split(parts), targets.tensor_split(parts), strict=True)
+        for index, chunk in enumerate(chunks):
+            yield Message(Microbatch(step, index), chunk)
+
+    def _evaluate(self, test: Loader, epoch: int) -> Iterator[Message]:
+        for x, targets in test:
+            yield Message(Evaluate(self._steps, epoch), (x, targets))
+            self._listen()
+        yield Message(Conclude(self._steps, epoch))
+
+    def _once(self, messages: Iterator[Message]) -> Source:
+        self._finals.clear()
+        return Source(itertools.chain(messages, [Message(Stop())]), self._device)
+
+    # -- what came of it --------------------------------------------------------------
+
+    def finish(self) -> Summary:
+        """Waits for every worker's last words and sums the run up.
+
+        Raises:
+            WorkerError: a worker failed, or is silent.
+        """
+        deadline = time.monotonic() + self._timeout
+        while True:
+            self._listen()
+            if len(self._finals) == self._num_workers:
+                return self._summary()
+            if failure := self._mailbox.failure():
+                raise WorkerError(failure)
+            if time.monotonic() > deadline:
+                missing = sorted(set(range(self._num_workers)) - set(self._finals))
+                raise EdgeTimeout(
+                    f"no last report from rank {missing[0]} in {self._timeout:g} s"
+                )
+            time.sleep(_POLL_SECONDS)
+
+    def _listen(self) -> None:
+        """Takes in the reports that have arrived; never waits."""
+        for report in self._mailbox.collect():
+            match report:
+                case TrainReport():
+                    for record in self._merger.add_training(report):
+                        self._observer.on_step(record)
+                case EvaluationReport():
+                    if evaluation := self._merger.add_evaluation(report):
+                        self._evaluation = evaluation
+                        self._observer.on_evaluation(evaluation)
+                case FinalReport():
+                    self._finals[report.rank] = report
+
+    def _summary(self) -> Summary:
+        return summarize(
+            [self._finals[rank] for rank in range(self._num_workers)],
+            self._evaluation,
+            num_stages=self._num_stages,
+            steps=self._steps,
+            global_steps=self._global_steps,
+            wall_seconds=time.perf_counter() - self._began,
+        )
+
+
+def _epoch(loader: Loader, epoch: int, limit: int) -> Iterator[Batch]:
+    """At most ``limit`` batches of an epoch; a loader that orders by epoch is told which."""
+    for holder in (loader, getattr(loader, "sampler", None)):
+        if set_epoch := getattr(holder, "set_epoch", None):
+            set_epoch(epoch)
+    for index, (x, targets) in enumerate(loader):
+        if index >= limit:
+            return
+        yield torch.as_tensor(x), torch.as_tensor(targets)

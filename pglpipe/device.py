@@ -1,0 +1,47 @@
+"""CPU and CUDA behind one face, so that nothing else asks which one it is on."""
+
+from __future__ import annotations
+
+import resource
+
+import torch
+
+from pglpipe.errors import ConfigError, nearest
+
+DEVICES = ("auto", "cpu", "cuda")
+
+
+def pick(name: str, local_rank: int) -> torch.device:
+    """The device of one worker.
+
+    Args:
+        name: ``"auto"`` (CUDA where there is one), ``"cpu"`` or ``"cuda"``.
+        local_rank: index of the worker on its host; workers share GPUs round robin.
+
+    Raises:
+        ConfigError: CUDA is asked for and absent, or the name is unknown.
+    """
+    if name not in DEVICES:
+        raise ConfigError(f"unknown device {name!r}: {nearest(name, DEVICES)}")
+    has_cuda = torch.cuda.is_available()
+    if name == "cuda" and not has_cuda:
+        raise ConfigError(
+            "expected a CUDA device for --device cuda, but PyTorch "
+            f"{torch.__version__} sees none; use --device cpu or install a CUDA build"
+        )
+    if name == "cpu" or not has_cuda:
+        return torch.device("cpu")
+    return torch.device("cuda", local_rank % torch.cuda.device_count())
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """The most memory held so far: by PyTorch on a GPU, by the whole process on the CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def synchronize(device: torch.device) -> None:
+    """Waits until everything launched on the device is done."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

@@ -1,0 +1,117 @@
+"""One worker's part of a global step: its row of the timetable, then the update.
+
+::
+
+    inbox ─▶ F0 ─▶ outbox          activations, one microbatch each
+             F1
+    gradients_out ◀─ B0 ◀─ gradients_in
+                     B1
+    if gradients are clipped: norms up, the total norm down
+    update
+
+The gradient stops at no cut, so the sum over the microbatches is the gradient of the mean
+loss that back-propagation through the uncut network would give.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from pglpipe.commands import Clip, Command, GlobalStep, Message, Microbatch
+from pglpipe.errors import ProtocolError
+from pglpipe.stage import Stage
+from pglpipe.timetable import Row
+from pglpipe.transport import Links
+
+
+class GlobalPass:
+    """Takes one worker's stages through global steps.
+
+    Args:
+        stages: those of the worker, in order.
+        row: the worker's row of the timetable, by the number of microbatches.
+        clips: whether the norm of the whole network's gradient is clipped.
+        is_first: whether the worker holds the first stage.
+    """
+
+    def __init__(
+        self,
+        stages: Sequence[Stage],
+        row: Callable[[int], Row],
+        *,
+        clips: bool,
+        is_first: bool,
+    ) -> None:
+        self._stages = stages
+        self._row = row
+        self._clips = clips
+        self._is_first = is_first
+
+    def run(self, command: GlobalStep, links: Links) -> dict[int, Tensor]:
+        """Does one global step; returns the loss by stage, on the worker where it is known."""
+        self._links = links
+        self._links.outbox.put(Message(command))
+        for stage in self._stages:
+            stage.zero_grad()
+        losses: list[Tensor] = []
+        for action in self._row(command.microbatches):
+            expected = Microbatch(command.step, action.microbatch)
+            if action.kind == "F":
+                self._forward(expected)
+            else:
+                losses += self._backward(expected, command.samples)
+        if self._clips:
+            self._clip(Clip(command.step))
+        for stage in self._stages:
+            stage.update(command.step)
+        return {self._stages[-1].index: torch.stack(losses).sum()} if losses else {}
+
+    def _forward(self, expected: Microbatch) -> None:
+        """Takes one microbatch through all stages here and sends it on."""
+        x, targets = _only(expected, self._links.inbox.get())
+        for stage in self._stages:
+            x = stage.forward(
+                x, targets, expected.step, microbatch=expected.index, crossing=True
+            )
+        self._links.outbox.put(Message(expected, (x, targets)))
+
+    def _backward(self, expected: Microbatch, samples: int) -> list[Tensor]:
+        """Takes one gradient back through all stages here; the loss, where it begins."""
+        losses = []
+        gradient: Tensor | None = None
+        if self._links.gradients_in is not None:
+            (gradient,) = _only(expected, self._links.gradients_in.get())
+        for stage in reversed(self._stages):
+            if stage.is_last:
+                gradient, loss = stage.backward_from_loss(samples)
+                losses.append(loss)
+            elif gradient is not None:
+                gradient = stage.backward(gradient)
+        if gradient is not None:
+            self._links.gradients_out.put(Message(expected, (gradient,)))
+        return losses
+
+    def _clip(self, expected: Clip) -> None:
+        """Norms of all gradients ride up to the first worker, the total norm rides down."""
+        norms = torch.cat([stage.gradient_norms() for stage in self._stages])
+        if self._links.gradients_in is not None:
+            (below,) = _only(expected, self._links.gradients_in.get())
+            norms = torch.cat([norms, below])
+        self._links.gradients_out.put(Message(expected, (norms,)))
+        if self._is_first:
+            total = torch.linalg.vector_norm(norms)
+        else:
+            (total,) = _only(expected, self._links.inbox.get())
+        self._links.outbox.put(Message(expected, (total,)))
+        for stage in self._stages:
+            stage.clip(total)
+
+
+def _only(expected: Command, message: Message) -> tuple[Tensor, ...]:
+    """The tensors of a message that must be the expected one."""
+    if message.command != expected:
+        raise ProtocolError(f"expected {expected}, got {message.command}")
+    return message.tensors

@@ -1,0 +1,40 @@
+"""The learning rate as a pure function of the step.
+
+A schedule maps ``(step, total_steps)``, both counted from 0 over the whole run, to a factor
+on the optimizer's own learning rate. Without state there is nothing to save or restore.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+LearningRate = Callable[[int, int], float]
+
+
+def constant(step: int, total_steps: int) -> float:
+    """No change: the factor 1 at every step."""
+    return 1.0
+
+
+def cosine(warmup_steps: int = 0) -> LearningRate:
+    """A linear warm-up, then half a cosine down to 0 (Loshchilov & Hutter, arXiv 1608.03983).
+
+    Args:
+        warmup_steps: steps over which the factor rises from ``1 / warmup_steps`` to 1.
+
+    >>> schedule = cosine(warmup_steps=2)
+    >>> [round(schedule(step, 6), 3) for step in range(6)]
+    [0.5, 1.0, 1.0, 0.854, 0.5, 0.146]
+    """
+
+    def factor(step: int, total_steps: int) -> float:
+        if step < warmup_steps:
+            return (step + 1) / warmup_steps
+        progress = (step - warmup_steps) / max(1, total_steps - warmup_steps)
+        return 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+
+    return factor
+
+
+LR_SCHEDULES = ("constant", "cosine")

@@ -1,0 +1,221 @@
+"""Numbers about a run: added, merged and summarized, never printed.
+
+Workers report on their own stages and at their own pace; a record speaks of the whole
+pipeline and is complete when every stage has been heard.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from pglpipe.commands import EvaluationReport, FinalReport, StepReport, TrainReport
+from pglpipe.state import combine
+
+# The first steps fill the pipeline and warm caches: they train, but no clock counts them.
+WARMUP_STEPS = 5
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """One step of the whole pipeline.
+
+    Attributes:
+        losses: by stage; None where a stage took none (all but the last in a global step).
+        samples_per_second: rate at which the last worker finished this step.
+        waited_fraction, memory_bytes: by worker.
+    """
+
+    step: int
+    epoch: int
+    kind: str
+    samples: int
+    losses: list[float | None]
+    samples_per_second: float
+    waited_fraction: list[float]
+    memory_bytes: list[int]
+
+
+@dataclass(frozen=True)
+class EvaluationRecord:
+    """An evaluation of the whole pipeline: mean loss and accuracy of every exit, by stage."""
+
+    step: int
+    epoch: int
+    losses: list[float]
+    accuracies: list[float | None]
+
+
+@dataclass
+class StepClock:
+    """One worker's seconds per training step, after warm-up.
+
+    Attributes:
+        seconds: waiting and working, by kind of step.
+    """
+
+    seconds: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
+    samples: int = 0
+    total: float = 0.0
+    waited_recv: float = 0.0
+    waited_send: float = 0.0
+    _seen: int = 0
+
+    def add(self, step: StepReport) -> None:
+        """Counts a step, once the run is warm."""
+        self._seen += 1
+        if self._seen <= WARMUP_STEPS:
+            return
+        self.seconds[step.kind].append(step.seconds)
+        self.samples += step.samples
+        self.total += step.seconds
+        self.waited_recv += step.waited_recv
+        self.waited_send += step.waited_send
+
+    def medians(self) -> dict[str, float]:
+        """Median seconds of a step of each kind that was seen."""
+        return {
+            kind: statistics.median(seconds) for kind, seconds in self.seconds.items()
+        }
+
+    def share(self, seconds: float) -> float:
+        """A part of the counted time, as a fraction of it."""
+        return seconds / self.total if self.total else 0.0
+
+
+class Merger:
+    """Turns the workers' reports into records of the whole pipeline."""
+
+    def __init__(self, num_stages: int, num_workers: int) -> None:
+        self._num_stages = num_stages
+        self._num_workers = num_workers
+        self._steps: dict[int, dict[int, StepReport]] = defaultdict(dict)
+        self._evaluations: dict[int, dict[int, EvaluationReport]] = defaultdict(dict)
+        self._memory = [0] * num_workers
+
+    def add_training(self, report: TrainReport) -> Iterator[StepRecord]:
+        """The steps that this report completes."""
+        self._memory[report.rank] = report.memory_bytes
+        for step in report.steps:
+            parts = self._steps[step.step]
+            parts[report.rank] = step
+            if len(parts) == self._num_workers:
+                yield self._step_record(self._steps.pop(step.step))
+
+    def add_evaluation(self, report: EvaluationReport) -> EvaluationRecord | None:
+        """The evaluation that this report completes, if it does."""
+        parts = self._evaluations[report.step]
+        parts[report.rank] = report
+        if len(parts) < self._num_workers:
+            return None
+        self._evaluations.pop(report.step)
+        counts = {
+            stage: count
+            for part in parts.values()
+            for stage, count in part.exits.items()
+        }
+        exits = [counts[stage] for stage in range(self._num_stages)]
+        return EvaluationRecord(
+            report.step,
+            report.epoch,
+            [count.loss_sum / count.samples for count in exits],
+            [None if c.correct is None else c.correct / c.samples for c in exits],
+        )
+
+    def _step_record(self, parts: dict[int, StepReport]) -> StepRecord:
+        last = parts[self._num_workers - 1]
+        losses = {
+            stage: loss
+            for part in parts.values()
+            for stage, loss in part.losses.items()
+        }
+        return StepRecord(
+            step=last.step,
+            epoch=last.epoch,
+            kind=last.kind,
+            samples=last.samples,
+            losses=[losses.get(stage) for stage in range(self._num_stages)],
+            samples_per_second=last.samples / last.seconds,
+            waited_fraction=[
+                parts[r].waited / parts[r].seconds for r in range(self._num_workers)
+            ],
+            memory_bytes=list(self._memory),
+        )
+
+
+@dataclass(frozen=True)
+class Summary:
+    """How a run went: what ``summary.json`` holds beside configuration and versions.
+
+    Attributes:
+        steps, global_steps: optimizer steps in all, and the global ones among them.
+        wall_seconds: from the first step to the last report, evaluations included.
+        train_seconds: training steps after warm-up, of the slowest worker.
+        samples_per_second: training only, after warm-up.
+        step_seconds: median seconds of a step, by kind.
+        test_loss, test_accuracy: of the whole network at the last evaluation, if there was one.
+        exit_accuracy: of every stage's exit.
+        workers: by rank; fractions are of the training time.
+        parameters_sha256: over all body parameters and buffers: equal runs, equal digest.
+    """
+
+    num_stages: int
+    num_workers: int
+    steps: int
+    global_steps: int
+    wall_seconds: float
+    train_seconds: float
+    samples_per_second: float
+    step_seconds: dict[str, float]
+    test_loss: float | None
+    test_accuracy: float | None
+    exit_accuracy: list[float | None]
+    workers: list[dict[str, Any]]
+    parameters_sha256: str
+
+
+def summarize(
+    finals: list[FinalReport],
+    evaluation: EvaluationRecord | None,
+    *,
+    num_stages: int,
+    steps: int,
+    global_steps: int,
+    wall_seconds: float,
+) -> Summary:
+    """The summary of a run from the last words of its workers, in the order of their ranks."""
+    slowest = max(finals, key=lambda final: final.train_seconds)
+    return Summary(
+        num_stages=num_stages,
+        num_workers=len(finals),
+        steps=steps,
+        global_steps=global_steps,
+        wall_seconds=wall_seconds,
+        train_seconds=slowest.train_seconds,
+        samples_per_second=(
+            slowest.samples / slowest.train_seconds if slowest.train_seconds else 0.0
+        ),
+        step_seconds=slowest.step_seconds,
+        test_loss=evaluation.losses[-1] if evaluation else None,
+        test_accuracy=evaluation.accuracies[-1] if evaluation else None,
+        exit_accuracy=list(evaluation.accuracies) if evaluation else [],
+        workers=[_worker_summary(final) for final in finals],
+        parameters_sha256=combine(pair for final in finals for pair in final.digests),
+    )
+
+
+def _worker_summary(final: FinalReport) -> dict[str, Any]:
+    return {
+        "rank": final.rank,
+        "stages": final.stages,
+        "busy_fraction": 1.0 - final.wait_recv_fraction - final.wait_send_fraction,
+        "wait_recv_fraction": final.wait_recv_fraction,
+        "wait_send_fraction": final.wait_send_fraction,
+        "peak_memory_bytes": final.peak_memory_bytes,
+        "peak_activation_bytes": final.peak_activation_bytes,
+        "bytes_sent_forward": final.bytes_sent_forward,
+        "bytes_sent_backward": final.bytes_sent_backward,
+    }

@@ -1,0 +1,101 @@
+"""What a worker tells: its steps a few times a second, its exits, and its last words.
+
+Reporting never holds up training. The losses stay where they were computed until a report
+is due; reading them only then keeps a GPU's queue full.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor
+
+from pglpipe import device as devices
+from pglpipe.commands import (
+    EvaluationReport,
+    ExitCount,
+    FinalReport,
+    Report,
+    StepReport,
+    TrainReport,
+)
+from pglpipe.metrics import StepClock
+
+_INTERVAL = 0.25  # seconds
+
+
+class Reporter:
+    """Posts the reports of one worker.
+
+    Args:
+        rank: the worker's number.
+        device: where its stages are.
+        post: sends a report on its way without waiting for anyone.
+    """
+
+    def __init__(
+        self, rank: int, device: torch.device, post: Callable[[Report], None]
+    ) -> None:
+        self._rank = rank
+        self._device = device
+        self._post = post
+        self._clock = StepClock()
+        self._unread: list[tuple[StepReport, Mapping[int, Tensor]]] = []
+        self._last = time.perf_counter()
+
+    def stepped(self, step: StepReport, losses: Mapping[int, Tensor]) -> None:
+        """Remembers a step and its losses, by stage; posts when it is time."""
+        self._clock.add(step)
+        self._unread.append((step, losses))
+        if time.perf_counter() - self._last > _INTERVAL:
+            self._flush()
+
+    def evaluated(self, step: int, epoch: int, exits: dict[int, ExitCount]) -> None:
+        """Posts the counts of an evaluation, after the steps before it."""
+        self._flush()
+        self._post(EvaluationReport(self._rank, step, epoch, exits))
+
+    def finished(
+        self,
+        digests: Mapping[int, list[tuple[str, str]]],
+        peak_activation_bytes: dict[str, int],
+        *,
+        sent_forward: int,
+        sent_backward: int,
+    ) -> None:
+        """Posts the last words: digests of the parameters by stage, time, memory, traffic."""
+        self._flush()
+        clock = self._clock
+        self._post(
+            FinalReport(
+                rank=self._rank,
+                stages=list(digests),
+                digests=[pair for stage in digests.values() for pair in stage],
+                step_seconds=clock.medians(),
+                train_seconds=clock.total,
+                samples=clock.samples,
+                wait_recv_fraction=clock.share(clock.waited_recv),
+                wait_send_fraction=clock.share(clock.waited_send),
+                peak_memory_bytes=devices.peak_memory_bytes(self._device),
+                peak_activation_bytes=peak_activation_bytes,
+                bytes_sent_forward=sent_forward,
+                bytes_sent_backward=sent_backward,
+            )
+        )
+
+    def _flush(self) -> None:
+        steps = [
+            dataclasses.replace(
+                step, losses={stage: float(loss) for stage, loss in losses.items()}
+            )
+            for step, losses in self._unread
+        ]
+        self._unread.clear()
+        self._last = time.perf_counter()
+        if steps:
+            self._post(
+                TrainReport(self._rank, steps, devices.peak_memory_bytes(self._device))
+            )

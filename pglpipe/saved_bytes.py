@@ -1,0 +1,94 @@
+"""How many bytes autograd keeps for backward: the memory that local learning saves.
+
+Counted exactly, by hooks on every tensor that an operation saves: each storage once, while
+it is held, parameters and buffers left out. It works on the meta device too, where nothing is
+computed and nothing allocated.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from types import TracebackType
+
+import torch
+from torch import Tensor
+
+
+class SavedBytes:
+    """Counts, within its block, the bytes saved for backward.
+
+    Args:
+        excluded: parameters and buffers, which live anyway.
+
+    Attributes:
+        peak: the most bytes held at any one time.
+
+    Example:
+        >>> x = torch.ones(8, requires_grad=True)
+        >>> with SavedBytes() as saved:
+        ...     y = x.exp()                      # keeps its own output: 8 floats
+        >>> saved.peak
+        32
+    """
+
+    def __init__(self, excluded: Iterable[Tensor] = ()) -> None:
+        self.peak = 0
+        self._current = 0
+        self._holders: Counter[int] = Counter()
+        # Held, so that no other storage can get the same identity while this counts.
+        self._excluded = {_identity(tensor): tensor for tensor in excluded}
+        self._hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, _unpack)
+
+    def __enter__(self) -> SavedBytes:
+        self._hooks.__enter__()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._hooks.__exit__(kind, error, traceback)
+
+    def _pack(self, tensor: Tensor) -> Tensor | _Kept:
+        if _identity(tensor) in self._excluded:
+            return tensor
+        return _Kept(tensor.detach(), self)
+
+    def hold(self, tensor: Tensor) -> None:
+        """One more holder of the tensor's storage."""
+        identity = _identity(tensor)
+        self._holders[identity] += 1
+        if self._holders[identity] == 1:
+            self._current += tensor.untyped_storage().nbytes()
+            self.peak = max(self.peak, self._current)
+
+    def release(self, tensor: Tensor) -> None:
+        """One holder less; the last one frees the bytes."""
+        identity = _identity(tensor)
+        self._holders[identity] -= 1
+        if self._holders[identity] == 0:
+            self._current -= tensor.untyped_storage().nbytes()
+
+
+class _Kept:
+    """What autograd holds in place of a saved tensor; dies with the graph."""
+
+    def __init__(self, tensor: Tensor, saved: SavedBytes) -> None:
+        self.tensor = tensor
+        self._saved = saved
+        saved.hold(tensor)
+
+    def __del__(self) -> None:
+        self._saved.release(self.tensor)
+
+
+def _unpack(kept: Tensor | _Kept) -> Tensor:
+    return kept.tensor if isinstance(kept, _Kept) else kept
+
+
+def _identity(tensor: Tensor) -> int:
+    # Not data_ptr(), which is 0 for every tensor on the meta device.
+    return int(tensor.untyped_storage()._cdata)

@@ -1,0 +1,144 @@
+"""One process' share in a run: who takes part, what was agreed, what went wrong.
+
+All workers make the same calls in the same order. Worker 0 holds the coordinator and drives
+the pipeline; the others obey until ``Stop``. Whatever only worker 0 can know is shared
+before anything is built on it, and whatever goes wrong becomes one line that all agree on.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from pglpipe.coordinator import Coordinator, Source
+from pglpipe.errors import UserError, WorkerError
+from pglpipe.metrics import Summary
+from pglpipe.pipeline import Blueprint, Pipeline, Plan, Sample, draft
+from pglpipe.stage import Learning
+from pglpipe.transport import Mailbox, World, pick_backend
+
+CoordinatorFactory = Callable[[Mailbox, int], Coordinator]
+
+
+class Session:
+    """A worker's place in the world, and its pipeline once there is one.
+
+    Args:
+        world: who takes part.
+        blueprint: what is to be built.
+        coordinator: makes worker 0's coordinator from the mailbox and the number of workers.
+    """
+
+    def __init__(
+        self, world: World, blueprint: Blueprint, coordinator: CoordinatorFactory
+    ) -> None:
+        self._world = world
+        self._blueprint = blueprint
+        self._mailbox = Mailbox(
+            world.store, world.rank, world.size, blueprint.edge_timeout
+        )
+        self._coordinator = (
+            coordinator(self._mailbox, world.size) if self.leads else None
+        )
+        self._sample: Sample | None = None
+        self._plan: Plan | None = None
+        self.pipeline: Pipeline | None = None
+
+    @property
+    def leads(self) -> bool:
+        """Whether this is worker 0."""
+        return self._world.rank == 0
+
+    def agree(self, compute: Callable[[], Any]) -> Any:
+        """What ``compute`` gives on worker 0 (anything JSON can hold), on every worker."""
+        return self._mailbox.share(compute() if self.leads else None)
+
+    def plan(self, largest_batch: Callable[[], Sample]) -> Plan:
+        """Works out who holds what, once.
+
+        Args:
+            largest_batch: asked on worker 0 only.
+        """
+        if self._plan is None:
+            self._sample = Sample.from_json(
+                self.agree(lambda: largest_batch().to_json())
+            )
+            self._plan = draft(self._blueprint, self._sample, self._world, self.agree)
+        return self._plan
+
+    def build(self, learning: Learning) -> Pipeline:
+        """Builds this worker's stages and opens its edges, once."""
+        if self.pipeline is None:
+            assert (
+                self._plan is not None and self._sample is not None
+            ), "plan comes first"
+            self.pipeline = Pipeline(
+                self._blueprint,
+                self._plan,
+                self._sample,
+                learning,
+                self._world,
+                backend=self._backend(),
+                post=self._mailbox.post,
+                on_failure=self._lost,
+            )
+        return self.pipeline
+
+    def drive(self, command: Callable[[Coordinator], Source]) -> Summary:
+        """One run through the pipeline, to ``Stop``; its summary, the same on every worker.
+
+        Raises:
+            WorkerError: a worker failed; the message names it.
+        """
+        assert self.pipeline is not None, "build comes first"
+        with self._naming_the_culprit(self.pipeline):
+            source = command(self._coordinator) if self._coordinator else None
+            self.pipeline.worker.run(self.pipeline.edges.links(source))
+            return Summary(**self.agree(self._summary))
+
+    def close(self) -> None:
+        """Ends the edges in peace; the workers may then exit in any order."""
+        if self.pipeline is not None:
+            self.pipeline.edges.close()
+            self.pipeline = None
+
+    def declare_failed(self, text: str) -> str:
+        """Tells everybody; the first to do so also tells the user. Returns what stands."""
+        if self._world.size > 1 and self._mailbox.fail(text):
+            print(f"pglpipe: {text}", file=sys.stderr, flush=True)
+        return self._mailbox.failure() or text
+
+    def _summary(self) -> dict[str, Any]:
+        assert self._coordinator is not None, "asked on worker 0 only"
+        return dataclasses.asdict(self._coordinator.finish())
+
+    def _backend(self) -> str:
+        backend, notice = pick_backend(self._blueprint.device, self._mailbox)
+        if notice and self.leads:
+            warnings.warn(notice, stacklevel=2)
+        return backend
+
+    @contextmanager
+    def _naming_the_culprit(self, pipeline: Pipeline) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:
+            text = self.declare_failed(self._accuse(error, pipeline))
+            if isinstance(error, UserError):
+                raise
+            raise WorkerError(text) from error
+
+    def _lost(self, error: WorkerError) -> None:
+        """Called by an edge's thread, the first to notice that a neighbour is gone."""
+        self.declare_failed(str(error))
+
+    def _accuse(self, error: Exception, pipeline: Pipeline) -> str:
+        me, doing = pipeline.plan.name(self._world.rank), pipeline.worker.doing
+        if isinstance(error, WorkerError):
+            return f"{error} (noticed by {me} at {doing})"
+        reason = (str(error).splitlines() or [""])[0]
+        return f"{me} failed at {doing}: {type(error).__name__}: {reason}"

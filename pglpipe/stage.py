@@ -1,0 +1,291 @@
+"""A stage: consecutive layers, a head, a loss and an optimizer of their own.
+
+A stage learns in one of two ways from the same parameters::
+
+    local step                                    global step
+
+    x ─▶ body ─▶ y ─▶ detached, sent on           x ─▶ body ─▶ y ─▶ next stage
+                 └─▶ head ─▶ local loss           ◀── gradient of x ◀── gradient of y
+                     backward, optimizer step      ... after the last microbatch: optimizer step
+
+It knows neither where it runs nor who its neighbours are. The last stage has no head: its
+body ends in the network's own classifier, and its local loss is the true one.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from pglpipe.commands import ExitCount
+from pglpipe.learning_rate import LearningRate
+from pglpipe.losses import Loss
+from pglpipe.seeding import derive, seeded
+from pglpipe.transport import is_dense
+
+OptimizerFactory = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
+
+
+@dataclass(frozen=True)
+class Learning:
+    """How the stages learn; the same for all of them.
+
+    Attributes:
+        loss: the true loss, ``(outputs, targets) -> scalar``, a mean over the batch.
+        local_loss: the loss of a stage's head, of the same form.
+        optimizer: makes a stage's optimizer from its parameters.
+        learning_rate: factor on the optimizer's learning rates.
+        total_steps: steps of the whole run, which the factor depends on.
+        clip_norm: largest gradient norm, of a stage in local steps and of the whole network
+            in global ones; infinity for none.
+        seed: where the run's randomness starts.
+    """
+
+    loss: Loss
+    local_loss: Loss
+    optimizer: OptimizerFactory
+    learning_rate: LearningRate
+    total_steps: int
+    clip_norm: float
+    seed: int
+
+
+class _Kept(NamedTuple):
+    """One microbatch between its forward and its backward."""
+
+    input: Tensor
+    output: Tensor
+    targets: Tensor
+
+
+class Stage:
+    """One stage of the network, on the device of its worker.
+
+    Args:
+        index: its number, from 0.
+        body: its layers, in order.
+        head: its auxiliary network; None for the last stage.
+        learning: how it learns.
+    """
+
+    def __init__(
+        self, index: int, body: nn.Module, head: nn.Module | None, learning: Learning
+    ) -> None:
+        self.index = index
+        self.body = body
+        self.head = head
+        self._learning = learning
+        parameters = [p for module in self._modules() for p in module.parameters()]
+        self._optimizer = learning.optimizer(parameters) if parameters else None
+        for group in self._optimizer.param_groups if self._optimizer else ():
+            group.setdefault("initial_lr", group["lr"])
+        self._kept: deque[_Kept] = deque()
+        self._counted = ExitCount(samples=0, correct=0, loss_sum=0.0)
+        self._copies_input = _starts_in_place(body)
+
+    @property
+    def is_last(self) -> bool:
+        """Whether the true loss is this stage's own."""
+        return self.head is None
+
+    def train(self, mode: bool) -> None:
+        """Switches body and head between training and evaluation."""
+        for module in self._modules():
+            module.train(mode)
+
+    def tensors(self) -> list[Tensor]:
+        """All parameters and buffers, of the body and then of the head."""
+        return [
+            t
+            for module in self._modules()
+            for t in module.state_dict(keep_vars=True).values()
+        ]
+
+    # -- either kind of step ----------------------------------------------------------
+
+    def forward(
+        self,
+        x: Tensor,
+        targets: Tensor,
+        step: int,
+        *,
+        microbatch: int = 0,
+        crossing: bool = False,
+    ) -> Tensor:
+        """Runs the body and keeps its graph for the backward that follows.
+
+        Args:
+            x: ``[B, ...]``, the output of the stage before.
+            targets: ``[B, ...]``.
+            step: number of the step; with ``microbatch`` it keys what is random here.
+            crossing: whether a gradient is to flow back to ``x``.
+
+        Returns:
+            The activation ``[B, ...]`` for the next stage, detached and dense.
+        """
+        x = x.detach()
+        if crossing and self.index > 0:
+            x.requires_grad_()
+        with self._seeded("body", step, microbatch):
+            output: Tensor = self.body(x.clone() if self._copies_input else x)
+        self._kept.append(_Kept(x, output, targets))
+        return _dense(output.detach())
+
+    def zero_grad(self) -> None:
+        """Forgets the gradients of the last step."""
+        if self._optimizer:
+            self._optimizer.zero_grad()
+
+    def update(self, step: int) -> None:
+        """One step of the optimizer, at the learning rate of this step."""
+        if self._optimizer is None:
+            return
+        factor = self._learning.learning_rate(step, self._learning.total_steps)
+        for group in self._optimizer.param_groups:
+            group["lr"] = group["initial_lr"] * factor
+        self._optimizer.step()
+
+    # -- local step -------------------------------------------------------------------
+
+    def learn(self, step: int) -> Tensor:
+        """Backward of the local loss of the last forward, and an optimizer step.
+
+        Returns:
+            The loss, a detached scalar.
+        """
+        _, output, targets = self._kept.popleft()
+        self.zero_grad()
+        loss = self._local_loss(output, targets, step)
+        loss.backward()  # type: ignore[no-untyped-call]
+        if math.isfinite(self._learning.clip_norm):
+            parameters = (p for module in self._modules() for p in module.parameters())
+            nn.utils.clip_grad_norm_(parameters, self._learning.clip_norm)
+        self.update(step)
+        return loss.detach()
+
+    def _local_loss(self, output: Tensor, targets: Tensor, step: int) -> Tensor:
+        if self.head is None:
+            return self._learning.loss(output, targets)
+        with self._seeded("head", step, 0):
+            return self._learning.local_loss(self.head(output), targets)
+
+    # -- global step ------------------------------------------------------------------
+
+    def backward_from_loss(self, samples: int) -> tuple[Tensor | None, Tensor]:
+        """Backward of the true loss of the oldest kept microbatch; for the last stage.
+
+        Args:
+            samples: the size of the whole batch. A microbatch counts by its share of it, so
+                that the parts sum to the mean loss of the batch whatever their sizes.
+
+        Returns:
+            The gradient for the stage before ``[B, ...]``, and the microbatch's part of the loss.
+        """
+        x, output, targets = self._kept.popleft()
+        loss = self._learning.loss(output, targets) * (len(targets) / samples)
+        loss.backward()  # type: ignore[no-untyped-call]
+        return self._gradient_of(x), loss.detach()
+
+    def backward(self, gradient: Tensor) -> Tensor | None:
+        """Backward of the oldest kept microbatch from the gradient of its output.
+
+        Args:
+            gradient: ``[B, ...]``, from the stage after.
+
+        Returns:
+            The gradient for the stage before ``[B, ...]``; None on the first stage.
+        """
+        x, output, _ = self._kept.popleft()
+        if output.requires_grad:
+            output.backward(gradient)  # type: ignore[no-untyped-call]
+        return self._gradient_of(x)
+
+    def gradient_norms(self) -> Tensor:
+        """The 2-norm of each parameter's gradient ``[parameters]``, in the model's own order."""
+        gradients = (p.grad for p in self.body.parameters() if p.grad is not None)
+        norms = [torch.linalg.vector_norm(gradient) for gradient in gradients]
+        return torch.stack(norms) if norms else torch.empty(0)
+
+    def clip(self, total_norm: Tensor) -> None:
+        """Scales the gradients as if those of the whole network had been clipped at once."""
+        parameters = [p for p in self.body.parameters() if p.grad is not None]
+        if parameters:
+            nn.utils.clip_grads_with_norm_(
+                parameters, self._learning.clip_norm, total_norm
+            )
+
+    # -- evaluation -------------------------------------------------------------------
+
+    @torch.no_grad()
+    def evaluate(self, x: Tensor, targets: Tensor) -> Tensor:
+        """Adds a batch to this exit's counts.
+
+        Returns:
+            The activation ``[B, ...]`` for the next stage.
+        """
+        output: Tensor = self.body(x)
+        logits = output if self.head is None else self.head(output)
+        loss = self._learning.loss if self.head is None else self._learning.local_loss
+        samples = len(targets)
+        self._counted = ExitCount(
+            samples=self._counted.samples + samples,
+            correct=_add(self._counted.correct, _count_correct(logits, targets)),
+            loss_sum=self._counted.loss_sum + float(loss(logits, targets)) * samples,
+        )
+        return _dense(output)
+
+    def conclude(self) -> ExitCount:
+        """Returns the counts of the evaluation and forgets them."""
+        counted, self._counted = self._counted, ExitCount(
+            samples=0, correct=0, loss_sum=0.0
+        )
+        return counted
+
+    # -- private ----------------------------------------------------------------------
+
+    def _gradient_of(self, x: Tensor) -> Tensor | None:
+        if self.index == 0:
+            return None
+        # An input that the output does not depend on has gradient zero, and is waited for.
+        return torch.zeros_like(x) if x.grad is None else x.grad
+
+    def _modules(self) -> list[nn.Module]:
+        return [self.body] if self.head is None else [self.body, self.head]
+
+    def _seeded(
+        self, part: str, step: int, microbatch: int
+    ) -> AbstractContextManager[None]:
+        return seeded(derive(self._learning.seed, part, self.index, step, microbatch))
+
+
+def _dense(tensor: Tensor) -> Tensor:
+    """The tensor in a layout that an edge keeps, whether or not it will cross one."""
+    return tensor if is_dense(tensor) else tensor.contiguous()
+
+
+def _count_correct(logits: Tensor, targets: Tensor) -> int | None:
+    """How many rows of ``[B, N]`` have their largest value at the target; None if not classes."""
+    if logits.ndim != 2 or targets.ndim != 1 or targets.is_floating_point():
+        return None
+    return int((logits.argmax(dim=1) == targets).sum())
+
+
+def _add(total: int | None, more: int | None) -> int | None:
+    return None if total is None or more is None else total + more
+
+
+def _starts_in_place(body: nn.Module) -> bool:
+    """Whether the first operation would overwrite the stage's input.
+
+    In one piece with the layer before this is fine; across a cut it would destroy a tensor
+    that autograd still needs there, so the stage then works on a copy.
+    """
+    leaves = (module for module in body.modules() if not list(module.children()))
+    return bool(getattr(next(leaves, None), "inplace", False))

@@ -1,0 +1,131 @@
+"""The weights of the network as plain tensors: on their way up the pipeline, on disk, hashed.
+
+On disk they are one safetensors file, so that reading it cannot run anybody's code; the
+bodies under the model's own names, the heads under ``heads.<stage>.``, which the export leaves out.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from pglpipe.errors import DataError
+
+Tensors = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class StateLayout:
+    """What one stage's weights are called and how large they are, without their values.
+
+    Attributes:
+        body, head: tensors on the meta device by name.
+    """
+
+    body: Mapping[str, Tensor]
+    head: Mapping[str, Tensor]
+
+    @staticmethod
+    def of(body: nn.Module, head: nn.Module | None) -> StateLayout:
+        """The layout of modules on any device."""
+        heads = {} if head is None else head.state_dict()
+        return StateLayout(
+            {name: tensor.to("meta") for name, tensor in body.state_dict().items()},
+            {name: tensor.to("meta") for name, tensor in heads.items()},
+        )
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors, one after another."""
+        return sum(
+            tensor.nbytes for tensor in (*self.body.values(), *self.head.values())
+        )
+
+    def split(self, flat: Tensor) -> tuple[Tensors, Tensors]:
+        """Body and head from the bytes that :func:`flatten` made of them."""
+        sizes = [t.nbytes for t in (*self.body.values(), *self.head.values())]
+        runs = iter(torch.split(flat, sizes))
+        body = {name: _as(next(runs), meta) for name, meta in self.body.items()}
+        head = {name: _as(next(runs), meta) for name, meta in self.head.items()}
+        return body, head
+
+
+def flatten(tensors: Iterable[Tensor]) -> Tensor:
+    """The tensors' bytes, one after another: uint8 ``[bytes]`` on the CPU."""
+    rows = [_bytes(tensor) for tensor in tensors]
+    return torch.cat(rows) if rows else torch.empty(0, dtype=torch.uint8)
+
+
+def pieces(flat: Tensor, size: int) -> Iterator[tuple[int, Tensor]]:
+    """Cuts ``flat`` into runs of at most ``size`` bytes, each with its offset."""
+    for offset in range(0, len(flat), size):
+        yield offset, flat[offset : offset + size]
+
+
+def _bytes(tensor: Tensor) -> Tensor:
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+
+
+def _as(flat: Tensor, meta: Tensor) -> Tensor:
+    # A copy, because a piece may begin at an address that its type does not allow.
+    return flat.clone().view(meta.dtype).reshape(meta.shape)
+
+
+def digests(tensors: Mapping[str, Tensor]) -> list[tuple[str, str]]:
+    """Name and SHA-256 of each tensor: of its name, type, shape and bytes."""
+    return [(name, _digest(name, tensor)) for name, tensor in tensors.items()]
+
+
+def _digest(name: str, tensor: Tensor) -> str:
+    described = f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode()
+    return hashlib.sha256(described + _bytes(tensor).numpy().tobytes()).hexdigest()
+
+
+def combine(parts: Iterable[Sequence[str]]) -> str:
+    """One SHA-256 over ``(name, digest)`` pairs in the model's own order."""
+    lines = "".join(f"{name} {digest}\n" for name, digest in parts)
+    return hashlib.sha256(lines.encode()).hexdigest()
+
+
+def head_prefix(stage: int) -> str:
+    """Where the head of a stage stands among the weights on disk."""
+    return f"heads.{stage}."
+
+
+def save(path: Path, body: Tensors, heads: Mapping[int, Tensors]) -> None:
+    """Writes the weights of the whole network to a safetensors file."""
+    tensors = dict(body)
+    for stage, head in heads.items():
+        tensors |= {head_prefix(stage) + name: tensor for name, tensor in head.items()}
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
+
+
+def export(path: Path, body: Tensors) -> None:
+    """Writes an ordinary ``state_dict``: safetensors by that suffix, else ``torch.save``."""
+    if path.suffix == ".safetensors":
+        save(path, body, {})
+    else:
+        torch.save(body, path)
+
+
+def load(path: Path) -> Tensors:
+    """The tensors of a safetensors file.
+
+    Raises:
+        DataError: there is no such file, or it is broken.
+    """
+    try:
+        return dict(load_file(path))
+    except FileNotFoundError:
+        raise DataError(f"expected weights at {path}, found no such file") from None
+    except SafetensorError as error:
+        raise DataError(
+            f"expected weights in safetensors form at {path}, got: {error}"
+        ) from None

@@ -1,0 +1,291 @@
+"""The Python interface: a chain of layers in, a trained ordinary network out.
+
+The same script runs as one process and under torchrun::
+
+    trainer = pglpipe.Trainer(layers, num_stages=4, loss=nn.CrossEntropyLoss(), optimizer=...)
+    trainer.fit(train_loader, epochs=10, evaluate=test_loader)
+    trainer.export("model.pt")
+
+Every method is called by all workers alike. Worker 0 reads the data and drives the
+pipeline through its coordinator; the others follow the commands until ``Stop``. Whatever
+is measured or counted on worker 0 (the size of a batch, the cut by time) is shared with the
+others before anything is built.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Sized
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from pglpipe import device as devices
+from pglpipe import state
+from pglpipe.coordinator import Coordinator, Loader, Observer, Span
+from pglpipe.errors import ConfigError, DataError, nearest
+from pglpipe.guidance import Guidance
+from pglpipe.learning_rate import LearningRate, constant
+from pglpipe.losses import Loss
+from pglpipe.metrics import EvaluationRecord, StepRecord, Summary
+from pglpipe.models import as_layers
+from pglpipe.pipeline import Blueprint, Plan, Sample
+from pglpipe.session import Session
+from pglpipe.stage import Learning, OptimizerFactory
+from pglpipe.timetable import TIMETABLES
+from pglpipe.transport import World, join
+
+
+class Trainer:
+    """Trains a chain of layers as a pipeline of locally supervised stages.
+
+    Args:
+        layers: an ``nn.Sequential``, or a list of modules, of zero-argument builders (built
+            only where they live, from a seed of their own) or of :class:`~pglpipe.layer.Layer`.
+        num_stages: how many stages the chain is cut into.
+        loss: the true loss, ``(outputs, targets) -> scalar``, a mean over the batch.
+        optimizer: makes a stage's optimizer from its parameters.
+        head: the stages' auxiliary heads: a name, or ``shape of one activation -> module``.
+        local_loss: the loss of the heads' outputs; the true loss if None.
+        guidance: when steps are global.
+        learning_rate: ``(step, total_steps) -> factor`` on the optimizer's learning rates.
+        balance: where to cut: ``flops``, ``params``, ``memory``, ``time``, ``published``, or the
+            numbers of layers, ``"2,3,3"``.
+        microbatches: into how many parts a global step's batch is cut, at most.
+        timetable: the order of a global step's microbatches, ``1f1b`` or ``gpipe``.
+        clip_norm: largest gradient norm: of a stage in local steps, of the network in global ones.
+        queue_depth: messages that may wait at either end of an edge.
+        seed: where all randomness starts.
+        device: ``auto``, ``cpu`` or ``cuda``.
+        edge_timeout: seconds after which a silent neighbour counts as lost.
+        observer: told of every step and evaluation, on worker 0.
+        weights: a safetensors file to start from instead of fresh weights.
+        model: the network's name, for ``balance="published"``.
+        world: who takes part; what torchrun's environment says if None.
+
+    Raises:
+        ConfigError: a value is out of its range, or there are more workers than stages.
+        PartitionError: the chain cannot be cut as asked.
+    """
+
+    def __init__(
+        self,
+        layers: object,
+        *,
+        num_stages: int,
+        loss: Loss,
+        optimizer: OptimizerFactory,
+        head: str | Callable[[tuple[int, ...]], nn.Module] = "0c1f",
+        local_loss: Loss | None = None,
+        guidance: Guidance = Guidance(),
+        learning_rate: LearningRate = constant,
+        balance: str = "flops",
+        microbatches: int = 1,
+        timetable: str = "1f1b",
+        clip_norm: float = math.inf,
+        queue_depth: int = 2,
+        seed: int = 0,
+        device: str = "auto",
+        edge_timeout: float = 300.0,
+        observer: Observer | None = None,
+        weights: Path | None = None,
+        model: str = "",
+        world: World | None = None,
+    ) -> None:
+        world = world or join(edge_timeout)
+        _check(num_stages, microbatches, timetable, queue_depth, clip_norm, world.size)
+        blueprint = Blueprint(
+            layers=as_layers(layers),
+            num_stages=num_stages,
+            head=head,
+            balance=balance,
+            model=model,
+            timetable=TIMETABLES[timetable],
+            clips=math.isfinite(clip_norm),
+            queue_depth=queue_depth,
+            edge_timeout=edge_timeout,
+            device=devices.pick(device, world.local_rank),
+            weights=weights,
+        )
+        self._learning = Learning(
+            loss=loss,
+            local_loss=local_loss or loss,
+            optimizer=optimizer,
+            learning_rate=learning_rate,
+            total_steps=0,
+            clip_norm=clip_norm,
+            seed=seed,
+        )
+        self._session = Session(
+            world,
+            blueprint,
+            lambda mailbox, num_workers: Coordinator(
+                num_stages=num_stages,
+                num_workers=num_workers,
+                guidance=guidance,
+                microbatches=microbatches,
+                mailbox=mailbox,
+                observer=observer or _Silent(),
+                device=blueprint.device,
+                timeout=edge_timeout,
+            ),
+        )
+        self._fitted = False
+
+    # -- what a user calls, on every worker alike -------------------------------------
+
+    def prepare(self, loader: Loader) -> Plan:
+        """Works out who holds what, from the shape of the loader's first batch.
+
+        Args:
+            loader: of batches ``(x [B, ...], targets [B, ...])``; the first is the largest.
+        """
+        return self._session.plan(lambda: _first_batch(loader))
+
+    def fit(
+        self,
+        train: Loader,
+        *,
+        epochs: int | None = None,
+        steps: int | None = None,
+        evaluate: Loader | None = None,
+    ) -> Summary:
+        """Trains, and evaluates every exit after each epoch.
+
+        Args:
+            train: batches ``(x [B, ...], targets [B, ...])``, again for every epoch; read on
+                worker 0 only. A ``set_epoch`` method, its own or its sampler's, is called.
+            epochs: passes over ``train``; this or ``steps``.
+            steps: optimizer steps in all.
+            evaluate: test batches of the same form.
+
+        Returns:
+            How it went, the same on every worker.
+
+        Raises:
+            WorkerError: a worker failed; the message names it.
+        """
+        if self._fitted:
+            raise ConfigError(
+                "expected one call of fit, got a second; make a new Trainer"
+            )
+        self._fitted = True
+        self.prepare(train)
+        span = Span(*self._session.agree(lambda: _span(train, epochs, steps)))
+        self._session.build(
+            dataclasses.replace(self._learning, total_steps=span.total_steps)
+        )
+        return self._session.drive(
+            lambda coordinator: coordinator.fit(train, span, evaluate)
+        )
+
+    def evaluate(self, test: Loader) -> Summary:
+        """Evaluates every exit on ``test``; trains nothing."""
+        self.prepare(test)
+        self._session.build(self._learning)
+        return self._session.drive(lambda coordinator: coordinator.evaluate(test))
+
+    def export(self, path: str | Path) -> None:
+        """Writes the uncut network's ``state_dict`` under the model's own names.
+
+        Args:
+            path: written by worker 0; ``.safetensors`` or anything ``torch.save`` is good for.
+        """
+        body, _ = self.weights()
+        if self._session.leads:
+            state.export(Path(path), body)
+
+    def save(self, path: str | Path) -> None:
+        """Writes the weights of bodies and heads to a safetensors file, on worker 0."""
+        body, heads = self.weights()
+        if self._session.leads:
+            state.save(Path(path), body, heads)
+
+    def weights(self) -> tuple[state.Tensors, dict[int, state.Tensors]]:
+        """The network's tensors by name and each head's by stage, on worker 0; empty elsewhere."""
+        pipeline = self._session.pipeline
+        if pipeline is None:
+            raise ConfigError("expected a trained network, got none; call fit first")
+        self._session.drive(lambda coordinator: coordinator.collect())
+        body: state.Tensors = {}
+        heads: dict[int, state.Tensors] = {}
+        collected = pipeline.worker.collected
+        for index in sorted(collected):
+            part, head = pipeline.plan.layouts[index].split(collected[index])
+            body |= part
+            heads |= {index: head} if head else {}
+        collected.clear()
+        return body, heads
+
+    def close(self) -> None:
+        """Ends the edges in peace; the workers may then exit in any order."""
+        self._session.close()
+
+
+class _Silent:
+    """The observer of those who did not bring one."""
+
+    def on_step(self, record: StepRecord) -> None:
+        """Nothing to say."""
+
+    def on_evaluation(self, record: EvaluationRecord) -> None:
+        """Nothing to say."""
+
+
+def _check(
+    num_stages: int,
+    microbatches: int,
+    timetable: str,
+    queue_depth: int,
+    clip_norm: float,
+    num_workers: int,
+) -> None:
+    for name, value in (
+        ("stages", num_stages),
+        ("microbatches", microbatches),
+        ("queue-depth", queue_depth),
+    ):
+        if value < 1:
+            raise ConfigError(f"expected --{name} of at least 1, got {value}")
+    if timetable not in TIMETABLES:
+        raise ConfigError(
+            f"unknown timetable {timetable!r}: {nearest(timetable, TIMETABLES)}"
+        )
+    if not clip_norm > 0:
+        raise ConfigError(f"expected a --clip-norm above 0, got {clip_norm:g}")
+    if num_workers > num_stages:
+        raise ConfigError(
+            f"expected at most one worker per stage, got {num_workers} workers for {num_stages} "
+            f"stages; start {num_stages} (--nproc_per_node={num_stages}) or raise --stages"
+        )
+
+
+def _first_batch(loader: Loader) -> Sample:
+    for x, targets in loader:
+        return Sample(
+            torch.as_tensor(x).to("meta"), torch.as_tensor(targets).to("meta")
+        )
+    raise DataError("expected at least one batch, got an empty loader")
+
+
+def _span(loader: Loader, epochs: int | None, steps: int | None) -> tuple[int, int]:
+    """How many epochs and steps a run has; the last epoch may be cut short."""
+    if (epochs is None) == (steps is None):
+        raise ConfigError(
+            f"expected either epochs or steps, got epochs={epochs}, steps={steps}"
+        )
+    length = len(loader) if isinstance(loader, Sized) else 0
+    if steps is not None:
+        if steps < 1:
+            raise ConfigError(f"expected at least 1 step, got {steps}")
+        return (-(-steps // length) if length else steps), steps
+    assert epochs is not None
+    if epochs < 1:
+        raise ConfigError(f"expected at least 1 epoch, got {epochs}")
+    if not length:
+        raise ConfigError(
+            "expected a loader with a length, got none; say how many steps instead"
+        )
+    return epochs, epochs * length

@@ -1,0 +1,82 @@
+"""The seam between a worker and whatever carries its messages.
+
+A worker sees four ends of edges, whether its neighbours are processes, threads or nobody::
+
+              inbox ──▶ ┌────────┐ ──▶ outbox            activations, commands
+                        │ worker │
+       gradients_out ◀── └────────┘ ◀── gradients_in      gradients, weights
+
+    while True:
+        command, tensors = links.inbox.get()        # waits
+        links.outbox.put(Message(command, ...))     # copies, waits only for a free slot
+
+``put`` copies what it is given: the caller may overwrite a tensor as soon as it returns.
+``get`` returns tensors that belong to the caller, in the order of the ``put``\\ s, with the
+same values, shapes and strides: an edge never changes what a kernel computes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from pglpipe.commands import Message
+
+
+class Inbox(Protocol):
+    """The end of an edge where messages come out.
+
+    Attributes:
+        waited: seconds that ``get`` has spent waiting for a neighbour, in all.
+    """
+
+    waited: float
+
+    def get(self) -> Message:
+        """The next message, waited for.
+
+        Raises:
+            PeerLost: the neighbour's process is gone.
+            EdgeTimeout: the neighbour was silent for too long.
+            ProtocolError: what arrived is no message of this edge.
+        """
+        ...
+
+
+class Outbox(Protocol):
+    """The end of an edge where messages go in.
+
+    Attributes:
+        waited: seconds that ``put`` has spent waiting for a free slot, in all.
+        sent_bytes: bytes sent, headers included.
+    """
+
+    waited: float
+    sent_bytes: int
+
+    def put(self, message: Message) -> None:
+        """Sends a copy of the message; raises what :meth:`Inbox.get` raises."""
+        ...
+
+
+class Nobody:
+    """The end of an edge without a neighbour: swallows every message."""
+
+    waited = 0.0
+    sent_bytes = 0
+
+    def put(self, message: Message) -> None:
+        """Nobody listens."""
+
+
+@dataclass(frozen=True)
+class Links:
+    """The four ends of edges that one worker holds; the first worker's inbox is the source.
+
+    ``gradients_in`` is None on the last worker, where gradients begin.
+    """
+
+    inbox: Inbox
+    outbox: Outbox
+    gradients_in: Inbox | None
+    gradients_out: Outbox

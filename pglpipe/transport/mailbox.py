@@ -1,0 +1,87 @@
+"""What goes beside the pipeline: reports, shared facts, and the first failure.
+
+A mailbox is a thin face on PyTorch's key-value store, the one that torchrun already keeps
+for its workers. Texts only: JSON in, JSON out, nothing is unpickled. A report is posted
+without waiting for anyone; the coordinator looks for new ones whenever it has a moment.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from typing import Any
+
+from torch.distributed import Store
+
+from pglpipe.commands import Report, decode_report, encode_report
+from pglpipe.errors import EdgeTimeout, WorkerError
+
+_POLL_SECONDS = 0.01
+
+
+class Mailbox:
+    """One worker's view of the store that all workers share."""
+
+    def __init__(self, store: Store, rank: int, size: int, timeout: float) -> None:
+        self._store = store
+        self._rank = rank
+        self._timeout = timeout
+        self._posted = 0
+        self._fetched = [0] * size
+        self._shared = 0
+
+    def post(self, report: Report) -> None:
+        """Leaves a report for the coordinator."""
+        self._store.set(f"report/{self._rank}/{self._posted}", encode_report(report))
+        self._posted += 1
+
+    def collect(self) -> list[Report]:
+        """The reports that have come in since the last call, per worker in order."""
+        reports = []
+        for rank in range(len(self._fetched)):
+            while self._store.check([key := f"report/{rank}/{self._fetched[rank]}"]):
+                reports.append(decode_report(self._store.get(key).decode()))
+                self._store.delete_key(key)
+                self._fetched[rank] += 1
+        return reports
+
+    def share(self, value: Any = None) -> Any:
+        """Rank 0's value (anything JSON can hold), on every worker.
+
+        Every worker calls this the same number of times in the same order.
+        """
+        key = f"share/{self._shared}"
+        self._shared += 1
+        if self._rank == 0:
+            self._store.set(key, json.dumps(value))
+        return json.loads(self._wait_for(key))
+
+    def gather(self, value: str) -> list[str]:
+        """The text of every worker, by rank, on every worker."""
+        key = f"gather/{self._shared}"
+        self._shared += 1
+        self._store.set(f"{key}/{self._rank}", value)
+        return [self._wait_for(f"{key}/{rank}") for rank in range(len(self._fetched))]
+
+    def _wait_for(self, key: str) -> str:
+        deadline = time.monotonic() + self._timeout
+        # Polled, because a blocking get would keep other threads from reporting a failure.
+        while not self._store.check([key]):
+            if failure := self.failure():
+                raise WorkerError(failure)
+            if time.monotonic() > deadline:
+                raise EdgeTimeout(
+                    f"rank {self._rank} waited {self._timeout:g} s for {key}"
+                )
+            time.sleep(_POLL_SECONDS)
+        return self._store.get(key).decode()
+
+    def fail(self, text: str) -> bool:
+        """Declares the run failed; true for the first to say so, whose text will stand."""
+        return self._store.compare_set("failure", "", text).decode() == text
+
+    def failure(self) -> str | None:
+        """What the first failing worker said, if any has."""
+        if not self._store.check(["failure"]):
+            return None
+        return self._store.get("failure").decode()

@@ -1,0 +1,299 @@
+"""Edges between processes: PyTorch's point-to-point sends over gloo or NCCL.
+
+Each edge has one group of two ranks per direction, so activations going down never queue
+behind gradients coming up. A message is a header, always through the CPU, and a payload::
+
+    put ─▶ slot ─▶ send            recv ─▶ slot ─▶ ready queue ─▶ get
+           slot  (depth of them)   a thread (depth of them)
+
+Slots are allocated once and fit the largest message. Only a message's true bytes travel,
+so neither a ragged batch nor a microbatch pays for a full slot, and the receiver checks
+every header before it lets a byte of payload in. A sender that finds all its slots on the
+way waits: that is the back-pressure. The receiving thread exists because gloo never says
+that a receive has completed unless somebody waits for it.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+from torch import Tensor
+from torch.distributed import ProcessGroup, Work
+
+from pglpipe.commands import Message
+from pglpipe.errors import EdgeTimeout, PeerLost, ProtocolError, WorkerError
+from pglpipe.transport import packing
+
+# An idle edge is healthy (gradients flow in global steps only), so a pending receive waits
+# for ever; who needs a message waits for at most the edge's time-out.
+_FOREVER = timedelta(days=3650)
+_HEADER, _PAYLOAD = 0, 1  # tags
+
+
+@dataclass(frozen=True)
+class Channel:
+    """One direction of one edge, seen from one of its ends.
+
+    Attributes:
+        headers: a gloo group of two ranks.
+        payloads: the group for the tensors: the same one, or an NCCL group.
+        peer: the other end's rank in both groups.
+        name: for messages: ``"rank 2 (stages 4-5)"``, the worker at the other end.
+        staging: the device of the slots: the CPU for gloo, the GPU for NCCL.
+        device: the device of the worker's tensors.
+        timeout: seconds to wait for the neighbour.
+    """
+
+    headers: ProcessGroup
+    payloads: ProcessGroup
+    peer: int
+    name: str
+    staging: torch.device
+    device: torch.device
+    timeout: float
+
+    def slot(self, capacity: int) -> Tensor:
+        """A buffer of ``capacity`` bytes; page-locked where a GPU copies from it."""
+        pinned = self.device.type == "cuda" and self.staging.type == "cpu"
+        return torch.empty(
+            capacity, dtype=torch.uint8, device=self.staging, pin_memory=pinned
+        )
+
+    def wait(self, work: Work, group: ProcessGroup, limit: timedelta) -> None:
+        """Waits for a send or receive in ``group``; names the neighbour when it fails.
+
+        On NCCL it is the current stream that waits, not this thread.
+        """
+        try:
+            if group is self.headers:
+                work.wait(limit)
+            else:
+                work.wait()
+        except RuntimeError as error:
+            if "timed out" in str(error).lower():
+                raise EdgeTimeout(
+                    f"{self.name} is silent for {limit.total_seconds():g} s"
+                ) from error
+            raise PeerLost(f"{self.name} is gone") from error
+
+
+class Sender:
+    """The sending end: an :class:`~pglpipe.transport.base.Outbox`."""
+
+    def __init__(self, channel: Channel, *, capacity: int, depth: int) -> None:
+        self.waited = 0.0
+        self.sent_bytes = 0
+        self._channel = channel
+        self._slots = [channel.slot(capacity) for _ in range(depth)]
+        self._under_way: list[tuple[list[tuple[Work, ProcessGroup]], Tensor]] = []
+        self._sequence = 0
+        _greet(channel, capacity)
+
+    def put(self, message: Message) -> None:
+        """Copies the message into a free slot and sends it."""
+        if len(self._under_way) == len(self._slots):
+            self._finish_oldest()
+        slot = self._slots[self._sequence % len(self._slots)]
+        header, payload = packing.write(slot, message, self._sequence)
+        self._send(header, payload)
+
+    def close(self) -> None:
+        """Tells the neighbour that nothing more will come, and waits until it knows."""
+        if len(self._under_way) == len(self._slots):
+            self._finish_oldest()
+        self._send(packing.encode_closed(self._sequence), self._slots[0][:0])
+        while self._under_way:
+            self._finish_oldest()
+
+    def _send(self, numbers: list[int], payload: Tensor) -> None:
+        channel = self._channel
+        header = torch.tensor(numbers, dtype=torch.int64)
+        parts = [
+            (header, channel.headers, _HEADER),
+            (payload, channel.payloads, _PAYLOAD),
+        ]
+        try:
+            works = [
+                (group.send([part], channel.peer, tag), group)
+                for part, group, tag in parts
+                if part.numel()
+            ]
+        except RuntimeError as error:
+            raise PeerLost(f"{channel.name} is gone") from error
+        # The header must live as long as its send.
+        self._under_way.append((works, header))
+        self._sequence += 1
+        self.sent_bytes += header.nbytes + payload.numel()
+
+    def _finish_oldest(self) -> None:
+        started = time.perf_counter()
+        works, _ = self._under_way.pop(0)
+        for work, group in works:
+            self._channel.wait(work, group, timedelta(seconds=self._channel.timeout))
+        self.waited += time.perf_counter() - started
+
+
+class Receiver:
+    """The receiving end: an :class:`~pglpipe.transport.base.Inbox` with a thread behind it.
+
+    ``on_failure`` is called at once, from the thread, when the edge breaks; the next ``get``
+    raises the same error.
+    """
+
+    def __init__(
+        self,
+        channel: Channel,
+        *,
+        capacity: int,
+        depth: int,
+        on_failure: Callable[[WorkerError], None],
+    ) -> None:
+        self.waited = 0.0
+        self._channel = channel
+        self._capacity = capacity
+        self._on_failure = on_failure
+        self._free: queue.SimpleQueue[_Slot] = queue.SimpleQueue()
+        self._ready: queue.SimpleQueue[_Arrival | WorkerError] = queue.SimpleQueue()
+        _check_greeting(channel, capacity)
+        for _ in range(depth):
+            self._free.put(_Slot(channel.slot(capacity), _Fence(channel.staging)))
+        self._thread = threading.Thread(
+            target=self._run, name=f"pglpipe receiver from {channel.name}", daemon=True
+        )
+        self._thread.start()
+
+    def get(self) -> Message:
+        """The next message; its tensors are copies on the worker's device."""
+        started = time.perf_counter()
+        try:
+            arrival = self._ready.get(timeout=self._channel.timeout)
+        except queue.Empty:
+            raise EdgeTimeout(
+                f"{self._channel.name} is silent for {self._channel.timeout:g} s"
+            ) from None
+        self.waited += time.perf_counter() - started
+        if isinstance(arrival, WorkerError):
+            raise arrival
+        return self._open(arrival)
+
+    def close(self) -> None:
+        """Waits for the neighbour's last message."""
+        self._thread.join(self._channel.timeout)
+
+    def _open(self, arrival: _Arrival) -> Message:
+        assert arrival.envelope.command is not None, "the thread ends with its edge"
+        if arrival.slot is None:
+            return Message(arrival.envelope.command)
+        slot = arrival.slot
+        slot.fence.wait()
+        tensors = tuple(
+            view.to(self._channel.device, copy=True)
+            for view in packing.views(slot.buffer, arrival.envelope.tensors)
+        )
+        slot.fence.record()
+        self._free.put(slot)
+        return Message(arrival.envelope.command, tensors)
+
+    def _run(self) -> None:
+        try:
+            with _own_stream(self._channel.staging):
+                self._receive_until_closed()
+        except WorkerError as error:
+            self._on_failure(error)
+            self._ready.put(error)
+
+    def _receive_until_closed(self) -> None:
+        header = torch.empty(packing.HEADER_LENGTH, dtype=torch.int64)
+        sequence = 0
+        while True:
+            self._receive(self._channel.headers, header, _HEADER)
+            envelope = packing.decode(header.tolist(), sequence, self._capacity)
+            if envelope.command is None:
+                return
+            self._ready.put(_Arrival(envelope, self._fill_slot(envelope.nbytes)))
+            sequence += 1
+
+    def _fill_slot(self, nbytes: int) -> _Slot | None:
+        if nbytes == 0:
+            return None
+        slot = self._free.get()
+        slot.fence.wait()
+        self._receive(self._channel.payloads, slot.buffer[:nbytes], _PAYLOAD)
+        slot.fence.record()
+        return slot
+
+    def _receive(self, group: ProcessGroup, buffer: Tensor, tag: int) -> None:
+        try:
+            work = group.recv([buffer], self._channel.peer, tag)
+        except RuntimeError as error:
+            raise PeerLost(f"{self._channel.name} is gone") from error
+        self._channel.wait(work, group, _FOREVER)
+
+
+class _Fence:
+    """Orders two CUDA streams around a slot; on the CPU a call that returned is done."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._event = _cuda_event() if device.type == "cuda" else None
+
+    def record(self) -> None:
+        if self._event is not None:
+            self._event.record()
+
+    def wait(self) -> None:
+        if self._event is not None:
+            torch.cuda.current_stream().wait_event(self._event)
+
+
+@dataclass(frozen=True)
+class _Slot:
+    buffer: Tensor
+    fence: _Fence
+
+
+@dataclass(frozen=True)
+class _Arrival:
+    envelope: packing.Envelope
+    slot: _Slot | None
+
+
+def _cuda_event() -> torch.cuda.Event:
+    return torch.cuda.Event()  # type: ignore[no-untyped-call]
+
+
+def _own_stream(device: torch.device) -> torch.cuda.StreamContext:
+    """A side stream for the receiving thread; does nothing on the CPU."""
+    if device.type != "cuda":
+        return torch.cuda.stream(None)
+    return torch.cuda.stream(torch.cuda.Stream(device))  # type: ignore[no-untyped-call]
+
+
+def _greet(channel: Channel, capacity: int) -> None:
+    """Warms up a direction and says what will travel on it."""
+    greeting = torch.tensor([packing.MAGIC, packing.VERSION, capacity])
+    work = channel.headers.send([greeting], channel.peer, _HEADER)
+    channel.wait(work, channel.headers, timedelta(seconds=channel.timeout))
+    if channel.payloads is not channel.headers:
+        warm_up = torch.zeros(1, dtype=torch.uint8, device=channel.staging)
+        channel.payloads.send([warm_up], channel.peer, _PAYLOAD).wait()
+
+
+def _check_greeting(channel: Channel, capacity: int) -> None:
+    greeting = torch.zeros(3, dtype=torch.int64)
+    work = channel.headers.recv([greeting], channel.peer, _HEADER)
+    channel.wait(work, channel.headers, timedelta(seconds=channel.timeout))
+    expected = [packing.MAGIC, packing.VERSION, capacity]
+    if greeting.tolist() != expected:
+        raise ProtocolError(
+            f"expected the greeting {expected} (magic, protocol, bytes per slot), got "
+            f"{greeting.tolist()} from {channel.name}; start every worker with the same options"
+        )
+    if channel.payloads is not channel.headers:
+        warm_up = torch.zeros(1, dtype=torch.uint8, device=channel.staging)
+        channel.payloads.recv([warm_up], channel.peer, _PAYLOAD).wait()

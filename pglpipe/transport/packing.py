@@ -1,0 +1,203 @@
+"""How a message looks on the wire: a typed header, then the bytes of its tensors.
+
+The header is a fixed row of whole numbers; nothing is ever unpickled::
+
+    magic version sequence command f0 f1 f2 f3 bytes tensors | dtype ndim shape x6 stride x6 | x3
+
+The payload is one run of bytes in which every tensor starts at a multiple of 64, as
+PyTorch's own allocations do, and keeps its strides: a kernel meets the same memory layout
+on either side of an edge and therefore computes the same bits.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from pglpipe.commands import COMMANDS, Command, Message
+from pglpipe.errors import ProtocolError
+
+MAGIC = 0x70676C70697065  # "pglpipe"
+VERSION = 1
+ALIGNMENT = 64  # bytes
+
+_MAX_FIELDS = 4
+_MAX_TENSORS = 3
+_MAX_DIMS = 6
+_FIXED = 6 + _MAX_FIELDS
+_PER_TENSOR = 2 + 2 * _MAX_DIMS
+HEADER_LENGTH = _FIXED + _MAX_TENSORS * _PER_TENSOR  # int64 numbers
+
+CLOSED = -1  # the command code of an edge's last message
+DTYPES = (
+    torch.float32,
+    torch.float64,
+    torch.float16,
+    torch.bfloat16,
+    torch.int64,
+    torch.int32,
+    torch.int16,
+    torch.int8,
+    torch.uint8,
+    torch.bool,
+)
+
+
+class TensorSpec(NamedTuple):
+    """What the receiver must know of a tensor before its bytes arrive."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes in the payload, rounded up to the alignment."""
+        size = self.dtype.itemsize
+        for length in self.shape:
+            size *= length
+        return -(-size // ALIGNMENT) * ALIGNMENT
+
+
+class Envelope(NamedTuple):
+    """A decoded header: a command (None at the end of an edge) and what its payload holds."""
+
+    command: Command | None
+    tensors: list[TensorSpec]
+    nbytes: int
+
+
+def payload_bytes(tensors: Sequence[Tensor]) -> int:
+    """Bytes that a message with these tensors (meta ones will do) takes in a slot."""
+    return sum(spec_of(tensor).nbytes for tensor in tensors)
+
+
+def spec_of(tensor: Tensor) -> TensorSpec:
+    """Raises ProtocolError for a tensor that no edge can carry."""
+    if tensor.dtype not in DTYPES or tensor.ndim > _MAX_DIMS:
+        raise ProtocolError(
+            f"an edge carries tensors of up to {_MAX_DIMS} dimensions and of the types "
+            f"{', '.join(str(d).removeprefix('torch.') for d in DTYPES)}; "
+            f"got {tensor.dtype} of shape {tuple(tensor.shape)}"
+        )
+    return TensorSpec(tensor.dtype, tuple(tensor.shape), tensor.stride())
+
+
+def is_dense(tensor: Tensor) -> bool:
+    """Whether a tensor's elements fill its memory, in row-major or channels-last order."""
+    return tensor.is_contiguous() or (
+        tensor.ndim == 4 and tensor.is_contiguous(memory_format=torch.channels_last)
+    )
+
+
+def encode(command: Command, specs: Sequence[TensorSpec], sequence: int) -> list[int]:
+    """The header of message number ``sequence`` of an edge."""
+    fields = [
+        int(getattr(command, field.name)) for field in dataclasses.fields(command)
+    ]
+    header = [MAGIC, VERSION, sequence, COMMANDS.index(type(command))]
+    header += fields + [0] * (_MAX_FIELDS - len(fields))
+    header += [sum(spec.nbytes for spec in specs), len(specs)]
+    for dtype, shape, stride in specs:
+        padding = [0] * (_MAX_DIMS - len(shape))
+        header += [DTYPES.index(dtype), len(shape), *shape, *padding, *stride, *padding]
+    return header + [0] * (HEADER_LENGTH - len(header))
+
+
+def encode_closed(sequence: int) -> list[int]:
+    """The header that ends an edge."""
+    header = [MAGIC, VERSION, sequence, CLOSED]
+    return header + [0] * (HEADER_LENGTH - len(header))
+
+
+def decode(header: Sequence[int], sequence: int, capacity: int) -> Envelope:
+    """Checks a header before a byte of its payload is received.
+
+    Args:
+        header: ``HEADER_LENGTH`` numbers.
+        sequence: the number that the message must have.
+        capacity: bytes of the slot that will hold the payload.
+
+    Raises:
+        ProtocolError: the header is not one, is out of order, or announces too much.
+    """
+    if header[0] != MAGIC or header[1] != VERSION:
+        raise ProtocolError(
+            f"expected a message of pglpipe's protocol {VERSION}, got magic {header[0]:#x} and "
+            f"protocol {header[1]}; start every worker with the same version of pglpipe"
+        )
+    if header[2] != sequence:
+        raise ProtocolError(
+            f"expected message {sequence} of this edge, got {header[2]}"
+        )
+    code, nbytes, num_tensors = header[3], header[_FIXED - 2], header[_FIXED - 1]
+    if code == CLOSED:
+        return Envelope(None, [], 0)
+    if not (0 <= code < len(COMMANDS) and 0 <= num_tensors <= _MAX_TENSORS):
+        raise ProtocolError(
+            f"expected a known command, got code {code} with {num_tensors} tensors"
+        )
+    specs = [
+        _decode_spec(header[_FIXED + i * _PER_TENSOR :]) for i in range(num_tensors)
+    ]
+    if sum(spec.nbytes for spec in specs) != nbytes or nbytes > capacity:
+        raise ProtocolError(
+            f"expected at most {capacity} bytes for {COMMANDS[code].__name__}, got a header that "
+            f"announces {nbytes} bytes for tensors of shape {[spec.shape for spec in specs]}; "
+            "no batch may be larger than the first"
+        )
+    kind = COMMANDS[code]
+    fields = header[4 : 4 + len(dataclasses.fields(kind))]
+    return Envelope(kind(*fields), specs, nbytes)
+
+
+def _decode_spec(numbers: Sequence[int]) -> TensorSpec:
+    code, ndim = numbers[:2]
+    if not (0 <= code < len(DTYPES) and 0 <= ndim <= _MAX_DIMS):
+        raise ProtocolError(
+            f"expected a tensor, got type code {code} with {ndim} dimensions"
+        )
+    shape = tuple(numbers[2 : 2 + ndim])
+    stride = tuple(numbers[2 + _MAX_DIMS : 2 + _MAX_DIMS + ndim])
+    elements = last = 1
+    for length, step in zip(shape, stride, strict=True):
+        elements *= length
+        last += (length - 1) * step
+    if min((*shape, *stride), default=0) < 0 or (elements > 0 and last > elements):
+        raise ProtocolError(
+            f"expected a dense tensor, got shape {shape} with strides {stride}"
+        )
+    return TensorSpec(DTYPES[code], shape, stride)
+
+
+def views(buffer: Tensor, specs: Sequence[TensorSpec]) -> list[Tensor]:
+    """The tensors of a payload, as views of the uint8 ``buffer`` [capacity] that holds it."""
+    tensors, start = [], 0
+    for spec in specs:
+        elements = buffer[start : start + spec.nbytes].view(spec.dtype)
+        tensors.append(elements.as_strided(spec.shape, spec.stride))
+        start += spec.nbytes
+    return tensors
+
+
+def write(buffer: Tensor, message: Message, sequence: int) -> tuple[list[int], Tensor]:
+    """Copies a message into ``buffer`` and returns its header and the bytes to send.
+
+    Raises:
+        ProtocolError: the message does not fit the buffer.
+    """
+    tensors = [t if is_dense(t) else t.contiguous() for t in message.tensors]
+    specs = [spec_of(tensor) for tensor in tensors]
+    nbytes = sum(spec.nbytes for spec in specs)
+    if nbytes > buffer.numel():
+        raise ProtocolError(
+            f"expected at most {buffer.numel()} bytes for {type(message.command).__name__}, got "
+            f"{nbytes} (shapes {[spec.shape for spec in specs]}); no batch may be larger than the first"
+        )
+    for view, tensor in zip(views(buffer, specs), tensors, strict=True):
+        view.copy_(tensor)
+    return encode(message.command, specs, sequence), buffer[:nbytes]

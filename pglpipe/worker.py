@@ -1,0 +1,251 @@
+"""A worker obeys the commands that come down its edge, one after another.
+
+The whole control flow of training stands here, one line per command::
+
+    inbox ─▶ command ─▶ local step     forward, send on, local loss, backward, update
+                        global step    the worker's row of the timetable, then update
+                        evaluate       count what every exit gets right
+                        collect        hand the weights up
+                        stop
+
+It asks nobody what to do next and waits for nobody but its neighbours.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pglpipe.commands import (
+    Collect,
+    Command,
+    Conclude,
+    Evaluate,
+    GlobalStep,
+    LocalStep,
+    Message,
+    Report,
+    State,
+    StepReport,
+    Stop,
+)
+from pglpipe.errors import ProtocolError
+from pglpipe.global_pass import GlobalPass
+from pglpipe.reporter import Reporter
+from pglpipe.saved_bytes import SavedBytes
+from pglpipe.stage import Stage
+from pglpipe.state import StateLayout, digests, flatten, pieces
+from pglpipe.timetable import Row, Timetable
+from pglpipe.transport import Links
+
+
+@dataclass(frozen=True)
+class Duty:
+    """What a worker is told once, before the first command.
+
+    Attributes:
+        rank, size: its number and how many workers there are.
+        timetable: ``(num_workers, num_microbatches) -> Timetable``.
+        clips: whether global steps clip the norm of the whole network's gradient.
+        layouts: the weights of every stage of the network, to relay those of others.
+        piece_bytes: the most bytes of weights in one message up.
+        device: where its stages are.
+    """
+
+    rank: int
+    size: int
+    timetable: Callable[[int, int], Timetable]
+    clips: bool
+    layouts: Sequence[StateLayout]
+    piece_bytes: int
+    device: torch.device
+
+
+class Worker:
+    """One process' part of the pipeline: consecutive stages between two edges."""
+
+    def __init__(
+        self, duty: Duty, stages: Sequence[Stage], post: Callable[[Report], None]
+    ) -> None:
+        self.collected: dict[int, Tensor] = {}
+        self.doing: Command | None = None
+        self._duty = duty
+        self._stages = stages
+        self._reporter = Reporter(duty.rank, duty.device, post)
+        self._saved = {kind: _saved_bytes(stages) for kind in ("local", "global")}
+        self._training: bool | None = None
+        self._global_pass = GlobalPass(
+            stages, self._row, clips=duty.clips, is_first=duty.rank == 0
+        )
+
+    def run(self, links: Links) -> None:
+        """Obeys until told to stop."""
+        self._links = links
+        while True:
+            began, waited = time.perf_counter(), self._waits()
+            message = links.inbox.get()
+            self.doing = message.command
+            losses = self._obey(message)
+            match message.command:
+                case LocalStep():
+                    samples = len(message.tensors[1])
+                    self._report(
+                        "local", message.command, samples, losses, began, waited
+                    )
+                case GlobalStep(samples=samples):
+                    self._report(
+                        "global", message.command, samples, losses, began, waited
+                    )
+                case Stop():
+                    return
+
+    def _obey(self, message: Message) -> dict[int, Tensor]:
+        """Does one command; returns the losses by stage, none where nothing was learned."""
+        command, tensors = message
+        match command:
+            case LocalStep():
+                self._train(True)
+                return self._local_step(command, *tensors)
+            case GlobalStep():
+                self._train(True)
+                with self._counting("global"):
+                    return self._global_pass.run(command, self._links)
+            case Evaluate():
+                self._train(False)
+                self._evaluate(command, *tensors)
+            case Conclude():
+                self._conclude(command)
+            case Collect():
+                self._collect(command)
+            case Stop():
+                self._stop(command)
+            case _:
+                raise ProtocolError(
+                    f"expected a command that begins something, got {command}"
+                )
+        return {}
+
+    # -- training ---------------------------------------------------------------------
+
+    def _local_step(
+        self, command: LocalStep, x: Tensor, targets: Tensor
+    ) -> dict[int, Tensor]:
+        losses = {}
+        with self._counting("local"):
+            for stage in self._stages:
+                x = stage.forward(x, targets, command.step)
+                if stage is self._stages[-1]:
+                    # Before its own backward: the next worker need not wait for that.
+                    self._links.outbox.put(Message(command, (x, targets)))
+                losses[stage.index] = stage.learn(command.step)
+        return losses
+
+    # -- evaluation and weights -------------------------------------------------------
+
+    def _evaluate(self, command: Evaluate, x: Tensor, targets: Tensor) -> None:
+        for stage in self._stages:
+            x = stage.evaluate(x, targets)
+        self._links.outbox.put(Message(command, (x, targets)))
+
+    def _conclude(self, command: Conclude) -> None:
+        self._links.outbox.put(Message(command))
+        exits = {stage.index: stage.conclude() for stage in self._stages}
+        self._reporter.evaluated(command.step, command.epoch, exits)
+
+    def _collect(self, command: Collect) -> None:
+        """Hands up the weights of the stages here, then those from further down."""
+        self._links.outbox.put(Message(command))
+        for stage in self._stages:
+            for offset, piece in pieces(
+                flatten(stage.tensors()), self._duty.piece_bytes
+            ):
+                self._hand_up(State(stage.index, offset), piece)
+        below = self._duty.layouts[self._stages[-1].index + 1 :]
+        remaining = sum(layout.nbytes for layout in below)
+        while remaining and self._links.gradients_in is not None:
+            state, (piece,) = self._links.gradients_in.get()
+            if not isinstance(state, State):
+                raise ProtocolError(f"expected a piece of the weights, got {state}")
+            self._hand_up(state, piece.cpu())
+            remaining -= len(piece)
+
+    def _hand_up(self, state: State, piece: Tensor) -> None:
+        if self._duty.rank > 0:
+            self._links.gradients_out.put(Message(state, (piece,)))
+            return
+        size = self._duty.layouts[state.stage].nbytes
+        whole = self.collected.setdefault(
+            state.stage, torch.empty(size, dtype=torch.uint8)
+        )
+        whole[state.offset : state.offset + len(piece)] = piece
+
+    def _stop(self, command: Stop) -> None:
+        self._links.outbox.put(Message(command))
+        self._reporter.finished(
+            {stage.index: digests(stage.body.state_dict()) for stage in self._stages},
+            {kind: saved.peak for kind, saved in self._saved.items()},
+            sent_forward=self._links.outbox.sent_bytes,
+            sent_backward=self._links.gradients_out.sent_bytes,
+        )
+
+    # -- private ----------------------------------------------------------------------
+
+    def _row(self, microbatches: int) -> Row:
+        return self._duty.timetable(self._duty.size, microbatches)[self._duty.rank]
+
+    def _train(self, mode: bool) -> None:
+        """Switches the stages between training and evaluation, when that is a change."""
+        if mode != self._training:
+            self._training = mode
+            for stage in self._stages:
+                stage.train(mode)
+
+    def _waits(self) -> tuple[float, float]:
+        """Seconds waited so far for messages, and for free slots."""
+        links = self._links
+        gradients = links.gradients_in.waited if links.gradients_in is not None else 0.0
+        return (
+            links.inbox.waited + gradients,
+            links.outbox.waited + links.gradients_out.waited,
+        )
+
+    def _report(
+        self,
+        kind: str,
+        command: LocalStep | GlobalStep,
+        samples: int,
+        losses: dict[int, Tensor],
+        began: float,
+        waited: tuple[float, float],
+    ) -> None:
+        recv, send = self._waits()
+        self._reporter.stepped(
+            StepReport(
+                step=command.step,
+                epoch=command.epoch,
+                kind=kind,
+                samples=samples,
+                losses={},
+                seconds=time.perf_counter() - began,
+                waited_recv=recv - waited[0],
+                waited_send=send - waited[1],
+            ),
+            losses,
+        )
+
+    def _counting(self, kind: str) -> AbstractContextManager[object]:
+        """Counts the bytes saved for backward in the first step of each kind.
+
+        No later batch is larger, and the hooks that count are not free.
+        """
+        saved = self._saved[kind]
+        return nullcontext() if saved.peak else saved
+
+
+def _saved_bytes(stages: Sequence[Stage]) -> SavedBytes:
+    return SavedBytes(tensor for stage in stages for tensor in stage.tensors())
