@@ -22,7 +22,13 @@ from collections.abc import Iterable
 
 
 class PglpipeError(Exception):
-    """The root of everything that pglpipe raises on purpose."""
+    """The root of everything that pglpipe raises on purpose.
+
+    Attributes:
+        told: whether some worker has already shown the message to the user.
+    """
+
+    told = False
 
 
 class UserError(PglpipeError, ValueError):

@@ -38,9 +38,7 @@ class Session:
     ) -> None:
         self._world = world
         self._blueprint = blueprint
-        self._mailbox = Mailbox(
-            world.store, world.rank, world.size, blueprint.edge_timeout
-        )
+        self._mailbox = world.mailbox
         self._coordinator = (
             coordinator(self._mailbox, world.size) if self.leads else None
         )
@@ -130,7 +128,9 @@ class Session:
             text = self.declare_failed(self._accuse(error, pipeline))
             if isinstance(error, UserError):
                 raise
-            raise WorkerError(text) from error
+            failure = WorkerError(text)
+            failure.told = self._world.size > 1
+            raise failure from error
 
     def _lost(self, error: WorkerError) -> None:
         """Called by an edge's thread, the first to notice that a neighbour is gone."""

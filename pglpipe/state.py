@@ -1,7 +1,7 @@
 """The weights of the network as plain tensors: on their way up the pipeline, on disk, hashed.
 
 On disk they are one safetensors file, so that reading it cannot run anybody's code; the
-bodies under the model's own names, the heads under ``heads.<stage>.``, which the export leaves out.
+bodies under the model's own names, the heads under ``pglpipe.heads.<stage>.``, which the export leaves out.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ from torch import Tensor, nn
 from pglpipe.errors import DataError
 
 Tensors = dict[str, Tensor]
+
+_HEADS = "pglpipe.heads."
 
 
 @dataclass(frozen=True)
@@ -96,7 +98,7 @@ def combine(parts: Iterable[Sequence[str]]) -> str:
 
 def head_prefix(stage: int) -> str:
     """Where the head of a stage stands among the weights on disk."""
-    return f"heads.{stage}."
+    return f"{_HEADS}{stage}."
 
 
 def save(path: Path, body: Tensors, heads: Mapping[int, Tensors]) -> None:
@@ -113,6 +115,11 @@ def export(path: Path, body: Tensors) -> None:
         save(path, body, {})
     else:
         torch.save(body, path)
+
+
+def without_heads(tensors: Tensors) -> Tensors:
+    """The uncut network's tensors among those on disk."""
+    return {name: t for name, t in tensors.items() if not name.startswith(_HEADS)}
 
 
 def load(path: Path) -> Tensors:

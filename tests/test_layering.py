@@ -26,6 +26,7 @@ LEVELS = [
     ["session"],
     ["trainer"],
     ["config", "display"],
+    ["run_directory"],
     ["run"],
     ["cli"],
     ["train", "__main__"],

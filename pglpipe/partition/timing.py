@@ -88,19 +88,18 @@ class _Stopwatch:
         self, layer: Layer, cost: LayerCost, x: Tensor
     ) -> tuple[Tensor, LayerCost]:
         """The layer's detached output, and its cost with the median of its seconds."""
+        deadline = time.monotonic() + self.share
         module = copy.deepcopy(layer.build()).to(self.device).train()
-        output = module(x.clone()).detach()  # warms up, too
-        gradient = torch.randn_like(output)
-        _step(module, x, gradient)
+        output = _step(module, x)  # warms up, too
         times: list[float] = []
-        while not times or (len(times) < self.repeats and sum(times) < self.share):
-            times.append(self._seconds(module, x, gradient))
+        while not times or (len(times) < self.repeats and time.monotonic() < deadline):
+            times.append(self._seconds(module, x))
         return output, replace(cost, seconds=statistics.median(times))
 
-    def _seconds(self, module: nn.Module, x: Tensor, gradient: Tensor) -> float:
+    def _seconds(self, module: nn.Module, x: Tensor) -> float:
         self._synchronize()
         start = time.perf_counter()
-        _step(module, x, gradient)
+        _step(module, x)
         self._synchronize()
         return time.perf_counter() - start
 
@@ -109,9 +108,12 @@ class _Stopwatch:
             torch.cuda.synchronize(self.device)
 
 
-def _step(module: nn.Module, x: Tensor, gradient: Tensor) -> None:
-    output = module(x.clone())
+def _step(module: nn.Module, x: Tensor) -> Tensor:
+    output = module(x.clone())  # the module may work in place
     if output.requires_grad:
-        output.backward(gradient)
+        # Any gradient of this shape will do, and this one costs nothing.
+        output.backward(output.detach())
     module.zero_grad()
     x.grad = None
+    detached: Tensor = output.detach()
+    return detached

@@ -6,8 +6,11 @@ import os
 import socket
 from dataclasses import dataclass, field
 from datetime import timedelta
+from functools import cached_property
 
 from torch.distributed import HashStore, PrefixStore, Store, TCPStore
+
+from pglpipe.transport.mailbox import Mailbox
 
 
 @dataclass(frozen=True)
@@ -19,12 +22,19 @@ class World:
         size: how many workers there are.
         local_rank: this worker's number on its host.
         store: the key-value store through which they meet.
+        timeout: seconds to wait for each other.
     """
 
     rank: int = 0
     size: int = 1
     local_rank: int = 0
     store: Store = field(default_factory=HashStore)
+    timeout: float = 300.0
+
+    @cached_property
+    def mailbox(self) -> Mailbox:
+        """This worker's view of what all of them share."""
+        return Mailbox(self.store, self.rank, self.size, self.timeout)
 
 
 def join(timeout: float = 300.0) -> World:
@@ -34,7 +44,7 @@ def join(timeout: float = 300.0) -> World:
         timeout: seconds to wait for the store.
     """
     if "RANK" not in os.environ:
-        return World()
+        return World(timeout=timeout)
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     # torchrun keeps the store in its agent, where it outlives every worker; other launchers
     # leave it to worker 0.
@@ -49,7 +59,9 @@ def join(timeout: float = 300.0) -> World:
     # A restarted attempt must not meet the keys of the one before.
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-    return World(rank, size, local_rank, PrefixStore(f"pglpipe/{attempt}", store))
+    return World(
+        rank, size, local_rank, PrefixStore(f"pglpipe/{attempt}", store), timeout
+    )
 
 
 def here() -> str:

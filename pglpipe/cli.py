@@ -1,0 +1,135 @@
+"""The command line: parse, call, print.
+
+Every field of :class:`~pglpipe.config.RunConfig` is an option of the same name; only what
+was really given is passed on, so that it can beat the file and the file the defaults.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Optional
+
+import click
+import typer
+
+from pglpipe import display, run
+from pglpipe.config import RunConfig, resolve
+from pglpipe.errors import UserError, WorkerError
+
+app = typer.Typer(
+    help="Train a network as a pipeline of locally supervised stages with periodic global guidance.",
+    no_args_is_help=True,
+    add_completion=False,
+)
+
+Config = Annotated[
+    Optional[Path], typer.Option("--config", help="TOML file of options")
+]
+RunDir = Annotated[Path, typer.Option("--run-dir", help="folder of a finished run")]
+
+
+def _with_run_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Adds an option for every field of the configuration; unset ones arrive as None."""
+    signature = inspect.signature(command, eval_str=True)
+    own = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
+    options = [_parameter(field) for field in dataclasses.fields(RunConfig)]
+    command.__signature__ = signature.replace(parameters=own + options)  # type: ignore[attr-defined]
+    command.__annotations__ = {p.name: p.annotation for p in own + options}
+    return command
+
+
+def _parameter(field: dataclasses.Field[Any]) -> inspect.Parameter:
+    choices = field.metadata["choices"]
+    help = field.metadata["help"] + (f": {', '.join(choices)}" if choices else "")
+    default = field.default if field.default not in ("", False) else False
+    option = typer.Option(
+        help=help, show_default=str(default) if default is not False else False
+    )
+    return inspect.Parameter(
+        field.name,
+        inspect.Parameter.KEYWORD_ONLY,
+        default=None,
+        annotation=Annotated[Optional[type(field.default)], option],
+    )
+
+
+def _given(options: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in options.items() if value is not None}
+
+
+@app.command()
+@_with_run_options
+def train(config: Config = None, **options: Any) -> None:
+    """Trains; under torchrun with one worker per process."""
+    run.train(resolve(config, _given(options)))
+
+
+@app.command()
+@_with_run_options
+def plan(
+    config: Config = None,
+    workers: Annotated[int, typer.Option(help="number of workers")] = 1,
+    **options: Any,
+) -> None:
+    """Shows where the network is cut and what each stage holds; trains nothing."""
+    display.show_plan(run.plan(resolve(config, _given(options)), workers))
+
+
+@app.command()
+def evaluate(run_dir: RunDir) -> None:
+    """Evaluates every exit of a finished run on its test images."""
+    display.show_exits(*run.evaluate(run_dir))
+
+
+@app.command()
+def export(
+    run_dir: RunDir,
+    output: Annotated[
+        Path, typer.Option(help="file to write, .pt or .safetensors")
+    ] = Path("model.pt"),
+) -> None:
+    """Writes the uncut network of a finished run as an ordinary state_dict."""
+    run.export(run_dir, output)
+    print(f"written to {output}")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Runs one command; a mistake is one line and status 2, a lost worker status 1."""
+    try:
+        app(arguments, standalone_mode=False)
+    except click.exceptions.NoArgsIsHelpError:
+        sys.exit(2)
+    except click.ClickException as error:
+        _complain(" ".join(error.format_message().split()), told=not _leads())
+        sys.exit(2)
+    except UserError as error:
+        _complain(str(error), told=error.told)
+        _leave(2)
+    except WorkerError as error:
+        _complain(str(error), told=error.told)
+        _leave(1)
+
+
+def train_main() -> None:
+    """``python -m pglpipe.train``: the command ``train``."""
+    main(["train", *sys.argv[1:]])
+
+
+def _complain(text: str, *, told: bool) -> None:
+    if not told:
+        print(f"pglpipe: error: {text}", file=sys.stderr, flush=True)
+
+
+def _leads() -> bool:
+    return os.environ.get("RANK", "0") == "0"
+
+
+def _leave(status: int) -> None:
+    sys.stdout.flush()
+    # Not sys.exit: threads that wait for a lost neighbour would hold the process.
+    os._exit(status)

@@ -1,0 +1,257 @@
+"""The composition root: from a configuration to a finished run.
+
+The only file that knows every part. All workers run it alike; worker 0 alone loads the
+data, writes the run directory and shows anything.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from pglpipe import data, display, models, state
+from pglpipe.config import RunConfig, resolve
+from pglpipe.coordinator import Loader, Observer
+from pglpipe.data import Batches
+from pglpipe.errors import UserError
+from pglpipe.learning_rate import LearningRate, constant, cosine
+from pglpipe.losses import build_loss
+from pglpipe.metrics import EvaluationRecord, StepRecord, Summary
+from pglpipe.pipeline import Plan
+from pglpipe.run_directory import RunDirectory, default_path
+from pglpipe.trainer import Trainer
+from pglpipe.transport import World, join
+
+_LINGER_SECONDS = 2.0
+
+
+def train(config: RunConfig) -> Summary:
+    """Trains as configured, with as many workers as were started.
+
+    Returns:
+        How it went, the same on every worker.
+
+    Raises:
+        UserError: something in the configuration cannot be done.
+        WorkerError: a worker failed; the message names it.
+    """
+    world = join(config.edge_timeout)
+    with _failing_together(world):
+        return _train(config, world)
+
+
+def plan(config: RunConfig, num_workers: int) -> Plan:
+    """Where the network is cut, and what each stage will hold and cost. Trains nothing."""
+    _set_threads(config)
+    world = World(size=num_workers)
+    material = _load(config, world)
+    return _trainer(config, material, world).prepare(material.train)
+
+
+def evaluate(run_dir: Path) -> tuple[Plan, Summary]:
+    """The exits of a finished run on its test images."""
+    config = _finished(run_dir)
+    _set_threads(config)
+    world = World()
+    material = _load(config, world)
+    weights = run_dir / RunDirectory.WEIGHTS
+    trainer = _trainer(config, material, world, weights=weights)
+    summary = trainer.evaluate(material.test)
+    trainer.close()
+    return trainer.prepare(material.test), summary
+
+
+def export(run_dir: Path, output: Path) -> None:
+    """Writes the uncut network of a finished run as an ordinary ``state_dict``."""
+    _finished(run_dir)
+    weights = state.load(run_dir / RunDirectory.WEIGHTS)
+    state.export(output, state.without_heads(weights))
+
+
+def _train(config: RunConfig, world: World) -> Summary:
+    _set_threads(config)
+    leads = world.rank == 0
+    # Before the data is read: a folder that cannot be written should not cost minutes.
+    folder = RunDirectory(Path(config.run_dir or default_path())) if leads else None
+    material = _load(config, world)
+    observers = Observers()
+    trainer = _trainer(config, material, world, observer=observers)
+    plan = trainer.prepare(material.train)
+    config = dataclasses.replace(config, balance=",".join(map(str, plan.balance)))
+    total_steps = config.steps or config.epochs * material.steps_per_epoch
+    screen = display.screen(plan, total_steps, quiet=config.quiet or not leads)
+    observers.members.append(screen)
+    if folder:
+        folder.write_config(config)
+        observers.members.append(folder)
+    with screen:
+        summary = trainer.fit(
+            material.train,
+            epochs=config.epochs or None,
+            steps=config.steps or None,
+            evaluate=material.test,
+        )
+    body, heads = trainer.weights()
+    trainer.close()
+    if folder:
+        state.save(folder.weights, body, heads)
+        folder.finish(config, summary)
+        display.show_exits(plan, summary, folder.path)
+    return summary
+
+
+@dataclass(frozen=True)
+class Material:
+    """The data as every worker knows it; only worker 0 holds any."""
+
+    train: Loader
+    test: Loader
+    image_shape: tuple[int, int, int]
+    num_classes: int
+    steps_per_epoch: int
+
+
+def _load(config: RunConfig, world: World) -> Material:
+    """Loads the data on worker 0 and tells the others what they need to know of it."""
+    if world.rank > 0:
+        shape, num_classes, steps = world.mailbox.share()
+        return Material((), (), tuple(shape), num_classes, steps)
+    found = data.load(
+        config.dataset,
+        root=config.data_root or None,
+        download=config.download,
+        seed=config.seed,
+        train_limit=config.train_limit,
+        test_limit=config.test_limit,
+        image_size=config.image_size,
+    )
+    train, test = (
+        Batches(
+            images,
+            found.recipe,
+            config.batch_size,
+            seed=config.seed,
+            train=images is found.train,
+            augment=config.augment,
+        )
+        for images in (found.train, found.test)
+    )
+    facts = (found.train.image_shape, len(found.train.classes), len(train))
+    world.mailbox.share(facts)
+    return Material(train, test, *facts)
+
+
+def _trainer(
+    config: RunConfig,
+    material: Material,
+    world: World,
+    *,
+    observer: Observer | None = None,
+    weights: Path | None = None,
+) -> Trainer:
+    layers = models.build(
+        config.model,
+        image_shape=material.image_shape,
+        num_classes=material.num_classes,
+        width=config.width,
+    )
+    return Trainer(
+        layers,
+        num_stages=config.stages,
+        loss=nn.CrossEntropyLoss(),
+        optimizer=lambda parameters: torch.optim.SGD(
+            parameters,
+            lr=config.lr,
+            momentum=config.momentum,
+            nesterov=config.nesterov,
+            weight_decay=config.weight_decay,
+        ),
+        head=config.head,
+        local_loss=build_loss(config.local_loss),
+        guidance=config.guidance(),
+        learning_rate=_learning_rate(config, material.steps_per_epoch),
+        balance=config.balance,
+        microbatches=config.microbatches,
+        timetable=config.timetable,
+        clip_norm=config.clip_norm or math.inf,
+        queue_depth=config.queue_depth,
+        seed=config.seed,
+        device=config.device,
+        edge_timeout=config.edge_timeout,
+        observer=observer,
+        weights=weights,
+        model=config.model,
+        world=world,
+    )
+
+
+def _learning_rate(config: RunConfig, steps_per_epoch: int) -> LearningRate:
+    if config.lr_schedule == "constant":
+        return constant
+    return cosine(warmup_steps=round(config.warmup_epochs * steps_per_epoch))
+
+
+def _set_threads(config: RunConfig) -> None:
+    if config.threads:
+        torch.set_num_threads(config.threads)
+
+
+def _finished(run_dir: Path) -> RunConfig:
+    """The configuration of a run that has come to its end."""
+    if not (run_dir / "summary.json").exists():
+        raise UserError(
+            f"expected a finished run in {run_dir}, found no summary.json there; pass the --run-dir "
+            "of a run that has ended"
+        )
+    return resolve(run_dir / "config.toml", {})
+
+
+class Observers:
+    """Several observers as one."""
+
+    def __init__(self) -> None:
+        self.members: list[Observer] = []
+
+    def on_step(self, record: StepRecord) -> None:
+        """Tells all of them."""
+        for member in self.members:
+            member.on_step(record)
+
+    def on_evaluation(self, record: EvaluationRecord) -> None:
+        """Tells all of them."""
+        for member in self.members:
+            member.on_evaluation(record)
+
+
+@contextmanager
+def _failing_together(world: World) -> Iterator[None]:
+    """Lets one worker's mistake end all of them, told once."""
+    if world.size > 1:
+        signal.signal(signal.SIGTERM, lambda *_: _linger(world))
+    try:
+        yield
+    except UserError as error:
+        error.told = not world.mailbox.fail(str(error))
+        raise
+
+
+def _linger(world: World) -> None:
+    """Gives the edges a moment to name the culprit before the launcher's SIGTERM is obeyed.
+
+    A launcher that sees one worker die ends the others at once, perhaps before a neighbour
+    has noticed who it was.
+    """
+    deadline = time.monotonic() + _LINGER_SECONDS
+    while not world.mailbox.failure() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    os._exit(128 + signal.SIGTERM)
