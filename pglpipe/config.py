@@ -77,7 +77,9 @@ class RunConfig:
         0, "local steps (or epochs) before the first window", at_least=0
     )
     guidance_unit: str = _option("step", "what guidance counts", UNITS)
-    microbatches: int = _option(4, "parts of a global step's batch", at_least=1)
+    microbatches: int = _option(
+        1, "parts of a global step's batch, to keep several workers busy", at_least=1
+    )
     timetable: str = _option("1f1b", "order of the microbatches", sorted(TIMETABLES))
     # learning
     epochs: int = _option(
@@ -86,6 +88,11 @@ class RunConfig:
         at_least=0,
     )
     steps: int = _option(0, "optimizer steps in all, instead of --epochs", at_least=0)
+    evaluate_every: int = _option(
+        1,
+        "epochs from one evaluation to the next; the last epoch is always evaluated",
+        at_least=1,
+    )
     batch_size: int = _option(128, "images per step", at_least=1)
     lr: float = _option(0.1, "learning rate", at_least=0.0)
     momentum: float = _option(0.9, "SGD momentum", at_least=0.0)

@@ -60,10 +60,12 @@ class Span:
     Attributes:
         epochs: passes over the data, the last one perhaps cut short.
         total_steps: steps in all.
+        evaluate_every: epochs from one evaluation to the next; the last is always evaluated.
     """
 
     epochs: int
     total_steps: int
+    evaluate_every: int = 1
 
 
 class Source:
@@ -125,7 +127,7 @@ class Coordinator:
     # -- what the pipeline is to do ---------------------------------------------------
 
     def fit(self, loader: Loader, span: Span, test: Loader | None) -> Source:
-        """Trains for the span and evaluates after every epoch."""
+        """Trains for the span and evaluates as often as it says."""
         return Source(self._fit(loader, span, test), self._device)
 
     def evaluate(self, test: Loader) -> Source:
@@ -141,14 +143,15 @@ class Coordinator:
     ) -> Iterator[Message]:
         self._began = time.perf_counter()
         for epoch in range(span.epochs):
-            # A loader without a length has as many epochs as it takes.
-            if self._steps == span.total_steps:
-                break
             for batch in _epoch(loader, epoch, span.total_steps - self._steps):
                 yield from self._step(epoch, *batch)
                 self._listen()
-            if test is not None:
+            # Counted in steps, for a loader without a length has as many epochs as it takes.
+            is_last = self._steps >= span.total_steps or epoch == span.epochs - 1
+            if test is not None and (is_last or (epoch + 1) % span.evaluate_every == 0):
                 yield from self._evaluate(test, epoch)
+            if is_last:
+                break
         yield Message(Stop())
 
     def _step(self, epoch: int, x: Tensor, targets: Tensor) -> Iterator[Message]:

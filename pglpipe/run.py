@@ -100,6 +100,7 @@ def _train(config: RunConfig, world: World) -> Summary:
             epochs=config.epochs or None,
             steps=config.steps or None,
             evaluate=material.test,
+            evaluate_every=config.evaluate_every,
         )
     body, heads = trainer.weights()
     trainer.close()

@@ -151,8 +151,9 @@ class Trainer:
         epochs: int | None = None,
         steps: int | None = None,
         evaluate: Loader | None = None,
+        evaluate_every: int = 1,
     ) -> Summary:
-        """Trains, and evaluates every exit after each epoch.
+        """Trains, and evaluates every exit between epochs.
 
         Args:
             train: batches ``(x [B, ...], targets [B, ...])``, again for every epoch; read on
@@ -160,6 +161,7 @@ class Trainer:
             epochs: passes over ``train``; this or ``steps``.
             steps: optimizer steps in all.
             evaluate: test batches of the same form.
+            evaluate_every: epochs from one evaluation to the next; the last is always evaluated.
 
         Returns:
             How it went, the same on every worker.
@@ -173,9 +175,10 @@ class Trainer:
             )
         self._fitted = True
         self.prepare(train)
-        span = Span(*self._session.agree(lambda: _span(train, epochs, steps)))
+        length, total_steps = self._session.agree(lambda: _span(train, epochs, steps))
+        span = Span(length, total_steps, evaluate_every)
         self._session.build(
-            dataclasses.replace(self._learning, total_steps=span.total_steps)
+            dataclasses.replace(self._learning, total_steps=total_steps)
         )
         return self._session.drive(
             lambda coordinator: coordinator.fit(train, span, evaluate)
