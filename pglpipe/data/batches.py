@@ -1,0 +1,115 @@
+"""Batches of a data set, in the idiom of PyTorch's loaders.
+
+::
+
+    for epoch in range(epochs):
+        batches.set_epoch(epoch)
+        for images, labels in batches: ...      # float32 [B, C, H, W], int64 [B]
+
+The order is a function of (seed, epoch), a sample's crop and flip of (seed, epoch,
+sample). Nothing is kept between batches, so a run that resumes meets the same ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from pglpipe.data import augment as augmentation
+from pglpipe.data.image_set import ImageSet, Recipe, permutation
+from pglpipe.errors import DataError
+from pglpipe.seeding import derive
+
+
+class Batches:
+    """Normalized batches of an image set; the last one may be smaller.
+
+    Args:
+        images: the set.
+        recipe: how it is normalized and augmented.
+        batch_size: samples per batch.
+        seed: the run's seed.
+        train: shuffled and augmented, or in order and as they are.
+        augment: False turns the crops and flips of training off.
+
+    Raises:
+        DataError: the batch size is not positive, or the recipe does not fit the images.
+    """
+
+    def __init__(
+        self,
+        images: ImageSet,
+        recipe: Recipe,
+        batch_size: int,
+        *,
+        seed: int,
+        train: bool,
+        augment: bool = True,
+    ) -> None:
+        _check(images, recipe, batch_size)
+        self._set = images
+        self._recipe = recipe
+        self._batch_size = batch_size
+        self._seed = seed
+        self._train = train
+        self._augment = train and augment
+        self._epoch = 0
+        self._pixels = images.images.contiguous().numpy()
+        mean, std = torch.tensor(recipe.mean), torch.tensor(recipe.std)
+        self._scale, self._shift = 1 / (255 * std), -mean / std
+
+    def set_epoch(self, epoch: int) -> None:
+        """Chooses the epoch whose order and augmentation the next loop sees."""
+        self._epoch = epoch
+
+    def __len__(self) -> int:
+        return -(-len(self._set) // self._batch_size)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yields float32 ``[B, C, H, W]`` in channels_last memory, and int64 ``[B]``."""
+        # One epoch for the whole loop, even if the next is set before it ends.
+        epoch = self._epoch
+        for samples in torch.split(self._order(epoch), self._batch_size):
+            yield self._images(samples, epoch), self._set.labels[samples]
+
+    def _order(self, epoch: int) -> Tensor:
+        if not self._train:
+            return torch.arange(len(self._set))
+        return permutation(len(self._set), derive(self._seed, "order", epoch))
+
+    def _images(self, samples: Tensor, epoch: int) -> Tensor:
+        seen = (
+            self._views(samples, epoch) if self._augment else self._set.images[samples]
+        )
+        normalized = torch.addcmul(self._shift, seen.float(), self._scale)
+        # Contiguous as [B, H, W, C], so this view of it is channels_last.
+        return normalized.permute(0, 3, 1, 2)
+
+    def _views(self, samples: Tensor, epoch: int) -> Tensor:
+        recipe, chosen = self._recipe, samples.numpy()
+        views = augmentation.draw(
+            chosen,
+            seed=self._seed,
+            epoch=epoch,
+            padding=recipe.padding,
+            flip=recipe.flip,
+        )
+        return torch.from_numpy(augmentation.crop_and_flip(self._pixels, chosen, views))
+
+
+def _check(images: ImageSet, recipe: Recipe, batch_size: int) -> None:
+    channels, height, width = images.image_shape
+    if batch_size < 1:
+        raise DataError(f"expected a batch size of at least 1, got {batch_size}")
+    if {len(recipe.mean), len(recipe.std)} != {channels}:
+        raise DataError(
+            f"expected a mean and a std for each of {channels} channels, "
+            f"got {len(recipe.mean)} and {len(recipe.std)}"
+        )
+    if not 0 <= recipe.padding < min(height, width):
+        raise DataError(
+            f"expected a padding from 0 to {min(height, width) - 1} for images of "
+            f"{height}x{width} pixels, got {recipe.padding}"
+        )
