@@ -30,14 +30,14 @@ RESULTS = Path(__file__).parent / "results"
 EPOCHS = 20
 COMMON = {
     "dataset": "imagefolder",
-    "train-limit": 10_000,
+    "train-limit": 6_000,
     "model": "resnet20",
     "width": 8,
     "stages": 8,
     "balance": "flops",
     "epochs": EPOCHS,
     "evaluate-every": EPOCHS,
-    "batch-size": 128,
+    "batch-size": 64,
     "lr": 0.1,
     "warmup-epochs": 1,
     "threads": 1,

@@ -14,12 +14,15 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Optional
 
-import click
 import typer
 
 from pglpipe import display, run
 from pglpipe.config import RunConfig, resolve
 from pglpipe.errors import UserError, WorkerError
+
+# Some versions of typer build on click, others on a copy of their own; in both of them the
+# errors that a command line can have are siblings of this one.
+UsageError: Any = typer.BadParameter.__mro__[1]
 
 app = typer.Typer(
     help="Train a network as a pipeline of locally supervised stages with periodic global guidance.",
@@ -102,11 +105,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Runs one command; a mistake is one line and status 2, a lost worker status 1."""
     try:
         app(arguments, standalone_mode=False)
-    except click.exceptions.NoArgsIsHelpError:
-        sys.exit(2)
-    except click.ClickException as error:
+    except UsageError as error:
         _complain(" ".join(error.format_message().split()), told=not _leads())
-        sys.exit(2)
+        _leave(2)
     except UserError as error:
         _complain(str(error), told=error.told)
         _leave(2)

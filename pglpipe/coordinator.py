@@ -32,7 +32,7 @@ from pglpipe.commands import (
     Stop,
     TrainReport,
 )
-from pglpipe.errors import EdgeTimeout, WorkerError
+from pglpipe.errors import EdgeTimeout
 from pglpipe.guidance import Guidance
 from pglpipe.metrics import EvaluationRecord, Merger, StepRecord, Summary, summarize
 from pglpipe.transport import Mailbox
@@ -190,8 +190,7 @@ class Coordinator:
             self._listen()
             if len(self._finals) == self._num_workers:
                 return self._summary()
-            if failure := self._mailbox.failure():
-                raise WorkerError(failure)
+            self._mailbox.check()
             if time.monotonic() > deadline:
                 missing = sorted(set(range(self._num_workers)) - set(self._finals))
                 raise EdgeTimeout(

@@ -10,8 +10,9 @@ stl10          stl10_binary/                  5,000 + 8,000    pad 4, flip
 fashion-mnist  FashionMNIST/raw/              60,000 + 10,000  pad 2, flip
 ============== ============================== ================ =======
 
-Augmentation of CIFAR, SVHN and STL-10 as in Wang et al., "Revisiting locally supervised
-learning" (InfoPro), ICLR 2021, appendix.
+Augmentation of CIFAR-10, SVHN and STL-10 as in the code published with Wang et al.,
+"Revisiting locally supervised learning as an alternative to end-to-end training"
+(InfoPro), ICLR 2021.
 """
 
 from __future__ import annotations
@@ -150,7 +151,8 @@ def _open(
             if download
             else "pass --download or put its files under --data-root"
         )
-        reason = " ".join(str(error).split())
+        # torchvision's own remedy is for callers of its classes.
+        reason = " ".join(str(error).split()).split(". You can use download=True")[0]
         raise DataError(f"expected {name} under {root}: {reason}; {remedy}") from error
 
 

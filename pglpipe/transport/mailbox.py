@@ -67,8 +67,7 @@ class Mailbox:
         deadline = time.monotonic() + self._timeout
         # Polled, because a blocking get would keep other threads from reporting a failure.
         while not self._store.check([key]):
-            if failure := self.failure():
-                raise WorkerError(failure)
+            self.check()
             if time.monotonic() > deadline:
                 raise EdgeTimeout(
                     f"rank {self._rank} waited {self._timeout:g} s for {key}"
@@ -78,10 +77,18 @@ class Mailbox:
 
     def fail(self, text: str) -> bool:
         """Declares the run failed; true for the first to say so, whose text will stand."""
-        return self._store.compare_set("failure", "", text).decode() == text
+        mine = f"{self._rank}:{text}"
+        return bool(self._store.compare_set("failure", "", mine).decode() == mine)
 
     def failure(self) -> str | None:
         """What the first failing worker said, if any has."""
         if not self._store.check(["failure"]):
             return None
-        return self._store.get("failure").decode()
+        return self._store.get("failure").decode().partition(":")[2]
+
+    def check(self) -> None:
+        """Raises WorkerError, already told to the user, if a worker has declared failure."""
+        if failure := self.failure():
+            error = WorkerError(failure)
+            error.told = True
+            raise error
