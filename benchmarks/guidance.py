@@ -12,12 +12,7 @@ depend on how busy the machine is, so several may run at once; no speed is repor
 from __future__ import annotations
 
 import json
-import os
-import platform
-import shutil
 import statistics
-import subprocess
-import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -25,6 +20,8 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+
+from benchmarks.runs import Summary, machine, train
 
 RESULTS = Path(__file__).parent / "results"
 EPOCHS = 20
@@ -92,23 +89,15 @@ ROWS = (
 )
 
 
-def run(row: Row, seed: int, data_root: Path, folder: Path) -> dict[str, Any]:
+def run(row: Row, seed: int, data_root: Path, folder: Path) -> Summary:
     """The summary of one run, trained now if it is not on disk yet."""
     name = f"{row.head}-{row.unit}-{row.duration}of{row.period}-seed{seed}"
-    run_dir = folder / name
-    summary = run_dir / "summary.json"
-    if not summary.exists():
-        shutil.rmtree(run_dir, ignore_errors=True)
-        options = {**row.options(seed), "data-root": data_root, "run-dir": run_dir}
-        words = [f"--{key}={value}" for key, value in options.items()]
-        print(f"{time.strftime('%H:%M:%S')} {name}", flush=True)
-        command = [sys.executable, "-m", "pglpipe.train", "--quiet", *words]
-        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-    found: dict[str, Any] = json.loads(summary.read_text())
-    return found
+    print(f"{time.strftime('%H:%M:%S')} {name}", flush=True)
+    options = {**row.options(seed), "data-root": data_root}
+    return train(folder / name, options, workers=1)
 
 
-def result(row: Row, summaries: list[dict[str, Any]]) -> dict[str, Any]:
+def result(row: Row, summaries: list[Summary]) -> dict[str, Any]:
     """One line of the table from the runs of its seeds."""
     accuracies = [summary["test_accuracy"] for summary in summaries]
     return {
@@ -151,7 +140,7 @@ def main(
     RESULTS.mkdir(exist_ok=True)
     # Seed by seed, so that an interrupted table has every row before it has the spread.
     tasks = [(row, seed) for seed in THREE for row in ROWS if seed in row.seeds]
-    done: dict[Row, list[dict[str, Any]]] = {}
+    done: dict[Row, list[Summary]] = {}
     with ThreadPoolExecutor(jobs) as pool:
         futures = [
             (task[0], pool.submit(run, *task, data_root, folder)) for task in tasks
@@ -167,8 +156,7 @@ def write(results: list[dict[str, Any]]) -> None:
         "command": "python -m benchmarks.guidance --data-root DIR",
         "data": "CIFAR-10 (JPEG q75) as an image folder",
         "options": COMMON,
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores, one thread per run",
-        "date": time.strftime("%Y-%m-%d"),
+        "machine": machine(),
     }
     text = json.dumps({**about, "rows": results}, indent=1)
     (RESULTS / "guidance.json").write_text(text + "\n")
@@ -176,7 +164,7 @@ def write(results: list[dict[str, Any]]) -> None:
         f"Data: {about['data']}, first {COMMON['train-limit']:,} training images, all 10,000 test images. "
         f"{COMMON['model']} at width {COMMON['width']}, K = {COMMON['stages']}, {EPOCHS} epochs, "
         f"batch {COMMON['batch-size']}, cosine from lr {COMMON['lr']}. Accuracy of the last exit after the "
-        f"last epoch, ± standard deviation over seeds.\n\n`{about['command']}`, {about['machine']}, {about['date']}."
+        f"last epoch, ± standard deviation over seeds.\n\n`{about['command']}`; {about['machine']}."
     )
     (RESULTS / "guidance.md").write_text(markdown(results, head))
 

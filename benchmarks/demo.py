@@ -1,0 +1,109 @@
+"""``make demo``: one small network, trained three times by four workers.
+
+Local only, with periodic guidance, and end to end: the same data, network, number of steps
+and seed. It ends with a table of what guidance buys and costs here; what it does not
+buy stands there too.
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.runs import Summary, machine, train
+
+FOLDER = Path("runs/demo")
+WORKERS = 4
+COMMON = {
+    "dataset": "synthetic",
+    "train-limit": 8000,
+    "model": "resnet14",
+    "width": 8,
+    "stages": 4,
+    "balance": "flops",
+    "head": "0c1f",
+    "microbatches": 4,
+    "epochs": 8,
+    "batch-size": 64,
+    "lr": 0.1,
+    "warmup-epochs": 1,
+    "device": "cpu",
+}
+WAYS = {
+    "local only": (1, 0),
+    "PGL, 1 global step in 10": (10, 1),
+    "end to end": (1, 1),
+}
+
+
+def main() -> None:
+    """Trains the three ways and prints the table."""
+    console = Console()
+    shutil.rmtree(FOLDER, ignore_errors=True)
+    summaries = {}
+    for name, (period, duration) in WAYS.items():
+        console.rule(f"[bold]{name}[/bold]: {WORKERS} workers, one stage each")
+        guidance = {"guidance-period": period, "guidance-duration": duration}
+        run_dir = FOLDER / name.split(",")[0].replace(" ", "-")
+        summaries[name] = train(
+            run_dir, {**COMMON, **guidance}, workers=WORKERS, show=True
+        )
+    console.rule("[bold]what guidance buys and costs here[/bold]")
+    console.print(table(summaries))
+    console.print(verdict(summaries), machine(), sep="\n")
+
+
+def table(summaries: dict[str, Summary]) -> Table:
+    """One row per way of training."""
+    shown = Table(box=SIMPLE_HEAD)
+    for column in (
+        "",
+        "test accuracy",
+        "global steps",
+        "samples/s",
+        "waiting",
+        "kept for backward",
+    ):
+        shown.add_column(column, justify="right" if column else "left")
+    for name, summary in summaries.items():
+        shown.add_row(
+            name,
+            f"{100 * summary['test_accuracy']:.1f} %",
+            f"{100 * summary['global_steps'] / summary['steps']:.0f} %",
+            f"{summary['samples_per_second']:.0f}",
+            f"{100 * waiting(summary):.0f} %",
+            f"{kept(summary) / 2**20:.1f} MiB",
+        )
+    return shown
+
+
+def waiting(summary: Summary) -> float:
+    """The share of the workers' time that went by waiting, on average."""
+    busy = [float(worker["busy_fraction"]) for worker in summary["workers"]]
+    return 1 - sum(busy) / len(busy)
+
+
+def kept(summary: Summary) -> int:
+    """The most bytes that any worker kept for backward, in either kind of step."""
+    return max(
+        max(worker["peak_activation_bytes"].values()) for worker in summary["workers"]
+    )
+
+
+def verdict(summaries: dict[str, Summary]) -> str:
+    """In words, what the table says."""
+    local, guided, whole = (100 * s["test_accuracy"] for s in summaries.values())
+    speed = [s["samples_per_second"] for s in summaries.values()]
+    return (
+        f"End to end is {whole - local:+.1f} points from local only, guidance {guided - local:+.1f}. "
+        f"Local only runs at {speed[0] / speed[2]:.2f}x the speed of end to end on the same "
+        f"workers, guidance at {speed[1] / speed[2]:.2f}x."
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,75 @@
+"""Training runs for the tables: each is one ordinary command, in processes of its own."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+Summary = dict[str, Any]
+
+# What launch/env.sh sets, and why it does.
+ENVIRONMENT = {
+    "OMP_NUM_THREADS": "1",
+    "MALLOC_MMAP_THRESHOLD_": "1073741824",
+    "MALLOC_TRIM_THRESHOLD_": "1073741824",
+}
+
+
+def train(
+    run_dir: Path, options: Mapping[str, Any], *, workers: int, show: bool = False
+) -> Summary:
+    """Runs ``pglpipe.train`` under torchrun, or alone, and reads its summary.
+
+    A run whose folder is complete is not run again.
+
+    Args:
+        run_dir: its folder; what an interrupted run left there is removed.
+        options: of the command line, without the dashes.
+        workers: processes.
+        show: whether its output is seen.
+    """
+    summary = run_dir / "summary.json"
+    if not summary.exists():
+        shutil.rmtree(run_dir, ignore_errors=True)
+        words = [
+            f"--{key}={value}" for key, value in {**options, "run-dir": run_dir}.items()
+        ]
+        subprocess.run(
+            [*launcher(workers), "-m", "pglpipe.train", *words],
+            check=True,
+            stdout=None if show else subprocess.DEVNULL,
+            env={**os.environ, **ENVIRONMENT},
+        )
+    found: Summary = json.loads(summary.read_text())
+    return found
+
+
+def word(key: str, value: object) -> str:
+    """One option of the command line; True is a flag."""
+    return f"--{key}" if value is True else f"--{key}={value}"
+
+
+def launcher(workers: int) -> list[str]:
+    """The beginning of the command: torchrun for several workers, python for one."""
+    if workers == 1:
+        return [sys.executable]
+    torchrun = [sys.executable, "-m", "torch.distributed.run"]
+    return [*torchrun, f"--nproc_per_node={workers}"]
+
+
+def machine() -> str:
+    """Where and when figures were taken, in one line."""
+    return (
+        f"{os.cpu_count()} cores {platform.machine()}, one thread per worker, "
+        f"PyTorch {torch.__version__}, Python {platform.python_version()}, {time.strftime('%Y-%m-%d')}"
+    )
