@@ -89,9 +89,8 @@ def waiting(summary: Summary) -> float:
 
 def kept(summary: Summary) -> int:
     """The most bytes that any worker kept for backward, in either kind of step."""
-    return max(
-        max(worker["peak_activation_bytes"].values()) for worker in summary["workers"]
-    )
+    peaks = [worker["peak_activation_bytes"].values() for worker in summary["workers"]]
+    return max(int(peak) for worker in peaks for peak in worker)
 
 
 def verdict(summaries: dict[str, Summary]) -> str:

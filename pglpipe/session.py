@@ -7,6 +7,7 @@ before anything is built on it, and whatever goes wrong becomes one line that al
 
 from __future__ import annotations
 
+import atexit
 import dataclasses
 import sys
 import warnings
@@ -74,6 +75,8 @@ class Session:
             assert (
                 self._plan is not None and self._sample is not None
             ), "plan comes first"
+            # A script that just ends must not look like a worker that was lost.
+            atexit.register(self.close)
             self.pipeline = Pipeline(
                 self._blueprint,
                 self._plan,
@@ -102,7 +105,7 @@ class Session:
         """Ends the edges in peace; the workers may then exit in any order."""
         if self.pipeline is not None:
             self.pipeline.edges.close()
-            self.pipeline = None
+            self._forget_pipeline()
 
     def declare_failed(self, text: str) -> str:
         """Tells everybody; the first to do so also tells the user. Returns what stands."""
@@ -126,11 +129,17 @@ class Session:
             yield
         except Exception as error:
             text = self.declare_failed(self._accuse(error, pipeline))
+            # There is no peace to be made with neighbours that are gone.
+            self._forget_pipeline()
             if isinstance(error, UserError):
                 raise
             failure = WorkerError(text)
             failure.told = self._world.size > 1
             raise failure from error
+
+    def _forget_pipeline(self) -> None:
+        self.pipeline = None
+        atexit.unregister(self.close)
 
     def _lost(self, error: WorkerError) -> None:
         """Called by an edge's thread, the first to notice that a neighbour is gone."""

@@ -215,6 +215,8 @@ class Receiver:
             self._receive(self._channel.headers, header, _HEADER)
             envelope = packing.decode(header.tolist(), sequence, self._capacity)
             if envelope.command is None:
+                # Nobody waits for a message after the last one, unless the neighbour gave up.
+                self._ready.put(PeerLost(f"{self._channel.name} has left the run"))
                 return
             self._ready.put(_Arrival(envelope, self._fill_slot(envelope.nbytes)))
             sequence += 1
