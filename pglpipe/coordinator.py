@@ -128,15 +128,15 @@ class Coordinator:
 
     def fit(self, loader: Loader, span: Span, test: Loader | None) -> Source:
         """Trains for the span and evaluates as often as it says."""
-        return Source(self._fit(loader, span, test), self._device)
+        return self._source(self._fit(loader, span, test))
 
     def evaluate(self, test: Loader) -> Source:
         """Evaluates once."""
-        return self._once(self._evaluate(test, epoch=0))
+        return self._source(self._evaluate(test, epoch=0))
 
     def collect(self) -> Source:
         """Has every worker hand up its weights."""
-        return self._once(iter([Message(Collect())]))
+        return self._source(iter([Message(Collect())]))
 
     def _fit(
         self, loader: Loader, span: Span, test: Loader | None
@@ -152,7 +152,6 @@ class Coordinator:
                 yield from self._evaluate(test, epoch)
             if is_last:
                 break
-        yield Message(Stop())
 
     def _step(self, epoch: int, x: Tensor, targets: Tensor) -> Iterator[Message]:
         step = self._steps
@@ -173,7 +172,8 @@ class Coordinator:
             self._listen()
         yield Message(Conclude(self._steps, epoch))
 
-    def _once(self, messages: Iterator[Message]) -> Source:
+    def _source(self, messages: Iterator[Message]) -> Source:
+        """The messages and a last one, for a run that will have last words of its own."""
         self._finals.clear()
         return Source(itertools.chain(messages, [Message(Stop())]), self._device)
 

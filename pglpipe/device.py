@@ -12,7 +12,7 @@ DEVICES = ("auto", "cpu", "cuda")
 
 
 def pick(name: str, local_rank: int) -> torch.device:
-    """The device of one worker.
+    """The device of one worker, made its current one.
 
     Args:
         name: ``"auto"`` (CUDA where there is one), ``"cpu"`` or ``"cuda"``.
@@ -31,7 +31,10 @@ def pick(name: str, local_rank: int) -> torch.device:
         )
     if name == "cpu" or not has_cuda:
         return torch.device("cpu")
-    return torch.device("cuda", local_rank % torch.cuda.device_count())
+    device = torch.device("cuda", local_rank % torch.cuda.device_count())
+    # Streams and NCCL groups that are made without naming a device belong on this one.
+    torch.cuda.set_device(device)
+    return device
 
 
 def peak_memory_bytes(device: torch.device) -> int:

@@ -226,8 +226,14 @@ class Pipeline:
             device=blueprint.device,
         )
         self.plan = plan
+        self._stages = stages
         self.worker = Worker(duty, stages, post)
         self.edges = Edges(world, edge_plan, blueprint.device, backend, on_failure)
+
+    def set_total_steps(self, total_steps: int) -> None:
+        """Says how long the run will be, for the learning rate."""
+        for stage in self._stages:
+            stage.total_steps = total_steps
 
 
 def _stage(index: int, blueprint: Blueprint, plan: Plan, learning: Learning) -> Stage:

@@ -54,7 +54,15 @@ class Session:
 
     def agree(self, compute: Callable[[], Any]) -> Any:
         """What ``compute`` gives on worker 0 (anything JSON can hold), on every worker."""
-        return self._mailbox.share(compute() if self.leads else None)
+        if not self.leads:
+            return self._mailbox.share()
+        try:
+            value = compute()
+        except Exception as error:
+            # The others wait for the value; they shall not wait in vain.
+            self._mailbox.fail(str(error))
+            raise
+        return self._mailbox.share(value)
 
     def plan(self, largest_batch: Callable[[], Sample]) -> Plan:
         """Works out who holds what, once.

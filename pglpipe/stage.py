@@ -42,7 +42,6 @@ class Learning:
         local_loss: the loss of a stage's head, of the same form.
         optimizer: makes a stage's optimizer from its parameters.
         learning_rate: factor on the optimizer's learning rates.
-        total_steps: steps of the whole run, which the factor depends on.
         clip_norm: largest gradient norm, of a stage in local steps and of the whole network
             in global ones; infinity for none.
         seed: where the run's randomness starts.
@@ -52,7 +51,6 @@ class Learning:
     local_loss: Loss
     optimizer: OptimizerFactory
     learning_rate: LearningRate
-    total_steps: int
     clip_norm: float
     seed: int
 
@@ -73,12 +71,16 @@ class Stage:
         body: its layers, in order.
         head: its auxiliary network; None for the last stage.
         learning: how it learns.
+
+    Attributes:
+        total_steps: steps of the whole run, which the learning rate depends on.
     """
 
     def __init__(
         self, index: int, body: nn.Module, head: nn.Module | None, learning: Learning
     ) -> None:
         self.index = index
+        self.total_steps = 1
         self.body = body
         self.head = head
         self._learning = learning
@@ -147,7 +149,7 @@ class Stage:
         """One step of the optimizer, at the learning rate of this step."""
         if self._optimizer is None:
             return
-        factor = self._learning.learning_rate(step, self._learning.total_steps)
+        factor = self._learning.learning_rate(step, self.total_steps)
         for group in self._optimizer.param_groups:
             group["lr"] = group["initial_lr"] * factor
         self._optimizer.step()

@@ -14,7 +14,6 @@ others before anything is built.
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Callable, Sized
 from pathlib import Path
@@ -114,7 +113,6 @@ class Trainer:
             local_loss=local_loss or loss,
             optimizer=optimizer,
             learning_rate=learning_rate,
-            total_steps=0,
             clip_norm=clip_norm,
             seed=seed,
         )
@@ -177,9 +175,7 @@ class Trainer:
         self.prepare(train)
         length, total_steps = self._session.agree(lambda: _span(train, epochs, steps))
         span = Span(length, total_steps, evaluate_every)
-        self._session.build(
-            dataclasses.replace(self._learning, total_steps=total_steps)
-        )
+        self._session.build(self._learning).set_total_steps(total_steps)
         return self._session.drive(
             lambda coordinator: coordinator.fit(train, span, evaluate)
         )
