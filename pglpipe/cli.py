@@ -103,6 +103,9 @@ def export(
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs one command; a mistake is one line and status 2, a lost worker status 1."""
+    # As `python -m` does, so that the console script finds a user's own model, too.
+    if not {"", os.getcwd()} & set(sys.path):
+        sys.path.insert(0, "")
     try:
         app(arguments, standalone_mode=False)
     except UsageError as error:

@@ -1,0 +1,100 @@
+"""The tables: what they ask of the command line exists, and what they say follows from the runs."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from benchmarks import demo, guidance, runs, throughput
+from pglpipe.config import RunConfig, resolve
+
+OPTIONS = {field.name for field in dataclasses.fields(RunConfig)}
+
+
+@pytest.mark.parametrize("options", [demo.COMMON, guidance.COMMON, throughput.COMMON])
+def test_every_option_of_a_benchmark_is_one_of_the_command_line(
+    options: dict[str, Any],
+) -> None:
+    names = {key.replace("-", "_") for key in options}
+    assert names <= OPTIONS
+    resolve(None, {key.replace("-", "_"): value for key, value in options.items()})
+
+
+@pytest.mark.parametrize("row", guidance.ROWS, ids=str)
+def test_a_row_of_the_guidance_table_spends_its_share_on_global_steps(
+    row: guidance.Row,
+) -> None:
+    options = {
+        key.replace("-", "_"): value for key, value in row.options(seed=0).items()
+    }
+    when = resolve(None, options).guidance()
+    steps_per_epoch = 7
+    steps = [
+        (epoch * steps_per_epoch + i, epoch)
+        for epoch in range(guidance.EPOCHS)
+        for i in range(7)
+    ]
+    global_steps = sum(when.is_global(step, epoch) for step, epoch in steps)
+    assert global_steps == round(row.share * len(steps))
+    assert row.duration == 0 or when.is_global(*steps[-1]), "the last word is global"
+
+
+def test_the_guidance_table_has_three_seeds_where_the_claim_rests() -> None:
+    claimed = [row for row in guidance.ROWS if len(row.seeds) == 3]
+    assert [row.share for row in claimed] == [0.0, 0.1, 1.0]
+    assert {row.head for row in claimed} == {"1c2f"}
+
+
+def test_a_row_of_the_guidance_table_gives_mean_and_spread() -> None:
+    found = [summary(0.50), summary(0.60)]
+    line = guidance.markdown(
+        [guidance.result(guidance.ROWS[0], found)], "head"
+    ).splitlines()[-1]
+    assert line == "| 1c2f | local only | 0 % | 55.0 ± 7.1 % | 2 |"
+
+
+def test_the_demo_reports_what_guidance_does_not_buy() -> None:
+    found = {
+        name: summary(accuracy)
+        for name, accuracy in zip(demo.WAYS, (0.8, 0.75, 0.9), strict=True)
+    }
+    text = demo.verdict(found)
+    assert "+10.0 points from local only, guidance -5.0" in text
+    console = Console(width=120, record=True, file=io.StringIO())
+    console.print(demo.table(found))
+    shown = console.export_text()
+    assert "75.0 %" in shown and "2.0 MiB" in shown and "25 %" in shown
+
+
+def test_a_ratio_is_taken_within_its_round() -> None:
+    fast, slow = {"samples_per_second": 200.0, "workers": []}, {
+        "samples_per_second": 100.0,
+        "workers": [],
+    }
+    assert throughput.row("x", [fast, slow], [fast, slow])["ratio_to_plain"] == 1.0
+
+
+def test_true_is_a_flag_on_the_command_line() -> None:
+    assert runs.word("quiet", True) == "--quiet"
+    assert runs.word("steps", 3) == "--steps=3"
+
+
+def summary(accuracy: float) -> runs.Summary:
+    """What a run of ten steps might have written."""
+    kept = {"local": 2 * 2**20, "global": 2**20}
+    return {
+        "test_accuracy": accuracy,
+        "exit_accuracy": [accuracy],
+        "global_steps": 0,
+        "steps": 10,
+        "samples_per_second": 100.0,
+        "parameters_sha256": "",
+        "workers": [
+            {"busy_fraction": 1.0, "peak_activation_bytes": kept},
+            {"busy_fraction": 0.5, "peak_activation_bytes": kept},
+        ],
+    }
