@@ -10,6 +10,8 @@ import dataclasses
 import inspect
 import os
 import sys
+import time
+import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Optional
@@ -33,6 +35,8 @@ app = typer.Typer(
 Config = Annotated[
     Optional[Path], typer.Option("--config", help="TOML file of options")
 ]
+_GRACE_SECONDS = 1.0
+
 RunDir = Annotated[Path, typer.Option("--run-dir", help="folder of a finished run")]
 
 
@@ -61,15 +65,11 @@ def _parameter(field: dataclasses.Field[Any]) -> inspect.Parameter:
     )
 
 
-def _given(options: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in options.items() if value is not None}
-
-
 @app.command()
 @_with_run_options
 def train(config: Config = None, **options: Any) -> None:
     """Trains; under torchrun with one worker per process."""
-    run.train(resolve(config, _given(options)))
+    run.train(_resolve(config, options))
 
 
 @app.command()
@@ -80,7 +80,7 @@ def plan(
     **options: Any,
 ) -> None:
     """Shows where the network is cut and what each stage holds; trains nothing."""
-    display.show_plan(run.plan(resolve(config, _given(options)), workers))
+    display.show_plan(run.plan(_resolve(config, options), workers))
 
 
 @app.command()
@@ -115,8 +115,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         _complain(str(error), told=error.told)
         _leave(2)
     except WorkerError as error:
+        _show_cause(error)
         _complain(str(error), told=error.told)
         _leave(1)
+    except (KeyboardInterrupt, typer.Abort):
+        _leave(130)
 
 
 def train_main() -> None:
@@ -124,8 +127,27 @@ def train_main() -> None:
     main(["train", *sys.argv[1:]])
 
 
+def _resolve(file: Path | None, options: dict[str, Any]) -> RunConfig:
+    """The configuration; a mistake in it is every worker's, and worker 0's to tell."""
+    given = {name: value for name, value in options.items() if value is not None}
+    try:
+        return resolve(file, given)
+    except UserError as error:
+        error.told = not _leads()
+        raise
+
+
+def _show_cause(error: WorkerError) -> None:
+    """Where in the user's own code a worker failed, on that worker."""
+    if error.__cause__ is not None and not isinstance(error.__cause__, WorkerError):
+        traceback.print_exception(error.__cause__)
+
+
 def _complain(text: str, *, told: bool) -> None:
-    if not told:
+    if told:
+        # A launcher ends all workers with the first; the one who tells must come first.
+        time.sleep(_GRACE_SECONDS)
+    else:
         print(f"pglpipe: error: {text}", file=sys.stderr, flush=True)
 
 
