@@ -190,7 +190,6 @@ class Coordinator:
             self._listen()
             if len(self._finals) == self._num_workers:
                 return self._summary()
-            self._mailbox.check()
             if time.monotonic() > deadline:
                 missing = sorted(set(range(self._num_workers)) - set(self._finals))
                 raise EdgeTimeout(
@@ -199,7 +198,12 @@ class Coordinator:
             time.sleep(_POLL_SECONDS)
 
     def _listen(self) -> None:
-        """Takes in the reports that have arrived; never waits."""
+        """Takes in the reports that have arrived; never waits.
+
+        Raises:
+            WorkerError: a worker has declared the run failed.
+        """
+        self._mailbox.check()
         for report in self._mailbox.collect():
             match report:
                 case TrainReport():

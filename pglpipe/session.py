@@ -137,7 +137,7 @@ class Session:
             yield
         except Exception as error:
             text = self.declare_failed(self._accuse(error, pipeline))
-            # There is no peace to be made with neighbours that are gone.
+            pipeline.edges.abandon()
             self._forget_pipeline()
             if isinstance(error, UserError):
                 raise
@@ -154,7 +154,9 @@ class Session:
         self.declare_failed(str(error))
 
     def _accuse(self, error: Exception, pipeline: Pipeline) -> str:
-        me, doing = pipeline.plan.name(self._world.rank), pipeline.worker.doing
+        me = pipeline.plan.name(self._world.rank)
+        between = "reading the next batch" if self.leads else "waiting for a command"
+        doing = pipeline.worker.doing or between
         if isinstance(error, WorkerError):
             return f"{error} (noticed by {me} at {doing})"
         reason = (str(error).splitlines() or [""])[0]

@@ -132,6 +132,8 @@ def load(path: Path) -> Tensors:
         return dict(load_file(path))
     except FileNotFoundError:
         raise DataError(f"expected weights at {path}, found no such file") from None
+    except OSError as error:
+        raise DataError(f"expected weights at {path}, got: {error}") from None
     except SafetensorError as error:
         raise DataError(
             f"expected weights in safetensors form at {path}, got: {error}"

@@ -171,11 +171,11 @@ class Trainer:
             raise ConfigError(
                 "expected one call of fit, got a second; make a new Trainer"
             )
-        self._fitted = True
         self.prepare(train)
         length, total_steps = self._session.agree(lambda: _span(train, epochs, steps))
         span = Span(length, total_steps, evaluate_every)
         self._session.build(self._learning).set_total_steps(total_steps)
+        self._fitted = True
         return self._session.drive(
             lambda coordinator: coordinator.fit(train, span, evaluate)
         )

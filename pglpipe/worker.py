@@ -88,6 +88,7 @@ class Worker:
         self._links = links
         while True:
             began, waited = time.perf_counter(), self._waits()
+            self.doing = None
             message = links.inbox.get()
             self.doing = message.command
             losses = self._obey(message)

@@ -104,7 +104,7 @@ def things_now() -> set[str]:
 
 def child_pids() -> list[int]:
     """Living children, without the helper that Python itself keeps for the whole session."""
-    lists = [path.read_text() for path in Path("/proc/self/task").glob("*/children")]
+    lists = [read(path) for path in Path("/proc/self/task").glob("*/children")]
     helper = getattr(resource_tracker._resource_tracker, "_pid", None)
     pids = [int(pid) for pid in " ".join(lists).split()]
     return [pid for pid in pids if pid != helper and command(pid)]
@@ -112,11 +112,15 @@ def child_pids() -> list[int]:
 
 def command(pid: int) -> str:
     """The command line of process ``pid``, cut to one line; empty for one that has ended."""
+    return read(Path(f"/proc/{pid}/cmdline")).replace("\0", " ").strip()[:100]
+
+
+def read(path: Path) -> str:
+    """A file of /proc, or nothing when its thread or process has just ended."""
     try:
-        words = Path(f"/proc/{pid}/cmdline").read_bytes()
+        return path.read_bytes().decode(errors="replace")
     except OSError:
         return ""
-    return words.replace(b"\0", b" ").decode(errors="replace").strip()[:100]
 
 
 def is_a_strangers(thing: str) -> bool:
@@ -131,7 +135,4 @@ def is_a_strangers(thing: str) -> bool:
 
 def holds(pid: int, path: str) -> bool:
     """Whether process ``pid`` has the file at ``path`` mapped into its memory."""
-    try:
-        return path in Path(f"/proc/{pid}/maps").read_text()
-    except OSError:
-        return False
+    return path in read(Path(f"/proc/{pid}/maps"))

@@ -18,8 +18,9 @@ from torch.distributed import PrefixStore, ProcessGroupGloo, Store
 
 from pglpipe.errors import WorkerError
 from pglpipe.transport.base import Inbox, Links, Nobody
+from pglpipe.transport.channel import Channel
 from pglpipe.transport.mailbox import Mailbox
-from pglpipe.transport.p2p import Channel, Receiver, Sender
+from pglpipe.transport.p2p import Receiver, Sender
 from pglpipe.transport.world import World, here
 
 
@@ -52,6 +53,7 @@ class Edges:
         backend: str,
         on_failure: Callable[[WorkerError], None],
     ) -> None:
+        self._check = world.mailbox.check
         self._senders: list[Sender] = []
         self._receivers: list[Receiver] = []
         self._outbox: Sender | None = None
@@ -87,6 +89,11 @@ class Edges:
         for receiver in self._receivers:
             receiver.close()
 
+    def abandon(self) -> None:
+        """Leaves the neighbours to themselves, but in nobody's way."""
+        for receiver in self._receivers:
+            receiver.abandon()
+
     def _sender(self, edge: int, direction: str, capacity: int) -> Sender:
         channel = self._channel(edge, direction)
         self._senders.append(Sender(channel, capacity=capacity, depth=self._plan.depth))
@@ -119,6 +126,7 @@ class Edges:
             staging=self._device if self._backend == "nccl" else torch.device("cpu"),
             device=self._device,
             timeout=timeout,
+            check=self._check,
         )
 
 

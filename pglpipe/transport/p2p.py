@@ -19,6 +19,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -27,60 +28,23 @@ from torch import Tensor
 from torch.distributed import ProcessGroup, Work
 
 from pglpipe.commands import Message
-from pglpipe.errors import EdgeTimeout, PeerLost, ProtocolError, WorkerError
+from pglpipe.errors import EdgeTimeout, PeerLost, WorkerError
 from pglpipe.transport import packing
+from pglpipe.transport.channel import (
+    HEADER,
+    PAYLOAD,
+    Channel,
+    Fence,
+    Slot,
+    check_greeting,
+    greet,
+    own_stream,
+)
 
 # An idle edge is healthy (gradients flow in global steps only), so a pending receive waits
 # for ever; who needs a message waits for at most the edge's time-out.
 _FOREVER = timedelta(days=3650)
-_HEADER, _PAYLOAD = 0, 1  # tags
-
-
-@dataclass(frozen=True)
-class Channel:
-    """One direction of one edge, seen from one of its ends.
-
-    Attributes:
-        headers: a gloo group of two ranks.
-        payloads: the group for the tensors: the same one, or an NCCL group.
-        peer: the other end's rank in both groups.
-        name: for messages: ``"rank 2 (stages 4-5)"``, the worker at the other end.
-        staging: the device of the slots: the CPU for gloo, the GPU for NCCL.
-        device: the device of the worker's tensors.
-        timeout: seconds to wait for the neighbour.
-    """
-
-    headers: ProcessGroup
-    payloads: ProcessGroup
-    peer: int
-    name: str
-    staging: torch.device
-    device: torch.device
-    timeout: float
-
-    def slot(self, capacity: int) -> Tensor:
-        """A buffer of ``capacity`` bytes; page-locked where a GPU copies from it."""
-        pinned = self.device.type == "cuda" and self.staging.type == "cpu"
-        return torch.empty(
-            capacity, dtype=torch.uint8, device=self.staging, pin_memory=pinned
-        )
-
-    def wait(self, work: Work, group: ProcessGroup, limit: timedelta) -> None:
-        """Waits for a send or receive in ``group``; names the neighbour when it fails.
-
-        On NCCL it is the current stream that waits, not this thread.
-        """
-        try:
-            if group is self.headers:
-                work.wait(limit)
-            else:
-                work.wait()
-        except RuntimeError as error:
-            if "timed out" in str(error).lower():
-                raise EdgeTimeout(
-                    f"{self.name} is silent for {limit.total_seconds():g} s"
-                ) from error
-            raise PeerLost(f"{self.name} is gone") from error
+_CHECK_SECONDS = 0.25
 
 
 class Sender:
@@ -93,7 +57,7 @@ class Sender:
         self._slots = [channel.slot(capacity) for _ in range(depth)]
         self._under_way: list[tuple[list[tuple[Work, ProcessGroup]], Tensor]] = []
         self._sequence = 0
-        _greet(channel, capacity)
+        greet(channel, capacity)
 
     def put(self, message: Message) -> None:
         """Copies the message into a free slot and sends it."""
@@ -115,8 +79,8 @@ class Sender:
         channel = self._channel
         header = torch.tensor(numbers, dtype=torch.int64)
         parts = [
-            (header, channel.headers, _HEADER),
-            (payload, channel.payloads, _PAYLOAD),
+            (header, channel.headers, HEADER),
+            (payload, channel.payloads, PAYLOAD),
         ]
         try:
             works = [
@@ -158,11 +122,12 @@ class Receiver:
         self._channel = channel
         self._capacity = capacity
         self._on_failure = on_failure
-        self._free: queue.SimpleQueue[_Slot] = queue.SimpleQueue()
+        self._abandoned = False
+        self._free: queue.SimpleQueue[Slot] = queue.SimpleQueue()
         self._ready: queue.SimpleQueue[_Arrival | WorkerError] = queue.SimpleQueue()
-        _check_greeting(channel, capacity)
+        check_greeting(channel, capacity)
         for _ in range(depth):
-            self._free.put(_Slot(channel.slot(capacity), _Fence(channel.staging)))
+            self._free.put(Slot(channel.slot(capacity), Fence(channel.staging)))
         self._thread = threading.Thread(
             target=self._run, name=f"pglpipe receiver from {channel.name}", daemon=True
         )
@@ -171,12 +136,7 @@ class Receiver:
     def get(self) -> Message:
         """The next message; its tensors are copies on the worker's device."""
         started = time.perf_counter()
-        try:
-            arrival = self._ready.get(timeout=self._channel.timeout)
-        except queue.Empty:
-            raise EdgeTimeout(
-                f"{self._channel.name} is silent for {self._channel.timeout:g} s"
-            ) from None
+        arrival = self._next(started + self._channel.timeout)
         self.waited += time.perf_counter() - started
         if isinstance(arrival, WorkerError):
             raise arrival
@@ -185,6 +145,28 @@ class Receiver:
     def close(self) -> None:
         """Waits for the neighbour's last message."""
         self._thread.join(self._channel.timeout)
+
+    def abandon(self) -> None:
+        """Lets what still comes go nowhere, so that no neighbour waits for a free slot here."""
+        self._abandoned = True
+        self._discard()
+
+    def _discard(self) -> None:
+        with suppress(queue.Empty):
+            while True:
+                arrival = self._ready.get_nowait()
+                if isinstance(arrival, _Arrival) and arrival.slot is not None:
+                    self._free.put(arrival.slot)
+
+    def _next(self, deadline: float) -> _Arrival | WorkerError:
+        while time.perf_counter() < deadline:
+            with suppress(queue.Empty):
+                return self._ready.get(timeout=_CHECK_SECONDS)
+            # A neighbour that failed elsewhere may be alive and silent.
+            self._channel.check()
+        return EdgeTimeout(
+            f"{self._channel.name} is silent for {self._channel.timeout:g} s"
+        )
 
     def _open(self, arrival: _Arrival) -> Message:
         assert arrival.envelope.command is not None, "the thread ends with its edge"
@@ -202,7 +184,7 @@ class Receiver:
 
     def _run(self) -> None:
         try:
-            with _own_stream(self._channel.staging):
+            with own_stream(self._channel.staging):
                 self._receive_until_closed()
         except WorkerError as error:
             self._on_failure(error)
@@ -212,21 +194,23 @@ class Receiver:
         header = torch.empty(packing.HEADER_LENGTH, dtype=torch.int64)
         sequence = 0
         while True:
-            self._receive(self._channel.headers, header, _HEADER)
+            self._receive(self._channel.headers, header, HEADER)
             envelope = packing.decode(header.tolist(), sequence, self._capacity)
             if envelope.command is None:
                 # Nobody waits for a message after the last one, unless the neighbour gave up.
                 self._ready.put(PeerLost(f"{self._channel.name} has left the run"))
                 return
             self._ready.put(_Arrival(envelope, self._fill_slot(envelope.nbytes)))
+            if self._abandoned:
+                self._discard()
             sequence += 1
 
-    def _fill_slot(self, nbytes: int) -> _Slot | None:
+    def _fill_slot(self, nbytes: int) -> Slot | None:
         if nbytes == 0:
             return None
         slot = self._free.get()
         slot.fence.wait()
-        self._receive(self._channel.payloads, slot.buffer[:nbytes], _PAYLOAD)
+        self._receive(self._channel.payloads, slot.buffer[:nbytes], PAYLOAD)
         slot.fence.record()
         return slot
 
@@ -238,64 +222,7 @@ class Receiver:
         self._channel.wait(work, group, _FOREVER)
 
 
-class _Fence:
-    """Orders two CUDA streams around a slot; on the CPU a call that returned is done."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._event = _cuda_event() if device.type == "cuda" else None
-
-    def record(self) -> None:
-        if self._event is not None:
-            self._event.record()
-
-    def wait(self) -> None:
-        if self._event is not None:
-            torch.cuda.current_stream().wait_event(self._event)
-
-
-@dataclass(frozen=True)
-class _Slot:
-    buffer: Tensor
-    fence: _Fence
-
-
 @dataclass(frozen=True)
 class _Arrival:
     envelope: packing.Envelope
-    slot: _Slot | None
-
-
-def _cuda_event() -> torch.cuda.Event:
-    return torch.cuda.Event()  # type: ignore[no-untyped-call]
-
-
-def _own_stream(device: torch.device) -> torch.cuda.StreamContext:
-    """A side stream for the receiving thread; does nothing on the CPU."""
-    if device.type != "cuda":
-        return torch.cuda.stream(None)
-    return torch.cuda.stream(torch.cuda.Stream(device))  # type: ignore[no-untyped-call]
-
-
-def _greet(channel: Channel, capacity: int) -> None:
-    """Warms up a direction and says what will travel on it."""
-    greeting = torch.tensor([packing.MAGIC, packing.VERSION, capacity])
-    work = channel.headers.send([greeting], channel.peer, _HEADER)
-    channel.wait(work, channel.headers, timedelta(seconds=channel.timeout))
-    if channel.payloads is not channel.headers:
-        warm_up = torch.zeros(1, dtype=torch.uint8, device=channel.staging)
-        channel.payloads.send([warm_up], channel.peer, _PAYLOAD).wait()
-
-
-def _check_greeting(channel: Channel, capacity: int) -> None:
-    greeting = torch.zeros(3, dtype=torch.int64)
-    work = channel.headers.recv([greeting], channel.peer, _HEADER)
-    channel.wait(work, channel.headers, timedelta(seconds=channel.timeout))
-    expected = [packing.MAGIC, packing.VERSION, capacity]
-    if greeting.tolist() != expected:
-        raise ProtocolError(
-            f"expected the greeting {expected} (magic, protocol, bytes per slot), got "
-            f"{greeting.tolist()} from {channel.name}; start every worker with the same options"
-        )
-    if channel.payloads is not channel.headers:
-        warm_up = torch.zeros(1, dtype=torch.uint8, device=channel.staging)
-        channel.payloads.recv([warm_up], channel.peer, _PAYLOAD).wait()
+    slot: Slot | None

@@ -1,0 +1,228 @@
+"""The trained parameters are a function of configuration and seed, and of nothing else.
+
+One worker in one process is the reference; 2 and 4 workers, deep and shallow queues, either
+timetable and random delays must end with the same bits, in every parameter and buffer.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+import time
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from worlds import (
+    Trained,
+    image_batches,
+    on_every_rank,
+    same,
+    small_resnet,
+    train,
+    trainer,
+)
+
+from pglpipe import ALWAYS, NEVER, Guidance
+from pglpipe.data.batches import Batches
+from pglpipe.data.image_set import ImageSet, Recipe
+from pglpipe.layer import Layer
+from pglpipe.partition import activations, analyse
+from pglpipe.transport import World
+
+NETWORKS = {4: "resnet8", 8: "resnet14"}  # 5 and 8 layers
+GUIDANCE = {"local": NEVER, "pgl": Guidance(period=5), "global": ALWAYS}
+RECIPE = Recipe(mean=(0.5,) * 3, std=(0.25,) * 3, padding=2, flip=True)
+
+
+@pytest.fixture(autouse=True)
+def analysed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Spares the many runs the costs of the same layers, which take longer than the training."""
+    monkeypatch.setattr("pglpipe.pipeline.analyse", remembered(analyse))
+    monkeypatch.setattr("pglpipe.pipeline.activations", remembered(activations))
+
+
+MEMORY: dict[object, Any] = {}
+
+
+def remembered(compute: Callable[..., Any]) -> Callable[..., Any]:
+    """The same function for layers, a batch and a head, told apart by their names and shapes."""
+
+    def look_up(layers: list[Layer], sample: Tensor, *head: Any) -> Any:
+        names = tuple(layer.name for layer in layers)
+        key = (compute.__name__, names, sample.shape)
+        if key not in MEMORY:
+            MEMORY[key] = compute(layers, sample, *head)
+        return MEMORY[key]
+
+    return look_up
+
+
+def batches(*, train: bool) -> Batches:
+    """Five batches of at most 8 images of 8x8 pixels, the last one of 4."""
+    generator = torch.Generator().manual_seed(2)
+    images = ImageSet(
+        torch.randint(0, 256, (36, 8, 8, 3), dtype=torch.uint8, generator=generator),
+        torch.randint(0, 10, (36,), generator=generator),
+        tuple("abcdefghij"),
+    )
+    return Batches(images, RECIPE, 8, seed=0, train=train)
+
+
+def run(size: int, stages: int, guidance: str, **options: Any) -> Trained:
+    """Ten steps in two epochs, an evaluation after each."""
+    return train(
+        size,
+        small_resnet(NETWORKS[stages]),
+        batches(train=True),
+        epochs=2,
+        evaluate=batches(train=False),
+        num_stages=stages,
+        guidance=GUIDANCE[guidance],
+        **options,
+    )
+
+
+@cache
+def alone(stages: int, guidance: str) -> Trained:
+    """The reference: one worker, no edge at all."""
+    return run(1, stages, guidance)
+
+
+def results(trained: Trained) -> tuple[Any, ...]:
+    """All that must not depend on who computed it."""
+    summary = trained.summary
+    return (
+        summary.parameters_sha256,
+        summary.test_loss,
+        summary.exit_accuracy,
+        summary.global_steps,
+        [record.losses for record in trained.records.steps],
+    )
+
+
+@pytest.mark.parametrize("depth", [1, 4])
+@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize("guidance", GUIDANCE)
+@pytest.mark.parametrize("stages", [4, 8])
+def test_workers_and_queues_change_no_bit(
+    stages: int, guidance: str, size: int, depth: int
+) -> None:
+    expected, got = alone(stages, guidance), run(
+        size, stages, guidance, queue_depth=depth
+    )
+    assert results(got) == results(expected)
+    assert same(got.body, expected.body)
+    assert list(got.heads) == list(range(stages - 1))
+    assert all(same(got.heads[i], expected.heads[i]) for i in got.heads)
+
+
+def test_the_digest_tells_different_runs_apart() -> None:
+    digests = {alone(4, guidance).summary.parameters_sha256 for guidance in GUIDANCE}
+    digests.add(run(1, 4, "pgl", seed=1).summary.parameters_sha256)
+    assert len(digests) == 4
+
+
+def test_the_same_run_again_gives_the_same_numbers() -> None:
+    assert results(run(1, 4, "pgl")) == results(alone(4, "pgl"))
+
+
+@pytest.mark.parametrize("clip_norm", [math.inf, 0.5])
+def test_the_timetable_and_the_workers_change_no_bit_of_microbatches(
+    clip_norm: float,
+) -> None:
+    options: dict[str, Any] = dict(microbatches=3, clip_norm=clip_norm)
+    expected = run(1, 4, "pgl", timetable="gpipe", **options)
+    for size, timetable in ((1, "1f1b"), (2, "1f1b"), (4, "gpipe"), (4, "1f1b")):
+        got = run(size, 4, "pgl", timetable=timetable, **options)
+        assert results(got) == results(expected), (size, timetable)
+    assert results(expected)[0] != results(alone(4, "pgl"))[0]
+
+
+def noisy_mlp() -> list[Layer]:
+    """Dropout at either side of every cut."""
+    return [
+        Layer("flatten", nn.Flatten),
+        Layer("first", lambda: nn.Sequential(nn.Linear(192, 16), nn.Dropout(0.5))),
+        Layer("second", lambda: nn.Sequential(nn.Dropout(0.2), nn.Linear(16, 16))),
+        Layer("third", lambda: nn.Sequential(nn.ReLU(), nn.Dropout(0.5))),
+        Layer("fourth", lambda: nn.Linear(16, 10)),
+    ]
+
+
+def noisy_head(shape: tuple[int, ...]) -> nn.Module:
+    """A head with dropout of its own."""
+    return nn.Sequential(nn.Dropout(0.3), nn.Linear(shape[0], 10))
+
+
+@pytest.mark.parametrize("guidance", GUIDANCE)
+def test_dropout_belongs_to_the_stage_and_the_step(guidance: str) -> None:
+    def noisy(size: int, **options: Any) -> tuple[Any, ...]:
+        return results(
+            train(
+                size,
+                noisy_mlp(),
+                image_batches(8, 8, 8, 8, 8, 3),
+                guidance=GUIDANCE[guidance],
+                head=noisy_head,
+                balance="2,1,1,1",
+                microbatches=2,
+                **options,
+            )
+        )
+
+    expected = noisy(1)
+    assert noisy(2) == noisy(4) == expected
+    assert noisy(1, seed=1)[0] != expected[0]
+
+
+class Sleeps(nn.Module):
+    """Delays its worker by 0 to 20 ms, forward and backward alike."""
+
+    def __init__(self, longest: float) -> None:
+        super().__init__()
+        self.longest = longest
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.device.type != "meta" and self.training:
+            time.sleep(random.uniform(0, self.longest))
+            if x.requires_grad:
+                x.register_hook(lambda _: time.sleep(random.uniform(0, self.longest)))  # type: ignore[no-untyped-call]
+        return x
+
+
+@pytest.mark.parametrize("place", [2, 4], ids=["first worker", "last worker"])
+def test_a_slow_worker_changes_no_bit(place: int) -> None:
+    def digest(size: int, longest: float) -> str:
+        layers = small_resnet("resnet8")
+        layers.insert(place, Layer("sleeps", lambda: Sleeps(longest)))
+        return train(
+            size,
+            layers,
+            batches(train=True),
+            epochs=2,
+            guidance=GUIDANCE["pgl"],
+            balance="2,1,1,2",
+            queue_depth=1,
+            microbatches=2,
+        ).summary.parameters_sha256
+
+    assert digest(2, 0.02) == digest(1, 0.0)
+
+
+def test_a_cut_by_time_can_be_repeated_by_its_sizes() -> None:
+    def work(world: World, balance: str) -> tuple[list[int], str]:
+        made = trainer(world, small_resnet("resnet8"), balance=balance)
+        sizes = made.prepare(batches(train=True)).balance
+        digest = made.fit(batches(train=True), epochs=1).parameters_sha256
+        made.close()
+        return sizes, digest
+
+    timed, other = on_every_rank(2, lambda world: work(world, "time"))
+    sizes, _ = timed
+    assert timed == other
+    assert len(sizes) == 4 and sum(sizes) == 5 and min(sizes) >= 1
+    assert work(World(), ",".join(map(str, sizes))) == timed

@@ -1,0 +1,207 @@
+"""One stage alone: what it gives on, what it keeps, and where its gradients go."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from pglpipe.commands import ExitCount
+from pglpipe.stage import Learning, Stage
+
+X, TARGETS = torch.randn(6, 4), torch.tensor([0, 1, 2, 0, 1, 2])
+
+
+def learning(**changes: Any) -> Learning:
+    defaults: dict[str, Any] = dict(
+        loss=nn.CrossEntropyLoss(),
+        local_loss=nn.CrossEntropyLoss(),
+        optimizer=lambda params: torch.optim.SGD(params, lr=0.5),
+        learning_rate=lambda step, total_steps: 1.0,
+        clip_norm=math.inf,
+        seed=0,
+    )
+    return Learning(**(defaults | changes))
+
+
+def stage(
+    body: nn.Module, *, index: int = 1, last: bool = False, **changes: Any
+) -> Stage:
+    head = None if last else nn.Linear(3, 3)
+    return Stage(index, body, head, learning(**changes))
+
+
+def snapshot(made: Stage) -> list[Tensor]:
+    return [tensor.detach().clone() for tensor in made.tensors()]
+
+
+def test_a_local_step_moves_body_and_head_and_lets_no_gradient_out() -> None:
+    made = stage(nn.Linear(4, 3))
+    before, x = snapshot(made), X.clone().requires_grad_()
+    output = made.forward(x, TARGETS, step=0)
+    assert not output.requires_grad
+    loss = made.learn(step=0)
+    assert not loss.requires_grad and loss.ndim == 0
+    assert x.grad is None
+    assert len(before) == 4
+    assert not any(map(torch.equal, before, snapshot(made)))
+
+
+def test_the_gradient_that_comes_back_is_that_of_the_input() -> None:
+    body = nn.Linear(4, 3)
+    made, gradient = stage(body), torch.randn(6, 3)
+    made.zero_grad()
+    made.forward(X, TARGETS, step=0, crossing=True)
+    returned = made.backward(gradient)
+    assert returned is not None
+    assert torch.equal(returned, gradient @ body.weight)
+    assert torch.equal(made.gradient_norms(), torch.stack([p.grad.norm() for p in body.parameters()]))  # type: ignore[union-attr]
+
+
+def test_a_global_step_leaves_the_head_as_it_is() -> None:
+    made = stage(nn.Linear(4, 3))
+    before = snapshot(made)
+    made.forward(X, TARGETS, step=0)
+    made.learn(step=0)
+    after_local = snapshot(made)
+    made.zero_grad()
+    made.forward(X, TARGETS, step=1, crossing=True)
+    made.backward(torch.randn(6, 3))
+    made.update(step=1)
+    after_global = snapshot(made)
+    assert not torch.equal(before[2], after_local[2])
+    assert not torch.equal(after_local[0], after_global[0])
+    assert torch.equal(after_local[2], after_global[2])
+    assert torch.equal(after_local[3], after_global[3])
+
+
+def test_microbatches_come_back_in_the_order_in_which_they_went() -> None:
+    made = stage(nn.Linear(4, 3), last=True)
+    parts = [(X[:4], TARGETS[:4]), (X[4:], TARGETS[4:])]
+    for index, (x, targets) in enumerate(parts):
+        made.forward(x, targets, 0, microbatch=index, crossing=True)
+    losses = [made.backward_from_loss(samples=6) for _ in parts]
+    assert [len(gradient) for gradient, _ in losses if gradient is not None] == [4, 2]
+    whole = nn.functional.cross_entropy(made.body(X), TARGETS)
+    assert float(sum(loss for _, loss in losses)) == pytest.approx(whole.item())
+
+
+def test_the_first_stage_has_no_gradient_to_give() -> None:
+    made = stage(nn.Linear(4, 3), index=0)
+    made.forward(X, TARGETS, step=0, crossing=True)
+    assert made.backward(torch.randn(6, 3)) is None
+
+
+def test_an_input_that_nothing_depends_on_has_gradient_zero() -> None:
+    class Deaf(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(6, 3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.weight * 2
+
+    made = stage(Deaf())
+    made.forward(X, TARGETS, step=0, crossing=True)
+    gradient = made.backward(torch.ones(6, 3))
+    assert gradient is not None and torch.equal(gradient, torch.zeros(6, 4))
+
+
+@pytest.mark.parametrize("crossing", [False, True])
+def test_a_body_that_begins_in_place_leaves_its_input_alone(crossing: bool) -> None:
+    body = nn.Sequential(nn.Sequential(nn.ReLU(inplace=True)), nn.Linear(4, 3))
+    made, x = stage(body), X.clone()
+    made.forward(x, TARGETS, step=0, crossing=crossing)
+    made.backward(torch.ones(6, 3)) if crossing else made.learn(step=0)
+    assert torch.equal(x, X)
+
+
+def test_what_leaves_a_stage_is_dense() -> None:
+    class Wide(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.cat([x, x], dim=1)[:, ::2]
+
+    made = stage(Wide(), last=True)
+    assert made.forward(X, TARGETS, step=0).is_contiguous()
+    assert made.evaluate(X, TARGETS).is_contiguous()
+
+
+def test_dropout_depends_on_seed_stage_step_and_microbatch_and_on_nothing_else() -> (
+    None
+):
+    def drawn(index: int = 1, step: int = 0, microbatch: int = 0, seed: int = 0) -> str:
+        made = stage(nn.Dropout(0.5), index=index, last=True, seed=seed)
+        torch.rand(7)
+        x = torch.ones(1, 64)
+        return str(made.forward(x, TARGETS, step, microbatch=microbatch).tolist())
+
+    assert drawn() == drawn()
+    others = [drawn(), drawn(2), drawn(1, 1), drawn(1, 0, 1), drawn(seed=1)]
+    assert len(set(others)) == 5
+
+
+def test_the_learning_rate_is_a_factor_on_every_groups_own() -> None:
+    groups: list[Any] = []
+
+    def optimizer(parameters: Any) -> torch.optim.Optimizer:
+        weight, bias, *_ = parameters
+        made = torch.optim.SGD(
+            [{"params": [weight], "lr": 1.0}, {"params": [bias], "lr": 0.1}], lr=9.0
+        )
+        groups.extend(made.param_groups)
+        return made
+
+    made = stage(
+        nn.Linear(4, 3),
+        last=True,
+        optimizer=optimizer,
+        learning_rate=lambda step, total_steps: 0.5**step,
+    )
+    for step in range(3):
+        made.forward(X, TARGETS, step)
+        made.learn(step)
+        assert [g["lr"] for g in groups] == pytest.approx([0.5**step, 0.1 * 0.5**step])
+
+
+def test_a_local_step_clips_the_stage_with_its_head() -> None:
+    torch.manual_seed(3)
+    made = stage(nn.Linear(4, 3), clip_norm=0.01)
+    made.forward(X, TARGETS, step=0)
+    before = snapshot(made)
+    made.learn(step=0)
+    moved = [(a - b) / 0.5 for a, b in zip(before, snapshot(made), strict=True)]
+    assert float(torch.cat([m.flatten() for m in moved]).norm()) == pytest.approx(
+        0.01, rel=1e-3
+    )
+
+
+def test_a_stage_without_parameters_learns_nothing_and_fails_nowhere() -> None:
+    made = Stage(1, nn.Tanh(), None, learning())
+    made.zero_grad()
+    made.forward(X, TARGETS, step=0, crossing=True)
+    gradient, loss = made.backward_from_loss(samples=6)
+    made.clip(torch.tensor(1.0))
+    made.update(step=0)
+    assert gradient is not None and gradient.shape == X.shape and loss > 0
+    assert made.gradient_norms().shape == (0,) and made.tensors() == []
+
+
+def test_an_evaluation_counts_every_sample_once_and_then_forgets() -> None:
+    body = nn.Linear(4, 3)
+    made = stage(body, last=True)
+    made.train(False)
+    for part in (slice(0, 4), slice(4, 6)):
+        made.evaluate(X[part], TARGETS[part])
+    counted = made.conclude()
+    logits = body(X)
+    assert (counted.samples, counted.correct) == (
+        6,
+        int((logits.argmax(1) == TARGETS).sum()),
+    )
+    expected = nn.functional.cross_entropy(logits, TARGETS).item()
+    assert counted.loss_sum / 6 == pytest.approx(expected)
+    assert made.conclude() == ExitCount(0, 0, 0.0)
+    assert all(p.grad is None for p in body.parameters())

@@ -1,0 +1,226 @@
+"""A worker obeys what comes down its edge, and nothing else."""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from pglpipe.commands import (
+    Clip,
+    Collect,
+    Conclude,
+    Evaluate,
+    EvaluationReport,
+    FinalReport,
+    GlobalStep,
+    LocalStep,
+    Message,
+    Microbatch,
+    Report,
+    State,
+    Stop,
+    TrainReport,
+)
+from pglpipe.errors import ProtocolError
+from pglpipe.stage import Learning, Stage
+from pglpipe.state import StateLayout, flatten
+from pglpipe.timetable import one_forward_one_backward
+from pglpipe.transport import Links
+from pglpipe.worker import Duty, Worker
+
+BATCH = (torch.randn(4, 3), torch.tensor([0, 1, 0, 1]))
+
+
+class Wire:
+    """An edge's end on either side, with a memory."""
+
+    waited = 0.0
+    sent_bytes = 0
+
+    def __init__(self, *messages: Message) -> None:
+        self.messages = deque(messages)
+
+    def get(self) -> Message:
+        return self.messages.popleft()
+
+    def put(self, message: Message) -> None:
+        self.messages.append(message)
+
+    @property
+    def commands(self) -> list[Any]:
+        return [message.command for message in self.messages]
+
+
+def stage(index: int, *, last: bool, kind: type[Stage] = Stage) -> Stage:
+    learning = Learning(
+        loss=nn.CrossEntropyLoss(),
+        local_loss=nn.CrossEntropyLoss(),
+        optimizer=lambda params: torch.optim.SGD(params, lr=0.1),
+        learning_rate=lambda step, total: 1.0,
+        clip_norm=math.inf,
+        seed=0,
+    )
+    return kind(index, nn.Linear(3, 3), None if last else nn.Linear(3, 2), learning)
+
+
+def run(
+    *messages: Message,
+    rank: int = 0,
+    clips: bool = False,
+    below: tuple[Message, ...] = (),
+) -> tuple[Links, list[Report], Worker]:
+    """Worker ``rank`` of two, each with one stage, obeying these messages."""
+    stages = [stage(rank, last=rank == 1)]
+    layouts = [
+        StateLayout.of(made.body, made.head)
+        for made in (stage(0, last=False), stage(1, last=True))
+    ]
+    duty = Duty(
+        rank=rank,
+        size=2,
+        timetable=one_forward_one_backward,
+        clips=clips,
+        layouts=layouts,
+        piece_bytes=16,
+        device=torch.device("cpu"),
+    )
+    posted: list[Report] = []
+    worker = Worker(duty, stages, posted.append)
+    links = Links(
+        inbox=Wire(*messages),
+        outbox=Wire(),
+        gradients_in=Wire(*below) if rank == 0 else None,
+        gradients_out=Wire(),
+    )
+    worker.run(links)
+    return links, posted, worker
+
+
+def test_every_command_is_handed_on_in_order_with_its_data() -> None:
+    commands = [
+        Message(LocalStep(0, 0), BATCH),
+        Message(Evaluate(1, 0), BATCH),
+        Message(Conclude(1, 0)),
+        Message(LocalStep(1, 1), BATCH),
+        Message(Stop()),
+    ]
+    links, posted, _ = run(*commands)
+    assert links.outbox.commands == [m.command for m in commands]  # type: ignore[attr-defined]
+    for message in links.outbox.messages:  # type: ignore[attr-defined]
+        if message.tensors:
+            x, targets = message.tensors
+            assert x.shape == (4, 3) and torch.equal(targets, BATCH[1])
+            assert not torch.equal(x, BATCH[0]) and not x.requires_grad
+    kinds = [type(report) for report in posted]
+    assert kinds == [TrainReport, EvaluationReport, TrainReport, FinalReport]
+
+
+def test_a_local_step_is_sent_on_before_its_own_backward() -> None:
+    order: list[str] = []
+
+    class Told(Wire):
+        def put(self, message: Message) -> None:
+            order.append("sent")
+
+    class Slow(Stage):
+        def learn(self, step: int) -> Tensor:
+            order.append("learned")
+            return super().learn(step)
+
+    made = stage(0, last=False, kind=Slow)
+    duty = Duty(0, 2, one_forward_one_backward, False, [], 16, torch.device("cpu"))
+    worker = Worker(duty, [made], lambda report: None)
+    inbox = Wire(Message(LocalStep(0, 0), BATCH), Message(Stop()))
+    worker.run(Links(inbox, Told(), Wire(), Wire()))
+    assert order == ["sent", "learned", "sent"]
+
+
+def test_a_global_step_follows_the_workers_row_of_the_timetable() -> None:
+    gradients = tuple(Message(Microbatch(5, i), (torch.ones(2, 3),)) for i in range(2))
+    halves = [
+        Message(Microbatch(5, i), (BATCH[0][i::2], BATCH[1][i::2])) for i in range(2)
+    ]
+    links, posted, _ = run(
+        Message(GlobalStep(5, 0, 4, 2)), *halves, Message(Stop()), below=gradients
+    )
+    assert links.outbox.commands == [  # type: ignore[attr-defined]
+        GlobalStep(5, 0, 4, 2),
+        Microbatch(5, 0),
+        Microbatch(5, 1),
+        Stop(),
+    ]
+    assert links.gradients_out.commands == []  # type: ignore[attr-defined]
+    assert isinstance(posted[0], TrainReport)
+    assert (posted[0].steps[0].kind, posted[0].steps[0].losses) == ("global", {})
+
+
+def test_the_last_worker_sends_gradients_up_and_knows_the_loss() -> None:
+    halves = [
+        Message(Microbatch(5, i), (BATCH[0][i::2], BATCH[1][i::2])) for i in range(2)
+    ]
+    links, posted, worker = run(
+        Message(GlobalStep(5, 0, 4, 2)),
+        *halves,
+        Message(Clip(5), (torch.tensor(1.0),)),
+        Message(Stop()),
+        rank=1,
+        clips=True,
+    )
+    up = links.gradients_out.messages  # type: ignore[attr-defined]
+    assert [m.command for m in up] == [Microbatch(5, 0), Microbatch(5, 1), Clip(5)]
+    assert [m.tensors[0].shape for m in up] == [(2, 3), (2, 3), (2,)]
+    assert isinstance(posted[0], TrainReport)
+    assert list(posted[0].steps[0].losses) == [1]
+    assert worker.doing == Stop()
+
+
+def test_weights_go_up_in_pieces_and_those_from_below_are_relayed() -> None:
+    below = stage(1, last=True)
+    flat = flatten(below.tensors())
+    pieces = tuple(
+        Message(State(1, offset), (flat[offset : offset + 16],))
+        for offset in range(0, len(flat), 16)
+    )
+    _, _, worker = run(Message(Collect()), Message(Stop()), below=pieces)
+    assert sorted(worker.collected) == [0, 1]
+    assert torch.equal(worker.collected[1], flat)
+    links, _, _ = run(Message(Collect()), Message(Stop()), rank=1)
+    up = links.gradients_out.messages  # type: ignore[attr-defined]
+    assert [m.command for m in up] == [m.command for m in pieces]
+
+
+@pytest.mark.parametrize(
+    "messages",
+    [
+        (Message(Microbatch(0, 0), BATCH),),
+        (Message(Clip(0)),),
+        (Message(State(0, 0)),),
+        (Message(GlobalStep(3, 0, 4, 1)), Message(Microbatch(3, 1), BATCH)),
+        (Message(GlobalStep(3, 0, 4, 1)), Message(Microbatch(2, 0), BATCH)),
+        (Message(GlobalStep(3, 0, 4, 1)), Message(LocalStep(4, 0), BATCH)),
+    ],
+)
+def test_what_nobody_expects_is_refused(messages: tuple[Message, ...]) -> None:
+    with pytest.raises(ProtocolError, match="expected .*, got "):
+        run(*messages)
+
+
+def test_a_gradient_of_another_microbatch_is_refused() -> None:
+    wrong = (Message(Microbatch(3, 1), (torch.ones(4, 3),)),)
+    with pytest.raises(ProtocolError, match="got Microbatch"):
+        run(
+            Message(GlobalStep(3, 0, 4, 1)),
+            Message(Microbatch(3, 0), BATCH),
+            below=wrong,
+        )
+
+
+def test_something_else_among_the_weights_is_refused() -> None:
+    wrong = (Message(Microbatch(3, 1), (torch.ones(4, 3),)),)
+    with pytest.raises(ProtocolError, match="a piece of the weights"):
+        run(Message(Collect()), Message(Stop()), below=wrong)

@@ -1,0 +1,406 @@
+"""What every edge must do, whatever carries it: order, values, layouts, back-pressure, an end.
+
+Two workers as threads, joined by a real pair of gloo groups; one test has a real process.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.distributed import FileStore
+from worlds import outcomes
+
+from pglpipe.commands import Evaluate, LocalStep, Message, Microbatch, Stop
+from pglpipe.errors import EdgeTimeout, PeerLost, ProtocolError, WorkerError
+from pglpipe.transport import EdgePlan, Edges, Links, Nobody, World
+from pglpipe.transport.packing import DTYPES
+
+Side = Callable[[Links], Any]
+NAMES = ["rank 0 (stages 0-1)", "rank 1 (stage 2)", "rank 2 (stage 3)"]
+
+
+def plan(size: int = 2, **options: Any) -> EdgePlan:
+    defaults: dict[str, Any] = dict(
+        names=NAMES[:size],
+        down_bytes=[1024] * (size - 1),
+        up_bytes=[512] * (size - 1),
+        depth=2,
+        timeout=10.0,
+    )
+    return EdgePlan(**(defaults | options))
+
+
+def opened(
+    world: World, edge_plan: EdgePlan, told: Callable[[WorkerError], None]
+) -> Edges:
+    return Edges(world, edge_plan, torch.device("cpu"), "gloo", told)
+
+
+class NoSource:
+    """The first worker's inbox where nobody reads it."""
+
+    waited = 0.0
+
+    def get(self) -> Message:
+        raise AssertionError("nobody reads here")
+
+
+def talk(*sides: Side, peaceful: bool = True, **options: Any) -> list[Any]:
+    """What each side returns or raises, worker by worker, over freshly opened edges."""
+
+    def work(world: World) -> Any:
+        edges = opened(world, plan(len(sides), **options), lambda error: None)
+        try:
+            return sides[world.rank](edges.links(NoSource()))
+        finally:
+            if peaceful:
+                edges.close()
+
+    return outcomes(len(sides), work, timeout=30.0)
+
+
+def send(*messages: Message) -> Side:
+    def side(links: Links) -> None:
+        for message in messages:
+            links.outbox.put(message)
+
+    return side
+
+
+def receive(count: int) -> Side:
+    return lambda links: [links.inbox.get() for _ in range(count)]
+
+
+def sent(*messages: Message, **options: Any) -> list[Message]:
+    """What arrives when these are sent down."""
+    failure, arrived = talk(send(*messages), receive(len(messages)), **options)
+    assert failure is None, failure
+    assert isinstance(arrived, list), arrived
+    return arrived
+
+
+def local(step: int, *tensors: Tensor) -> Message:
+    return Message(LocalStep(step, 0), tensors)
+
+
+def assert_equal(arrived: list[Message], expected: list[Message]) -> None:
+    assert [m.command for m in arrived] == [m.command for m in expected]
+    for got, want in zip(arrived, expected, strict=True):
+        for a, b in zip(got.tensors, want.tensors, strict=True):
+            assert a.dtype == b.dtype and torch.equal(a, b)
+
+
+# -- what goes in comes out -----------------------------------------------------------
+
+
+@pytest.mark.parametrize("depth", [1, 3])
+def test_a_thousand_small_messages_arrive_in_order(depth: int) -> None:
+    messages = [
+        local(i, torch.full((i % 7 + 1,), i)) if i % 3 else Message(Evaluate(i, 0))
+        for i in range(1000)
+    ]
+    assert_equal(sent(*messages, depth=depth), messages)
+
+
+def test_ragged_batches_and_empty_tensors_arrive_at_their_own_size() -> None:
+    shapes = [(8, 4), (3, 4), (0, 4), (1, 1, 1, 1), (), (8, 4)]
+    messages = [local(i, torch.randn(s), torch.arange(i)) for i, s in enumerate(shapes)]
+    assert_equal(sent(*messages), messages)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_every_type_arrives(dtype: torch.dtype) -> None:
+    tensor = torch.arange(12).remainder(2).to(dtype).view(3, 4)
+    assert_equal(sent(local(0, tensor)), [local(0, tensor)])
+
+
+def test_layouts_arrive_as_they_were_sent() -> None:
+    tensors = [
+        torch.randn(2, 3, 4, 5).contiguous(memory_format=torch.channels_last),
+        torch.randn(4, 3, 1, 1).contiguous(memory_format=torch.channels_last),
+        torch.randn(5).as_strided((1, 5), (99, 1)),
+        torch.randn(6, 4),
+    ]
+    arrived = sent(*(local(i, tensor) for i, tensor in enumerate(tensors)))
+    for tensor, message in zip(tensors, arrived, strict=True):
+        assert torch.equal(message.tensors[0], tensor)
+        assert message.tensors[0].stride() == tensor.stride()
+
+
+def test_a_tensor_with_gaps_arrives_without_them() -> None:
+    tensor = torch.randn(6, 8)[:, ::2]
+    (message,) = sent(local(0, tensor))
+    assert torch.equal(message.tensors[0], tensor)
+    assert message.tensors[0].is_contiguous()
+
+
+def test_a_tensor_may_be_overwritten_as_soon_as_it_is_put() -> None:
+    def overwriting(links: Links) -> None:
+        tensor = torch.empty(50)
+        for step in range(20):
+            links.outbox.put(local(step, tensor.fill_(step)))
+        tensor.fill_(-1)
+
+    _, arrived = talk(overwriting, receive(20))
+    assert [set(m.tensors[0].tolist()) for m in arrived] == [{i} for i in range(20)]
+
+
+def test_what_arrived_belongs_to_the_receiver() -> None:
+    def keeping(links: Links) -> list[Message]:
+        kept = [links.inbox.get()]
+        kept[0].tensors[0].add_(100)
+        return kept + [links.inbox.get() for _ in range(9)]
+
+    messages = [local(i, torch.full((9,), float(i))) for i in range(10)]
+    _, arrived = talk(send(*messages), keeping, depth=1)
+    values = [m.tensors[0][0].item() for m in arrived]
+    assert values == [100.0, *map(float, range(1, 10))]
+
+
+def test_both_directions_of_all_edges_flow_at_once() -> None:
+    count = 50
+
+    def first(links: Links) -> list[int]:
+        for i in range(count):
+            links.outbox.put(local(i, torch.tensor([i])))
+        return backward(links)
+
+    def middle(links: Links) -> list[int]:
+        for _ in range(count):
+            links.outbox.put(links.inbox.get())
+        for _ in range(count):
+            assert links.gradients_in is not None
+            links.gradients_out.put(links.gradients_in.get())
+        return []
+
+    def last(links: Links) -> list[int]:
+        assert links.gradients_in is None
+        for i in range(count):
+            (x,) = links.inbox.get().tensors
+            links.gradients_out.put(Message(Microbatch(0, i), (x * 2,)))
+        return []
+
+    def backward(links: Links) -> list[int]:
+        assert links.gradients_in is not None
+        return [int(links.gradients_in.get().tensors[0]) for _ in range(count)]
+
+    # All gradients wait at the middle until all activations have passed it.
+    answers = talk(first, middle, last, depth=count)
+    assert answers == [[2 * i for i in range(count)], [], []]
+
+
+def test_every_byte_sent_is_counted() -> None:
+    def side(links: Links) -> int:
+        before = links.outbox.sent_bytes
+        links.outbox.put(local(0, torch.zeros(16)))
+        with_payload = links.outbox.sent_bytes - before
+        links.outbox.put(Message(Stop()))
+        return with_payload - (links.outbox.sent_bytes - before - with_payload)
+
+    assert talk(side, receive(2))[0] == 64
+
+
+def test_nobody_swallows_everything_and_waits_for_nothing() -> None:
+    nobody = Nobody()
+    nobody.put(local(0, torch.zeros(10**6)))
+    assert nobody.waited == nobody.sent_bytes == 0
+
+
+def test_the_ends_of_a_single_worker_lead_nowhere() -> None:
+    source = NoSource()
+    links = opened(World(), plan(1), lambda error: None).links(source)
+    assert links.inbox is source and links.gradients_in is None
+    assert isinstance(links.outbox, Nobody) and isinstance(links.gradients_out, Nobody)
+
+
+# -- waiting --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("depth", [1, 3])
+def test_a_sender_is_never_further_ahead_than_the_slots_at_both_ends(
+    depth: int,
+) -> None:
+    count, taken, ahead = 12, [0], []
+
+    def eager(links: Links) -> float:
+        for i in range(count):
+            links.outbox.put(local(i, torch.zeros(200)))
+            ahead.append(i + 1 - taken[0])
+        return links.outbox.waited
+
+    def sleepy(links: Links) -> list[Message]:
+        messages = []
+        for _ in range(count):
+            time.sleep(0.03)
+            taken[0] += 1  # counted before, so that the bound holds at any moment
+            messages.append(links.inbox.get())
+        return messages
+
+    waited, arrived = talk(eager, sleepy, depth=depth)
+    assert [m.command.step for m in arrived] == list(range(count))
+    assert max(ahead) <= 2 * depth
+    assert waited > 0.03 * (count - 2 * depth - 2)
+
+
+def test_a_receiver_counts_what_it_waited_for() -> None:
+    def late(links: Links) -> None:
+        time.sleep(0.2)
+        links.outbox.put(Message(Stop()))
+
+    def waiting(links: Links) -> float:
+        links.inbox.get()
+        return links.inbox.waited
+
+    assert 0.1 < talk(late, waiting)[1] < 5
+
+
+# -- what goes wrong ------------------------------------------------------------------
+
+
+def test_a_message_larger_than_its_slot_is_refused_with_both_sizes() -> None:
+    refusal, _ = talk(send(local(0, torch.zeros(257))), lambda links: None)
+    assert isinstance(refusal, ProtocolError)
+    assert "at most 1024 bytes" in str(refusal) and "1088" in str(refusal)
+
+
+@pytest.mark.parametrize("direction", ["down", "up"])
+def test_a_silent_neighbour_is_named_within_the_timeout(direction: str) -> None:
+    done = threading.Event()
+
+    def silent(links: Links) -> None:
+        done.wait(10)
+
+    def listening(links: Links) -> tuple[str, float]:
+        inbox = links.inbox if direction == "down" else links.gradients_in
+        assert inbox is not None
+        began = time.perf_counter()
+        try:
+            with pytest.raises(EdgeTimeout) as raised:
+                inbox.get()
+            return str(raised.value), time.perf_counter() - began
+        finally:
+            done.set()
+
+    sides = [silent, listening] if direction == "down" else [listening, silent]
+    text, seconds = next(
+        end for end in talk(*sides, timeout=0.5) if isinstance(end, tuple)
+    )
+    silent_rank = 0 if direction == "down" else 1
+    assert text == f"{NAMES[silent_rank]} is silent for 0.5 s"
+    assert 0.4 < seconds < 3
+
+
+def test_a_neighbour_that_takes_nothing_is_named_within_the_timeout() -> None:
+    done = threading.Event()
+
+    def pushing(links: Links) -> str:
+        try:
+            with pytest.raises(EdgeTimeout) as raised:
+                for i in range(20):
+                    links.outbox.put(local(i, torch.zeros(200)))
+            return str(raised.value)
+        finally:
+            done.set()
+
+    def deaf(links: Links) -> None:
+        done.wait(10)
+
+    text, _ = talk(pushing, deaf, timeout=0.5, depth=1, peaceful=False)
+    assert text == f"{NAMES[1]} is silent for 0.5 s"
+
+
+def test_workers_that_expect_different_sizes_do_not_begin() -> None:
+    def work(world: World) -> None:
+        different = plan(down_bytes=[1024 * (world.rank + 1)], timeout=3.0)
+        opened(world, different, lambda error: None).close()
+
+    errors = outcomes(2, work, timeout=30)
+    assert any(
+        isinstance(e, ProtocolError) and "start every worker with the same" in str(e)
+        for e in errors
+    )
+
+
+def receivers() -> list[str]:
+    return [t.name for t in threading.enumerate() if t.name.startswith("pglpipe")]
+
+
+def test_close_leaves_no_thread() -> None:
+    before = set(receivers())
+    talk(send(local(0, torch.zeros(3))), receive(1), lambda links: None)
+    assert set(receivers()) <= before
+
+
+def test_close_waits_until_all_that_was_sent_has_arrived() -> None:
+    def late(links: Links) -> list[Message]:
+        time.sleep(0.2)
+        return [links.inbox.get() for _ in range(4)]
+
+    messages = [local(i, torch.full((200,), float(i))) for i in range(4)]
+    failure, arrived = talk(send(*messages), late)
+    assert failure is None
+    assert_equal(arrived, messages)
+
+
+# -- a real process dies --------------------------------------------------------------
+
+CHILD = """
+import sys, time, torch
+from torch.distributed import FileStore
+from pglpipe.commands import LocalStep, Message
+from pglpipe.transport import EdgePlan, Edges, World
+
+world = World(1, 2, 0, FileStore(sys.argv[1], 2))
+plan = EdgePlan(["rank 0 (stages 0-1)", "rank 1 (stage 2)"], [1024], [512], 1, 60.0)
+edges = Edges(world, plan, torch.device("cpu"), "gloo", lambda error: None)
+edges.links(None).gradients_out.put(Message(LocalStep(0, 0), (torch.ones(3),)))
+if sys.argv[2] == "raise":
+    raise SystemExit(3)
+time.sleep(60)
+"""
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("end", ["kill", "raise"])
+@pytest.mark.parametrize("doing", ["get", "put"])
+def test_a_dead_neighbour_is_named_at_once(
+    tmp_path: Path, doing: str, end: str
+) -> None:
+    child = subprocess.Popen(
+        [sys.executable, "-c", CHILD, str(tmp_path / "store"), end],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        store = FileStore(str(tmp_path / "store"), 2)
+        store.set_timeout(timedelta(seconds=60))
+        told: list[WorkerError] = []
+        edges = opened(World(0, 2, 0, store), plan(depth=1, timeout=60.0), told.append)
+        links = edges.links(NoSource())
+        assert links.gradients_in is not None
+        assert torch.equal(links.gradients_in.get().tensors[0], torch.ones(3))
+        if end == "kill":
+            child.kill()
+        began = time.perf_counter()
+        with pytest.raises(PeerLost, match=r"^rank 1 \(stage 2\) is gone$"):
+            for step in range(20):
+                if doing == "get":
+                    links.gradients_in.get()
+                links.outbox.put(local(step, torch.zeros(200)))
+        assert time.perf_counter() - began < 10
+        while not told and time.perf_counter() - began < 5:
+            time.sleep(0.01)
+        assert [str(error) for error in told] == ["rank 1 (stage 2) is gone"]
+    finally:
+        child.kill()
+        child.wait()

@@ -1,0 +1,205 @@
+"""A whole pipeline inside one test: every rank is a thread, all share one store.
+
+::
+
+    on_every_rank(4, work)  ──▶  work(World(rank=0, size=4)), …, in four threads
+                                 results by rank; the first failure is raised again
+
+A watchdog stands behind every run: threads that do not end in time fail the test with the
+stack of each of them instead of hanging it.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+import traceback
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.distributed import HashStore
+
+from pglpipe import EvaluationRecord, StepRecord, Summary, Trainer
+from pglpipe.layer import Layer
+from pglpipe.models import build
+from pglpipe.transport import World
+
+T = TypeVar("T")
+WATCHDOG = 60.0  # seconds
+
+Batch = tuple[Tensor, Tensor]
+
+
+def on_every_rank(
+    size: int, work: Callable[[World], T], *, timeout: float = WATCHDOG
+) -> list[T]:
+    """What ``work`` returns on each rank; raises the first exception, by rank."""
+    results = []
+    for outcome in outcomes(size, work, timeout=timeout):
+        if isinstance(outcome, BaseException):
+            raise outcome
+        results.append(outcome)
+    return results
+
+
+def outcomes(
+    size: int, work: Callable[[World], T], *, timeout: float = WATCHDOG
+) -> list[T | BaseException]:
+    """What ``work`` returns or raises on each rank."""
+    store = HashStore()
+    worlds = [World(rank, size, rank, store) for rank in range(size)]
+    return at_once(*(lambda w=world: work(w) for world in worlds), timeout=timeout)
+
+
+def at_once(
+    *works: Callable[[], T], timeout: float = WATCHDOG
+) -> list[T | BaseException]:
+    """What each of ``works`` returns or raises, all of them run at the same time."""
+    ends: list[T | BaseException] = [TimeoutError("still at work")] * len(works)
+
+    def run(index: int) -> None:
+        try:
+            ends[index] = works[index]()
+        except BaseException as error:
+            ends[index] = error
+
+    threads = [
+        threading.Thread(target=run, args=(i,), name=f"test rank {i}", daemon=True)
+        for i in range(len(works))
+    ]
+    for thread in threads:
+        thread.start()
+    join(threads, timeout)
+    return ends
+
+
+def join(threads: Iterable[threading.Thread], timeout: float) -> None:
+    """Waits for the threads; fails the test, with all stacks, if they do not end in time."""
+    for thread in threads:
+        thread.join(timeout)
+        if thread.is_alive():
+            pytest.fail(f"{thread.name} hangs\n{stacks()}", pytrace=False)
+
+
+def stacks() -> str:
+    """Where every thread of this process is."""
+    names = {thread.ident: thread.name for thread in threading.enumerate()}
+    return "\n".join(
+        f"-- {names.get(ident, ident)}\n{''.join(traceback.format_stack(frame))}"
+        for ident, frame in sys._current_frames().items()
+    )
+
+
+# -- small things to train ------------------------------------------------------------
+
+
+def small_resnet(name: str = "resnet20") -> list[Layer]:
+    """A thin ResNet for images of 8x8 pixels: BatchNorm, shortcuts, 11 places to cut."""
+    return build(name, image_shape=(3, 8, 8), num_classes=10, width=4)
+
+
+def image_batches(*sizes: int) -> list[Batch]:
+    """Random batches of these sizes: images ``[B, 3, 8, 8]`` in channels_last, 10 classes."""
+    generator = torch.Generator().manual_seed(1)
+    return [
+        (
+            torch.randn(size, 3, 8, 8, generator=generator).contiguous(
+                memory_format=torch.channels_last
+            ),
+            torch.randint(0, 10, (size,), generator=generator),
+        )
+        for size in sizes
+    ]
+
+
+def sgd(parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+    """The optimizer of the published recipes."""
+    return torch.optim.SGD(
+        parameters, lr=0.1, momentum=0.9, nesterov=True, weight_decay=1e-4
+    )
+
+
+@dataclass
+class Records:
+    """An observer that remembers everything."""
+
+    steps: list[StepRecord] = field(default_factory=list)
+    evaluations: list[EvaluationRecord] = field(default_factory=list)
+
+    def on_step(self, record: StepRecord) -> None:
+        """A step is complete."""
+        self.steps.append(record)
+
+    def on_evaluation(self, record: EvaluationRecord) -> None:
+        """An evaluation is complete."""
+        self.evaluations.append(record)
+
+    @property
+    def kinds(self) -> str:
+        """The kinds of the steps: ``LLG``."""
+        return "".join(record.kind[0].upper() for record in self.steps)
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What worker 0 has in hand at the end of a run."""
+
+    summary: Summary
+    body: dict[str, Tensor]
+    heads: dict[int, dict[str, Tensor]]
+    records: Records
+
+
+def trainer(world: World, layers: object, **options: Any) -> Trainer:
+    """A trainer with a test's defaults."""
+    defaults: dict[str, Any] = dict(
+        num_stages=4,
+        loss=nn.CrossEntropyLoss(),
+        optimizer=sgd,
+        head="1c2f",
+        device="cpu",
+        edge_timeout=30.0,
+    )
+    return Trainer(layers, world=world, **(defaults | options))
+
+
+def train(
+    size: int,
+    layers: object,
+    loader: Iterable[Batch],
+    *,
+    epochs: int | None = 1,
+    steps: int | None = None,
+    evaluate: Iterable[Batch] | None = None,
+    by_rank: Callable[[int], dict[str, Any]] = lambda rank: {},
+    **options: Any,
+) -> Trained:
+    """Trains on ``size`` workers; the summary must be the same on all of them.
+
+    Args:
+        by_rank: options that only one worker has.
+    """
+    records = Records()
+
+    def work(world: World) -> tuple[Summary, Any, Any]:
+        made = trainer(
+            world, layers, observer=records, **(options | by_rank(world.rank))
+        )
+        span = {"steps": steps} if steps else {"epochs": epochs}
+        summary = made.fit(loader, evaluate=evaluate, **span)
+        body, heads = made.weights()
+        made.close()
+        return summary, body, heads
+
+    (summary, body, heads), *others = on_every_rank(size, work)
+    assert all(other == (summary, {}, {}) for other in others)
+    return Trained(summary, body, heads, records)
+
+
+def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    """Whether two states have the same names, in the same order, and the same bits."""
+    return list(a) == list(b) and all(torch.equal(a[name], b[name]) for name in a)
