@@ -35,7 +35,7 @@ app = typer.Typer(
 Config = Annotated[
     Optional[Path], typer.Option("--config", help="TOML file of options")
 ]
-_GRACE_SECONDS = 1.0
+_GRACE_SECONDS = 5.0
 
 RunDir = Annotated[Path, typer.Option("--run-dir", help="folder of a finished run")]
 
@@ -107,7 +107,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if not {"", os.getcwd()} & set(sys.path):
         sys.path.insert(0, "")
     try:
-        app(arguments, standalone_mode=False)
+        # Some versions of typer return the status of an interruption, others raise it.
+        if status := app(arguments, standalone_mode=False):
+            _leave(status)
     except UsageError as error:
         _complain(" ".join(error.format_message().split()), told=not _leads())
         _leave(2)
@@ -147,7 +149,7 @@ def _complain(text: str, *, told: bool) -> None:
     if told:
         # A launcher ends all workers with the first; the one who tells must come first.
         time.sleep(_GRACE_SECONDS)
-    else:
+    elif text:  # without any argument the help says it all
         print(f"pglpipe: error: {text}", file=sys.stderr, flush=True)
 
 

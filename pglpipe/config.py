@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -150,9 +151,8 @@ class RunConfig:
 
     def to_toml(self) -> str:
         """The whole configuration as a TOML document that :func:`read` accepts."""
-        # A JSON string, number or boolean is a TOML one as well.
         pairs = dataclasses.asdict(self).items()
-        return "".join(f"{key} = {json.dumps(value)}\n" for key, value in pairs)
+        return "".join(f"{key} = {_toml(value)}\n" for key, value in pairs)
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -184,11 +184,16 @@ def resolve(file: Path | None, options: Mapping[str, Any]) -> RunConfig:
     return RunConfig(**values)
 
 
+def _toml(value: Any) -> str:
+    """A JSON text, number or boolean is a TOML one as well, but for one control character."""
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+
+
 def _check(field: dataclasses.Field[Any], value: Any) -> None:
     """Refuses a value of the wrong type, choice or range."""
     option = f"--{field.name.replace('_', '-')}"
     expected = type(field.default)
-    number = isinstance(value, int | float) and not isinstance(value, bool)
+    number = type(value) in (int, float) and math.isfinite(value)
     if not (number if expected is float else type(value) is expected):
         raise ConfigError(f"expected {_NAMES[expected]} for {option}, got {value!r}")
     choices, at_least = field.metadata["choices"], field.metadata["at_least"]
@@ -200,7 +205,7 @@ def _check(field: dataclasses.Field[Any], value: Any) -> None:
 
 _NAMES = {
     int: "a whole number",
-    float: "a number",
+    float: "a finite number",
     str: "a text",
     bool: "true or false",
 }

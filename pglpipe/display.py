@@ -98,7 +98,7 @@ class Lines(Blank):
         left = (self._last - self._began) / done * (self._total - done)
         print(
             f"step {done}/{self._total} ({self._global_steps} global)  "
-            f"loss {numbers(self._losses)}  {record.samples_per_second:.0f} samples/s  "
+            f"loss {' '.join(map(number, self._losses))}  {record.samples_per_second:.0f} samples/s  "
             f"{clock(left)} left",
             flush=True,
         )
@@ -108,7 +108,7 @@ class Lines(Blank):
         self._last = time.monotonic()
         print(
             f"epoch {record.epoch + 1}, step {record.step}/{self._total}: "
-            f"test accuracy of the exits {percents(record.accuracies)}",
+            f"test accuracy of the exits {'  '.join(map(percent, record.accuracies))}",
             flush=True,
         )
 
@@ -278,19 +278,9 @@ def number(value: float | None) -> str:
     return "–" if value is None else f"{value:.3f}"
 
 
-def numbers(values: list[float | None]) -> str:
-    """Losses in a row."""
-    return " ".join(map(number, values))
-
-
 def percent(value: float | None) -> str:
     """A share in per cent, or a dash."""
     return "–" if value is None else f"{100 * value:.1f} %"
-
-
-def percents(values: list[float | None]) -> str:
-    """Shares in a row."""
-    return "  ".join(map(percent, values))
 
 
 def clock(seconds: float) -> str:

@@ -53,6 +53,8 @@ class EvaluationRecord:
 class StepClock:
     """One worker's seconds per training step, after warm-up.
 
+    A run too short to get warm is counted as it is.
+
     Attributes:
         seconds: waiting and working, by kind of step.
     """
@@ -65,10 +67,12 @@ class StepClock:
     _seen: int = 0
 
     def add(self, step: StepReport) -> None:
-        """Counts a step, once the run is warm."""
+        """Counts a step; the first one after warm-up makes those before it forgotten."""
         self._seen += 1
-        if self._seen <= WARMUP_STEPS:
-            return
+        if self._seen == WARMUP_STEPS + 1:
+            self.seconds.clear()
+            self.samples = 0
+            self.total = self.waited_recv = self.waited_send = 0.0
         self.seconds[step.kind].append(step.seconds)
         self.samples += step.samples
         self.total += step.seconds

@@ -92,7 +92,7 @@ def _train(config: RunConfig, world: World) -> Summary:
     screen = display.screen(plan, total_steps, quiet=config.quiet or not leads)
     observers.members.append(screen)
     if folder:
-        folder.write_config(config)
+        folder.open(config)
         observers.members.append(folder)
     with screen:
         summary = trainer.fit(

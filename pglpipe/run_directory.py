@@ -15,10 +15,11 @@ import dataclasses
 import importlib.metadata
 import json
 import math
+import os
 import platform
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn, TextIO
 
 from pglpipe.__version__ import __version__
 from pglpipe.config import RunConfig
@@ -30,7 +31,7 @@ class RunDirectory:
     """An observer that writes what it sees.
 
     Args:
-        path: the folder; made if missing, refused if it already holds a run.
+        path: the folder; made by :meth:`open`, refused at once if it already holds a run.
 
     Raises:
         ConfigError: the folder cannot be written, or holds a run.
@@ -40,31 +41,37 @@ class RunDirectory:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._metrics: TextIO | None = None
         if (path / "config.toml").exists():
             raise ConfigError(
                 f"expected a new run directory, but {path} already holds a run; "
                 "choose another --run-dir"
             )
-        try:
-            path.mkdir(parents=True, exist_ok=True)
-            # Line by line on disk, so that a killed run keeps what it saw.
-            self._metrics = open(
-                path / "metrics.jsonl", "w", buffering=1, encoding="utf-8"
-            )
-        except OSError as error:
-            raise ConfigError(
-                f"expected a run directory that can be written, but {path}: {error.strerror}; "
-                "choose another --run-dir"
-            ) from None
+        parent = next(p for p in (path, *path.absolute().parents) if p.exists())
+        if not (parent.is_dir() and os.access(parent, os.W_OK)):
+            self._refuse(f"{parent} cannot be written")
+
+    def _refuse(self, reason: str | None) -> NoReturn:
+        raise ConfigError(
+            f"expected a run directory that can be written, but {self.path}: {reason}; "
+            "choose another --run-dir"
+        )
 
     @property
     def weights(self) -> Path:
         """Where the weights at the end go."""
         return self.path / self.WEIGHTS
 
-    def write_config(self, config: RunConfig) -> None:
-        """Writes the configuration that repeats the run."""
-        (self.path / "config.toml").write_text(config.to_toml(), encoding="utf-8")
+    def open(self, config: RunConfig) -> None:
+        """Makes the folder and writes the configuration that repeats the run."""
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            # Line by line on disk, so that a killed run keeps what it saw.
+            self._metrics = (self.path / "metrics.jsonl").open("w", 1, encoding="utf-8")
+            text = config.to_toml()
+            (self.path / "config.toml").write_text(text, encoding="utf-8")
+        except OSError as error:
+            self._refuse(error.strerror)
 
     def on_step(self, record: StepRecord) -> None:
         """Writes a line for a step."""
@@ -92,21 +99,19 @@ class RunDirectory:
 
     def finish(self, config: RunConfig, summary: Summary) -> None:
         """Writes the summary; the run is complete."""
+        assert self._metrics is not None, "open comes first"
         self._metrics.close()
-        text = json.dumps(
-            {
-                "config": dataclasses.asdict(config),
-                "versions": versions(),
-                **dataclasses.asdict(summary),
-            },
-            indent=2,
-        )
+        fields = {
+            "config": dataclasses.asdict(config),
+            "versions": versions(),
+            **dataclasses.asdict(summary),
+        }
+        text = json.dumps(_finite(fields), indent=2)
         (self.path / "summary.json").write_text(text + "\n", encoding="utf-8")
 
     def _write(self, **fields: Any) -> None:
-        self._metrics.write(
-            json.dumps({k: _finite(v) for k, v in fields.items()}) + "\n"
-        )
+        assert self._metrics is not None, "open comes first"
+        self._metrics.write(json.dumps(_finite(fields)) + "\n")
 
 
 def default_path() -> Path:
@@ -125,6 +130,8 @@ def versions() -> dict[str, str]:
 
 def _finite(value: Any) -> Any:
     """JSON has neither NaN nor infinity: null stands for both."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
     if isinstance(value, list):
         return [_finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value

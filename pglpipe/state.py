@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -105,16 +106,30 @@ def save(path: Path, body: Tensors, heads: Mapping[int, Tensors]) -> None:
     """Writes the weights of the whole network to a safetensors file."""
     tensors = dict(body)
     for stage, head in heads.items():
-        tensors |= {head_prefix(stage) + name: tensor for name, tensor in head.items()}
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
+        tensors |= {head_prefix(stage) + name: t for name, t in head.items()}
+    with _writing(path):
+        save_file({name: t.contiguous() for name, t in tensors.items()}, path)
 
 
 def export(path: Path, body: Tensors) -> None:
     """Writes an ordinary ``state_dict``: safetensors by that suffix, else ``torch.save``."""
     if path.suffix == ".safetensors":
         save(path, body, {})
-    else:
+        return
+    with _writing(path):
         torch.save(body, path)
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    """Says in one line what keeps a file from being written."""
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        reason = str(error).splitlines()[0]
+        raise DataError(
+            f"expected a file that can be written at {path}, got: {reason}"
+        ) from None
 
 
 def without_heads(tensors: Tensors) -> Tensors:

@@ -1,0 +1,295 @@
+"""A user's mistake is one line that says what was expected, what came and how to repair it.
+
+Exit status 2, no traceback, and nothing on disk that could be taken for a run. The table
+goes through the command line's own ``main``; a few rows again through real processes.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from commands import Ended, call, draw_images, module, run, small_run, torchrun
+from PIL import Image
+
+# What a broken configuration file holds, by its name.
+FILES = {
+    "typo.toml": "stagse = 2\n",
+    "table.toml": "[training]\nlr = 0.1\n",
+    "text.toml": 'queue_depth = "2"\n',
+    "fraction.toml": "queue_depth = 2.5\n",
+    "number.toml": "augment = 1\n",
+    "list.toml": "momentum = [0.1]\n",
+    "choice.toml": 'head = "1c2g"\n',
+    "broken.toml": "stages 2\n",
+    "binary.toml": "\udcff",
+    "broken_model.py": "import no_such_thing_at_all\n",
+    "raising_model.py": "raise OSError('the\\ndisk is gone')\n",
+    "my_model.py": (
+        "def network(image_shape): return []\n"
+        "def empty(**_): return []\n"
+        "def text(**_): return 'resnet8'\n"
+    ),
+}
+
+# Options beside those of a small run => what the one line must say, all of it.
+OPTIONS = """
+    # where to cut
+    --stages 6                                => cannot cut 5 layers into 6 stages & choose --stages from 1 to 5
+    --balance 2,2,2                           => 2,2,2 sums to 6 & has 5 layers & give sizes that sum to 5
+    --balance 2,3                             => 2 sizes for 3 stages & give 3 sizes or choose --stages 2
+    --balance 3,0,2                           => 1 layer or more & '0'
+    --balance 3,-1,3                          => 1 layer or more & '-1'
+    --balance 3,x,1                           => whole numbers such as 2,3,3 & 'x'
+    --balance flopps                          => 'flopps' & did you mean 'flops'?
+    --balance=                                => unknown balance '' & flops & 2,3,3
+    --balance published                       => published & resnet8
+    # unknown words
+    --stagse 2                                => --stagse & --stages
+    --stages                                  => --stages & requires an argument
+    resnet8                                   => resnet8 & unexpected extra argument
+    --stages two                              => --stages & valid
+    --stages 1.5                              => --stages & valid
+    --lr fast                                 => --lr & valid
+    --dataset cifar11                         => did you mean 'cifar10
+    --head 1c2g                               => unknown --head '1c2g' & did you mean '1c2f'?
+    --local-loss cee                          => --local-loss & did you mean 'ce'?
+    --guidance-unit steps                     => did you mean 'step'?
+    --timetable gpip                          => did you mean 'gpipe'?
+    --lr-schedule cosin                       => did you mean 'cosine'?
+    --device cudda                            => did you mean 'cuda'?
+    --model resnet9                           => did you mean 'resnet8'? & MODULE:FUNCTION
+    # numbers out of range
+    --stages 0                                => --stages of at least 1, got 0
+    --epochs -1                               => --epochs of at least 0, got -1
+    --steps -5                                => --steps of at least 0, got -5
+    --lr -0.1                                 => --lr of at least 0, got -0.1
+    --lr nan                                  => a finite number for --lr, got nan
+    --batch-size 0                            => --batch-size of at least 1, got 0
+    --seed -1                                 => --seed of at least 0, got -1
+    --microbatches 0                          => --microbatches of at least 1, got 0
+    --queue-depth 0                           => --queue-depth of at least 1, got 0
+    --train-limit -1                          => --train-limit of at least 0, got -1
+    --clip-norm -1                            => --clip-norm of at least 0, got -1
+    --width -1                                => --width of at least 0, got -1
+    --guidance-period 0                       => --guidance-period of at least 1, got 0
+    # what contradicts something else
+    --batch-size 4 --microbatches 8           => --batch-size 4 & --microbatches 8 & lower --microbatches
+    --guidance-period 3 --guidance-duration 4 => to the period 3 & got 4 & lower --guidance-duration
+    --epochs 2 --steps 9                      => got both (2 and 9) & drop one
+    --momentum 0                              => momentum & add --no-nesterov
+    # data
+    --data-root {place}/nowhere               => expected a folder of images at {place}/nowhere & check --data-root
+    --data-root {place}/empty                 => train/ in {place}/empty & found none & train/<class>/
+    --data-root {place}/classless             => {place}/classless/train & <class>/<image>
+    --data-root {place}/hollow                => {place}/hollow/test & elk & remove the empty class
+    --data-root {place}/corrupt               => {place}/corrupt/train/bee/3.png & cannot be decoded & replace or remove
+    --data-root {place}/mixed                 => {place}/mixed/test/cat/2.png is 9x7 & --image-size N
+    --data-root {place}/lopsided              => same classes for training and test & dog
+    --image-size 4                            => at least 8x8 & got 4x4
+    --dataset cifar10 --data-root {place}/empty => cifar10 & --download
+    # where to write
+    --run-dir {place}/typo.toml/run           => {place}/typo.toml/run & cannot be written & choose another --run-dir
+    --run-dir {place}/finished                => {place}/finished already holds a run & choose another --run-dir
+    # configuration files
+    --config {place}/no.toml                  => {place}/no.toml & No such file
+    --config {place}                          => {place} & Is a directory
+    --config {place}/broken.toml              => expected TOML & line 1
+    --config {place}/binary.toml              => expected TOML & utf-8
+    --config {place}/typo.toml                => unknown key 'stagse' & did you mean 'stages'? & {place}/typo.toml
+    --config {place}/table.toml               => unknown key 'training'
+    --config {place}/text.toml                => whole number & '2'
+    --config {place}/fraction.toml            => whole number & got 2.5
+    --config {place}/number.toml              => true or false for --augment, got 1
+    --config {place}/list.toml                => a finite number & [0.1]
+    --config {place}/choice.toml              => did you mean '1c2f'?
+    # a model of one's own
+    --model no_such_module:network            => cannot import 'no_such_module' & PACKAGE.MODULE:FUNCTION
+    --model broken_model:network              => cannot import 'broken_model' & no_such_thing_at_all
+    --model raising_model:network             => cannot import 'raising_model' & OSError: the disk is gone
+    --model my_model:netwrk                   => no function 'netwrk' & did you mean 'network'?
+    --model my_model:                         => no function '' & network
+    --model my_model:network                  => my_model:network & image_shape, num_classes & change its signature
+    --model my_model:text                     => nn.Sequential & got str
+    --model my_model:empty                    => at least one layer
+"""
+
+# The same for other commands.
+COMMANDS = """
+    trian                                     => trian & train
+    evaluate --run-dir {place}/nowhere        => expected a finished run in {place}/nowhere & no summary.json & --run-dir
+    evaluate --run-dir {place}/unfinished     => expected a finished run in {place}/unfinished & pass the --run-dir
+    evaluate --run-dir {place}/weightless     => {place}/weightless/model.safetensors & no such file
+    evaluate --run-dir {place}/nameless       => {place}/nameless/config.toml & No such file
+    evaluate --run-dir {place}/homeless       => expected a folder of images at {place}/nowhere & check --data-root
+    evaluate --run-dir {place}/scrambled      => {place}/scrambled/model.safetensors & safetensors form
+    evaluate --run-dir {place}/foreign        => do not fit stage 0 & use the model, head and balance
+    evaluate                                  => Missing option '--run-dir'
+    export --run-dir {place}/nowhere          => expected a finished run in {place}/nowhere
+    export --run-dir {place}/scrambled        => {place}/scrambled/model.safetensors & safetensors form
+    export --run-dir {place}/finished --output {place}/typo.toml/model.pt => expected & {place}/typo.toml/model.pt
+    export --run-dir {place}/finished --output {place}/typo.toml/m.safetensors => expected & {place}/typo.toml/m.safetensors
+    export --run-dir {place}/finished --output {place}/no/model.pt => expected & {place}/no/model.pt
+    export --run-dir {place}/finished --output {place}/empty => expected & {place}/empty
+    plan --dataset imagefolder --data-root {place}/images --workers 0 => workers
+    plan --dataset imagefolder --data-root {place}/images --workers 3 --stages 2 => 3 workers for 2 stages & raise --stages
+"""
+
+
+def rows(table: str) -> list[str]:
+    """The rows of a table, without its headings."""
+    lines = [line.strip() for line in table.splitlines()]
+    return [line for line in lines if line and not line.startswith("# ")]
+
+
+def name_of(row: str) -> str:
+    """What pytest calls a row."""
+    return row.partition(" => ")[0].strip().replace("{place}/", "")
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with everything that is wrong."""
+    place = tmp_path_factory.mktemp("place")
+    for name, text in FILES.items():
+        (place / name).write_bytes(text.encode(errors="surrogateescape"))
+    images = draw_images(place / "images")
+    draw_wrong_images(place, images)
+    run_dir = place / "finished"
+    call("train", *small_run(images), "--run-dir", str(run_dir), cwd=place).check()
+    break_runs(place, run_dir)
+    return place
+
+
+def draw_wrong_images(place: Path, images: Path) -> None:
+    """Copies of the images, each with one thing wrong."""
+    (place / "empty").mkdir()
+    (place / "classless" / "train").mkdir(parents=True)
+    for name in ("hollow", "corrupt", "mixed", "lopsided"):
+        shutil.copytree(images, place / name)
+    (place / "hollow" / "test" / "elk").mkdir()
+    (place / "corrupt" / "train" / "bee" / "3.png").write_bytes(b"\x89PNG no more")
+    Image.new("RGB", (9, 7)).save(place / "mixed" / "test" / "cat" / "2.png")
+    shutil.rmtree(place / "lopsided" / "test" / "dog")
+
+
+def break_runs(place: Path, run_dir: Path) -> None:
+    """Copies of a finished run, each with one thing missing or broken."""
+    for name in "unfinished weightless nameless scrambled foreign homeless".split():
+        shutil.copytree(run_dir, place / name)
+    (place / "unfinished" / "summary.json").unlink()
+    (place / "weightless" / "model.safetensors").unlink()
+    (place / "nameless" / "config.toml").unlink()
+    (place / "scrambled" / "model.safetensors").write_bytes(b"scrambled")
+    config = (run_dir / "config.toml").read_text()
+    for name, old, new in (
+        ("foreign", '"resnet8"', '"mlp"'),
+        ("homeless", str(place / "images"), str(place / "nowhere")),
+    ):
+        (place / name / "config.toml").write_text(config.replace(old, new))
+
+
+@pytest.fixture
+def refused(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Callable[[str], None]:
+    """Gives the command of a row and checks how it is refused."""
+    monkeypatch.syspath_prepend(place)
+
+    def check(row: str) -> None:
+        line, _, said = row.format(place=place).partition(" => ")
+        ended = call(*line.split(), cwd=tmp_path)
+        is_one_line(ended, *said.split(" & "))
+        holds_no_run(tmp_path)
+
+    return check
+
+
+def is_one_line(ended: Ended, *said: str) -> None:
+    """Status 2, and one line with all of the words."""
+    assert ended.status == 2, ended
+    assert ended.err.count("\n") == 1 and ended.err.startswith("pglpipe: error: ")
+    assert ended.out == ""
+    for words in said:
+        assert words in ended.err, words
+
+
+def holds_no_run(folder: Path) -> None:
+    """Nothing in the folder could be taken for a run that has begun or ended."""
+    names = {path.name for path in folder.rglob("*") if path.is_file()}
+    assert names <= {"metrics.jsonl"}
+    assert all(path.stat().st_size == 0 for path in folder.rglob("metrics.jsonl"))
+
+
+@pytest.mark.parametrize("row", rows(OPTIONS), ids=name_of)
+def test_a_mistake_of_train_is_one_line_and_status_2(
+    row: str, place: Path, refused: Callable[[str], None]
+) -> None:
+    refused(f"train {' '.join(small_run(place / 'images'))} {row}")
+
+
+@pytest.mark.parametrize("row", rows(COMMANDS), ids=name_of)
+def test_a_mistake_of_another_command_is_one_line_and_status_2(
+    row: str, refused: Callable[[str], None]
+) -> None:
+    refused(row)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_cuda_that_is_not_there_is_one_line_and_status_2(
+    place: Path, refused: Callable[[str], None]
+) -> None:
+    options = " ".join(small_run(place / "images"))
+    refused(f"train {options} --device cuda => --device cuda & use --device cpu")
+
+
+def test_the_command_that_was_refused_works_once_it_is_repaired(
+    place: Path, tmp_path: Path
+) -> None:
+    options = [*small_run(place / "images"), "--run-dir", "run"]
+    is_one_line(call("train", *options, "--balance", "2,2,2", cwd=tmp_path), "sums")
+    call("train", *options, "--balance", "2,2,1", cwd=tmp_path).check()
+    assert (tmp_path / "run" / "summary.json").exists()
+
+
+# -- the same in processes of their own -----------------------------------------------
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize(
+    "command",
+    [
+        module("pglpipe", "train", "--stagse", "2"),
+        module("pglpipe.train", "--epochs", "1", "--steps", "1"),
+    ],
+    ids=["usage", "configuration"],
+)
+def test_a_process_ends_with_status_2(command: list[str], tmp_path: Path) -> None:
+    is_one_line(run(command, cwd=tmp_path))
+    holds_no_run(tmp_path)
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ("--stages 1", "2 workers for 1 stages"),
+        pytest.param("--stagse 2", "--stagse", marks=pytest.mark.slow),
+        pytest.param("--epochs 2 --steps 9", "got both", marks=pytest.mark.slow),
+        pytest.param("--data-root nowhere", "nowhere", marks=pytest.mark.slow),
+        pytest.param("--balance 9,9,9", "sums to 27", marks=pytest.mark.slow),
+        pytest.param("--model no_such:thing", "no_such", marks=pytest.mark.slow),
+    ],
+)
+def test_a_mistake_is_told_once_by_all_workers_together(
+    options: str, said: str, place: Path, tmp_path: Path
+) -> None:
+    words = [*small_run(place / "images"), *options.split()]
+    ended = run(torchrun(2, "-m", "pglpipe.train", *words), cwd=tmp_path)
+    (line,) = ended.said
+    assert line.startswith("pglpipe: error: ") and said in line
+    assert ended.status != 0
+    holds_no_run(tmp_path)

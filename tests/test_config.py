@@ -1,0 +1,240 @@
+"""One field, one option, one TOML key: who beats whom, and what is refused."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from commands import call
+
+from pglpipe import run
+from pglpipe.config import DEFAULT_EPOCHS, RunConfig, read, resolve
+from pglpipe.errors import ConfigError
+
+FIELDS = {field.name: field for field in dataclasses.fields(RunConfig)}
+
+# A valid value of every field that is not its default, and one more.
+VALUES: dict[str, tuple[Any, Any]] = {
+    "dataset": ("imagefolder", "cifar10"),
+    "data_root": ("a folder", "élan"),
+    "download": (True, False),
+    "train_limit": (7, 8),
+    "test_limit": (7, 8),
+    "image_size": (16, 24),
+    "augment": (False, True),
+    "model": ("vgg11", "mine:network"),
+    "width": (4, 6),
+    "stages": (2, 3),
+    "balance": ("memory", "2,3"),
+    "head": ("0c1f", "1c2f"),
+    "local_loss": ("ce", "ce"),
+    "guidance_period": (5, 7),
+    "guidance_duration": (2, 0),
+    "guidance_warmup": (1, 2),
+    "guidance_unit": ("epoch", "step"),
+    "microbatches": (2, 4),
+    "timetable": ("gpipe", "1f1b"),
+    "epochs": (3, 4),
+    "steps": (9, 11),
+    "evaluate_every": (2, 3),
+    "batch_size": (32, 33),
+    "lr": (0.5, 1e-5),
+    "momentum": (0.5, 0.25),
+    "nesterov": (False, True),
+    "weight_decay": (0.25, 0.0),
+    "lr_schedule": ("constant", "cosine"),
+    "warmup_epochs": (1.5, 2.0),
+    "clip_norm": (1.0, 2.0),
+    "seed": (3, 4),
+    "device": ("cpu", "auto"),
+    "threads": (1, 2),
+    "queue_depth": (1, 4),
+    "edge_timeout": (5.0, 6.0),
+    "run_dir": ("here", "there"),
+    "quiet": (True, False),
+}
+
+# What the command line promises; the rest of RunConfig is for free.
+PROMISED = """
+    dataset data-root download train-limit test-limit model stages balance head local-loss
+    guidance-period guidance-duration guidance-warmup guidance-unit microbatches timetable
+    epochs steps batch-size lr momentum weight-decay lr-schedule warmup-epochs seed device
+    queue-depth run-dir quiet
+""".split()
+
+Train = Callable[..., RunConfig]
+
+
+def kind_of(name: str) -> type[Any]:
+    """The type of a field."""
+    return type(FIELDS[name].default)
+
+
+def dashed(name: str) -> str:
+    """A field's name as an option's."""
+    return name.replace("_", "-")
+
+
+@pytest.fixture
+def train(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Train:
+    """The configuration that ``pglpipe train`` comes to from its options; trains nothing."""
+    seen: list[RunConfig] = []
+    monkeypatch.setattr(run, "train", seen.append)
+
+    def resolved(*arguments: str) -> RunConfig:
+        call("train", *arguments, cwd=tmp_path).check()
+        return seen.pop()
+
+    return resolved
+
+
+@pytest.fixture
+def toml(tmp_path: Path) -> Callable[[str], Path]:
+    """Writes a configuration file."""
+
+    def write(text: str) -> Path:
+        path = tmp_path / "run.toml"
+        path.write_text(text, encoding="utf-8")
+        return path
+
+    return write
+
+
+def option(name: str, value: Any) -> list[str]:
+    """The words that give an option a value."""
+    if isinstance(value, bool):
+        return [f"--{dashed(name)}" if value else f"--no-{dashed(name)}"]
+    return [f"--{dashed(name)}", str(value)]
+
+
+def with_value(name: str, value: Any) -> RunConfig:
+    """The defaults with one value changed."""
+    return RunConfig(**{name: value})
+
+
+def test_this_file_knows_every_field() -> None:
+    assert list(VALUES) == list(FIELDS)
+
+
+# -- who beats whom -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", FIELDS)
+def test_the_command_line_beats_the_file_and_the_file_the_default(
+    name: str, train: Train, toml: Callable[[str], Path]
+) -> None:
+    in_file, given = VALUES[name]
+    lines = with_value(name, in_file).to_toml().splitlines()
+    path = toml(next(line for line in lines if line.startswith(f"{name} = ")))
+    assert getattr(train(), name) == resolved_default(name)
+    assert getattr(train("--config", str(path)), name) == in_file
+    assert getattr(train("--config", str(path), *option(name, given)), name) == given
+
+
+def resolved_default(name: str) -> Any:
+    """What a run without options has."""
+    return DEFAULT_EPOCHS if name == "epochs" else FIELDS[name].default
+
+
+def test_a_run_without_options_is_ten_epochs_of_something_valid() -> None:
+    assert (resolve(None, {}).epochs, resolve(None, {}).steps) == (DEFAULT_EPOCHS, 0)
+
+
+def test_steps_replace_the_default_epochs() -> None:
+    assert (resolve(None, {"steps": 5}).epochs, resolve(None, {"steps": 5}).steps) == (
+        0,
+        5,
+    )
+
+
+# -- on disk --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", FIELDS)
+def test_every_value_survives_the_file(name: str, toml: Callable[[str], Path]) -> None:
+    for value in VALUES[name]:
+        config = with_value(name, value)
+        assert RunConfig(**read(toml(config.to_toml()))) == config
+
+
+@pytest.mark.parametrize(
+    "text", ["", "a b", 'quo"ted', "back\\slash", "tab\tline\n", "ünï", "𝄞😀", "\x7f"]
+)
+def test_every_text_survives_the_file(text: str, toml: Callable[[str], Path]) -> None:
+    config = RunConfig(data_root=text)
+    assert read(toml(config.to_toml()))["data_root"] == text
+
+
+@pytest.mark.parametrize("value", [0.1 + 0.2, 1e-300, 1e300, 5e-324])
+def test_every_number_survives_the_file(
+    value: float, toml: Callable[[str], Path]
+) -> None:
+    config = RunConfig(clip_norm=value)
+    assert read(toml(config.to_toml()))["clip_norm"] == value
+
+
+def test_a_whole_number_is_a_number(toml: Callable[[str], Path]) -> None:
+    assert resolve(toml("lr = 1\n"), {}).lr == 1
+
+
+# -- the options ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", PROMISED)
+def test_a_promised_option_exists(name: str) -> None:
+    assert name.replace("-", "_") in FIELDS
+
+
+def test_the_help_names_and_explains_every_option(tmp_path: Path) -> None:
+    text = " ".join(call("train", "--help", cwd=tmp_path).check().out.split())
+    for name, field in FIELDS.items():
+        assert f"--{dashed(name)} " in text
+        assert field.metadata["help"].split(":")[0][:40] in text
+        assert all(choice in text for choice in field.metadata["choices"])
+
+
+@pytest.mark.parametrize("command", ["train", "plan"])
+def test_plan_takes_the_options_of_train(command: str, tmp_path: Path) -> None:
+    text = call(command, "--help", cwd=tmp_path).check().out
+    assert all(f"--{dashed(name)}" in text for name in FIELDS)
+
+
+# -- what is refused ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", FIELDS)
+def test_a_value_of_the_wrong_type_is_refused_by_its_option(name: str) -> None:
+    wrong: list[Any] = [[], {}, None, "1" if kind_of(name) is not str else 1]
+    wrong += [2.5] if kind_of(name) is int else []
+    wrong += [1] if kind_of(name) is bool else [True]
+    for value in wrong:
+        with pytest.raises(ConfigError, match=f"^expected .* for --{dashed(name)}, "):
+            with_value(name, value)
+
+
+@pytest.mark.parametrize("name", [n for n in FIELDS if kind_of(n) in (int, float)])
+def test_every_number_has_a_least_value_and_below_it_is_refused(name: str) -> None:
+    least = kind_of(name)(FIELDS[name].metadata["at_least"])
+    assert getattr(RunConfig(nesterov=False, **{name: least}), name) == least
+    with pytest.raises(ConfigError, match=f"--{dashed(name)} of at least {least:g}"):
+        with_value(name, least - 1)
+
+
+@pytest.mark.parametrize("name", [n for n in FIELDS if kind_of(n) is float])
+def test_not_a_number_is_refused(name: str) -> None:
+    with pytest.raises(
+        ConfigError, match=f"a finite number for --{dashed(name)}, got nan"
+    ):
+        with_value(name, math.nan)
+
+
+@pytest.mark.parametrize("name", [n for n in FIELDS if FIELDS[n].metadata["choices"]])
+def test_every_choice_is_accepted_and_its_typo_is_told_the_choice(name: str) -> None:
+    for choice in FIELDS[name].metadata["choices"]:
+        assert getattr(with_value(name, choice), name) == choice
+        with pytest.raises(ConfigError, match=f"unknown --{dashed(name)} .* valid: "):
+            with_value(name, f"{choice}x")

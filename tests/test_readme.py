@@ -1,0 +1,56 @@
+"""What the README shows works as it stands."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from commands import ROOT, run, torchrun
+
+from pglpipe.config import RunConfig
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+FLAGS = {field.name for field in dataclasses.fields(RunConfig)} | {"config"}
+
+
+@pytest.fixture
+def script(tmp_path: Path) -> Path:
+    """The first block of Python as a file."""
+    block = re.search(r"^```python\n(.*?)^```$", README, re.DOTALL | re.MULTILINE)
+    assert block, "the README has no example in Python"
+    path = tmp_path / "example.py"
+    path.write_text(block[1], encoding="utf-8")
+    return path
+
+
+@pytest.mark.dist
+def test_the_example_ends_the_same_under_python_and_torchrun(
+    script: Path, tmp_path: Path
+) -> None:
+    model = tmp_path / "model.pt"
+    alone = run([sys.executable, script.name], cwd=tmp_path).check()
+    weights = torch.load(model, weights_only=True)
+    model.unlink()
+    together = run(torchrun(2, script.name), cwd=tmp_path).check()
+    assert "Warning" not in alone.err + together.err
+    # Every worker prints, and all of them the same.
+    assert set(together.out.splitlines()) == set(alone.out.splitlines())
+    again = torch.load(model, weights_only=True)
+    assert weights.keys() == again.keys()
+    assert all(torch.equal(weights[name], again[name]) for name in weights)
+
+
+def test_every_flag_that_the_readme_shows_exists() -> None:
+    commands = re.findall(r"pglpipe\.train[^\n]*|`--[^`]*`", README)
+    shown = set(re.findall(r"--([a-z][a-z-]+)", "\n".join(commands)))
+    assert "stages" in shown
+    assert {flag.replace("-", "_") for flag in shown} <= FLAGS | {"help"}
+
+
+def test_every_file_that_the_readme_links_to_is_there() -> None:
+    links = re.findall(r"\]\((?!https?:)([^)#]+)\)", README)
+    assert links and all((ROOT / link).exists() for link in links), links

@@ -1,0 +1,297 @@
+"""A run from its options to its files, and what can be done with them afterwards."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from commands import call, draw_images, module, percents, run, small_run, summary_of
+
+from pglpipe import state
+
+SUMMARY_KEYS = """
+    config versions num_stages num_workers steps global_steps wall_seconds train_seconds
+    samples_per_second step_seconds test_loss test_accuracy exit_accuracy workers
+    parameters_sha256
+""".split()
+WORKER_KEYS = """
+    rank stages busy_fraction wait_recv_fraction wait_send_fraction peak_memory_bytes
+    peak_activation_bytes bytes_sent_forward bytes_sent_backward
+""".split()
+TRAIN_KEYS = """
+    event step epoch kind samples loss samples_per_second waited_fraction memory_bytes
+""".split()
+EVALUATION_KEYS = "event step epoch loss accuracy".split()
+
+OWN_MODEL = """
+from torch import nn
+
+def network(*, image_shape, num_classes):
+    return nn.Sequential(
+        nn.Conv2d(image_shape[0], 4, 3), nn.Flatten(), nn.Linear(144, num_classes)
+    )
+"""
+
+Train = Callable[..., Path]
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The images to train on."""
+    return draw_images(tmp_path_factory.mktemp("images"))
+
+
+def train_into(folder: Path, images: Path, *options: str) -> Path:
+    """Trains with more options; the run directory."""
+    options = (*small_run(images), "--run-dir", str(folder), "--quiet", *options)
+    call("train", *options, cwd=images).check()
+    return folder
+
+
+@pytest.fixture
+def train(images: Path, tmp_path: Path) -> Train:
+    """Trains a small network with more options; the run directory."""
+    return lambda *options: train_into(tmp_path / "run", images, *options)
+
+
+@pytest.fixture(scope="module")
+def finished(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of three epochs of three steps; the steps 0, 4 and 8 are global."""
+    folder = tmp_path_factory.mktemp("finished")
+    return train_into(folder, images, "--epochs", "3", "--guidance-period", "4")
+
+
+def events(folder: Path, event: str) -> list[dict[str, Any]]:
+    """The lines of the metrics about training, or about evaluation."""
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    return [line for line in map(json.loads, lines) if line["event"] == event]
+
+
+def kinds(folder: Path) -> str:
+    """The kinds of the steps: ``LLG``."""
+    return "".join(line["kind"][0].upper() for line in events(folder, "train"))
+
+
+# -- what it leaves behind ------------------------------------------------------------
+
+
+def test_a_run_leaves_four_files(finished: Path) -> None:
+    assert {path.name for path in finished.iterdir()} == {
+        "config.toml",
+        "metrics.jsonl",
+        "model.safetensors",
+        "summary.json",
+    }
+
+
+def test_every_step_is_a_line_with_a_loss_of_every_stage_that_took_one(
+    finished: Path,
+) -> None:
+    lines = events(finished, "train")
+    assert all(list(line) == TRAIN_KEYS for line in lines)
+    assert [line["step"] for line in lines] == list(range(9))
+    assert [line["epoch"] for line in lines] == [0, 0, 0, 1, 1, 1, 2, 2, 2]
+    assert [line["samples"] for line in lines] == [16, 16, 8] * 3
+    assert kinds(finished) == "GLLLGLLLG"
+    for line in lines:
+        known = [loss is not None for loss in line["loss"]]
+        assert known == [line["kind"] == "local"] * 2 + [True]
+        assert all(loss > 0 for loss in line["loss"] if loss is not None)
+        assert line["samples_per_second"] > 0
+
+
+def test_every_evaluation_is_a_line_after_the_steps_before_it(finished: Path) -> None:
+    lines = events(finished, "eval")
+    assert all(list(line) == EVALUATION_KEYS for line in lines)
+    assert [(line["epoch"], line["step"]) for line in lines] == [(0, 3), (1, 6), (2, 9)]
+    for line in lines:
+        assert all(len(line[key]) == 3 for key in ("loss", "accuracy"))
+        # There are 20 test images.
+        assert all(20 * share == round(20 * share) for share in line["accuracy"])
+
+
+def test_the_summary_has_exactly_its_keys(finished: Path) -> None:
+    summary = summary_of(finished)
+    assert list(summary) == SUMMARY_KEYS
+    assert [list(worker) for worker in summary["workers"]] == [WORKER_KEYS]
+    assert set(summary["step_seconds"]) == {"local", "global"}
+    assert set(summary["workers"][0]["peak_activation_bytes"]) == {"local", "global"}
+
+
+def test_the_summary_agrees_with_itself_and_with_the_metrics(finished: Path) -> None:
+    summary, last = summary_of(finished), events(finished, "eval")[-1]
+    assert (summary["num_stages"], summary["num_workers"]) == (3, 1)
+    assert (summary["steps"], summary["global_steps"]) == (9, 3)
+    assert summary["exit_accuracy"] == last["accuracy"]
+    assert summary["test_accuracy"] == last["accuracy"][-1]
+    assert summary["test_loss"] == last["loss"][-1]
+    assert 0 < summary["train_seconds"] < summary["wall_seconds"]
+    # The first five of nine steps warm up; an 8, two 16 and an 8 are left.
+    counted = summary["samples_per_second"] * summary["train_seconds"]
+    assert counted == pytest.approx(48)
+
+
+def test_the_only_worker_waits_for_nobody_and_sends_nothing(finished: Path) -> None:
+    (worker,) = summary_of(finished)["workers"]
+    assert (worker["rank"], worker["stages"]) == (0, [0, 1, 2])
+    assert worker["busy_fraction"] == 1.0
+    assert worker["bytes_sent_forward"] == worker["bytes_sent_backward"] == 0
+    assert worker["peak_memory_bytes"] > 2**20
+    peaks = worker["peak_activation_bytes"]
+    assert 0 < peaks["local"] < peaks["global"]
+
+
+def test_a_short_run_without_a_folder_goes_below_runs(
+    images: Path, tmp_path: Path
+) -> None:
+    options = [*small_run(images), "--steps", "1", "--epochs", "0"]
+    ended = call("train", *options, cwd=tmp_path).check()
+    (folder,) = (tmp_path / "runs").iterdir()
+    assert f"written to runs/{folder.name}" in ended.out
+    assert summary_of(folder)["steps"] == 1
+
+
+def test_quiet_is_silent_but_for_the_end(images: Path, tmp_path: Path) -> None:
+    loud = call("train", *small_run(images), cwd=tmp_path).check()
+    quiet = call(
+        "train", *small_run(images), "--quiet", "--run-dir", "quiet", cwd=tmp_path
+    ).check()
+    assert "epoch 1, step 3/3" in loud.out and "epoch 1" not in quiet.out
+    assert percents(quiet) == percents(loud) and len(percents(quiet)) == 3
+
+
+# -- the same again -------------------------------------------------------------------
+
+
+def test_the_same_options_end_in_the_same_numbers(finished: Path, train: Train) -> None:
+    again = train("--epochs", "3", "--guidance-period", "4")
+    assert same_numbers(finished, again)
+
+
+@pytest.mark.parametrize("balance", ["time", "memory", "2,2,1"])
+def test_a_run_is_repeated_by_its_own_configuration(
+    balance: str, train: Train, tmp_path: Path
+) -> None:
+    first, second = train("--balance", balance), tmp_path / "again"
+    words = ["--config", str(first / "config.toml"), "--run-dir", str(second)]
+    call("train", *words, cwd=tmp_path).check()
+    assert same_numbers(first, second)
+    sizes = summary_of(first)["config"]["balance"]
+    assert re.fullmatch(r"\d,\d,\d", sizes)
+    assert summary_of(second)["config"]["balance"] == sizes
+
+
+@pytest.mark.parametrize(
+    "option",
+    ["--seed 1", "--lr 0.04", "--no-augment", "--guidance-duration 0", "--head 0c1f"],
+)
+def test_another_option_ends_in_other_parameters(
+    option: str, finished: Path, train: Train
+) -> None:
+    other = train("--epochs", "3", "--guidance-period", "4", *option.split())
+    assert not same_numbers(finished, other)
+
+
+def same_numbers(one: Path, other: Path) -> bool:
+    """Whether two runs ended with the same parameters, losses and accuracies."""
+    keys = ("parameters_sha256", "test_loss", "exit_accuracy", "steps", "global_steps")
+    a, b = summary_of(one), summary_of(other)
+    return all(a[key] == b[key] for key in keys)
+
+
+# -- what the options do --------------------------------------------------------------
+
+
+def test_a_run_without_guidance_has_no_global_step(train: Train) -> None:
+    folder = train("--epochs", "3", "--guidance-duration", "0")
+    assert kinds(folder) == "L" * 9
+    summary = summary_of(folder)
+    assert summary["global_steps"] == 0 and set(summary["step_seconds"]) == {"local"}
+
+
+def test_a_run_with_guidance_at_every_step_has_no_local_step(train: Train) -> None:
+    folder = train("--epochs", "3", "--guidance-period", "1")
+    assert kinds(folder) == "G" * 9
+    assert set(summary_of(folder)["step_seconds"]) == {"global"}
+
+
+def test_guidance_can_count_epochs(train: Train) -> None:
+    words = "--epochs 4 --guidance-unit epoch --guidance-period 2 --guidance-warmup 1"
+    assert kinds(train(*words.split())) == "LLLGGGLLLGGG"
+
+
+@pytest.mark.parametrize(
+    ("options", "evaluated"),
+    [
+        ("--epochs 3 --evaluate-every 1", [3, 6, 9]),
+        ("--epochs 3 --evaluate-every 2", [6, 9]),
+        ("--epochs 4 --evaluate-every 2", [6, 12]),
+        ("--epochs 2 --evaluate-every 9", [6]),
+        ("--epochs 0 --steps 5 --evaluate-every 2", [5]),
+        ("--epochs 0 --steps 5", [3, 5]),
+    ],
+)
+def test_evaluations_come_as_often_as_asked_and_always_at_the_end(
+    options: str, evaluated: list[int], train: Train
+) -> None:
+    folder = train(*options.split())
+    assert [line["step"] for line in events(folder, "eval")] == evaluated
+
+
+def test_evaluations_change_nothing(train: Train, images: Path, tmp_path: Path) -> None:
+    often = train("--epochs", "3")
+    once = train_into(
+        tmp_path / "once", images, "--epochs", "3", "--evaluate-every", "9"
+    )
+    assert same_numbers(often, once)
+
+
+def test_limits_take_the_first_images_of_a_permutation(train: Train) -> None:
+    folder = train("--train-limit", "20", "--test-limit", "7")
+    assert [line["samples"] for line in events(folder, "train")] == [16, 4]
+    (line,) = events(folder, "eval")
+    assert all(7 * a == pytest.approx(round(7 * a)) for a in line["accuracy"])
+
+
+def test_a_diverged_run_ends_in_files_that_can_be_read(train: Train) -> None:
+    folder = train("--epochs", "2", "--lr", "1e30")
+    assert events(folder, "train")[-1]["loss"][-1] is None
+    assert "NaN" not in (folder / "summary.json").read_text()
+
+
+# -- a user's own network -------------------------------------------------------------
+
+
+@pytest.fixture
+def own(tmp_path: Path, images: Path) -> list[str]:
+    """The options of a run with the network that stands in the current directory."""
+    (tmp_path / "own_network.py").write_text(OWN_MODEL)
+    return [*small_run(images), "--width", "0", "--model", "own_network:network"]
+
+
+@pytest.fixture(autouse=True)
+def forget_own_network() -> Iterator[None]:
+    """Imports a test's own network for this test alone."""
+    yield
+    sys.modules.pop("own_network", None)
+
+
+def test_a_network_of_ones_own_is_found_in_the_current_directory(
+    own: list[str], tmp_path: Path
+) -> None:
+    call("train", *own, "--run-dir", "run", cwd=tmp_path).check()
+    weights = state.without_heads(state.load(tmp_path / "run" / "model.safetensors"))
+    assert {name.split(".")[0] for name in weights} == {"0", "2"}
+
+
+@pytest.mark.dist
+def test_a_network_of_ones_own_is_found_by_python_m(
+    own: list[str], tmp_path: Path
+) -> None:
+    run(module("pglpipe.train", *own, "--run-dir", "run"), cwd=tmp_path).check()
+    assert summary_of(tmp_path / "run")["num_stages"] == 3
