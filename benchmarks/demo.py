@@ -20,14 +20,14 @@ FOLDER = Path("runs/demo")
 WORKERS = 4
 COMMON = {
     "dataset": "synthetic",
-    "train-limit": 8000,
+    "train-limit": 6000,
     "model": "resnet14",
     "width": 8,
     "stages": 4,
     "balance": "flops",
     "head": "0c1f",
     "microbatches": 4,
-    "epochs": 8,
+    "epochs": 7,
     "batch-size": 64,
     "lr": 0.1,
     "warmup-epochs": 1,
@@ -35,7 +35,7 @@ COMMON = {
 }
 WAYS = {
     "local only": (1, 0),
-    "PGL, 1 global step in 10": (10, 1),
+    "PGL 10 %": (10, 1),
     "end to end": (1, 1),
 }
 
@@ -48,7 +48,7 @@ def main() -> None:
     for name, (period, duration) in WAYS.items():
         console.rule(f"[bold]{name}[/bold]: {WORKERS} workers, one stage each")
         guidance = {"guidance-period": period, "guidance-duration": duration}
-        run_dir = FOLDER / name.split(",")[0].replace(" ", "-")
+        run_dir = FOLDER / name.replace(" %", "").replace(" ", "-")
         summaries[name] = train(
             run_dir, {**COMMON, **guidance}, workers=WORKERS, show=True
         )

@@ -41,9 +41,7 @@ def train(
     summary = run_dir / "summary.json"
     if not summary.exists():
         shutil.rmtree(run_dir, ignore_errors=True)
-        words = [
-            f"--{key}={value}" for key, value in {**options, "run-dir": run_dir}.items()
-        ]
+        words = [word(*pair) for pair in {**options, "run-dir": run_dir}.items()]
         subprocess.run(
             [*launcher(workers), "-m", "pglpipe.train", *words],
             check=True,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import io
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -98,3 +99,27 @@ def summary(accuracy: float) -> runs.Summary:
             {"busy_fraction": 0.5, "peak_activation_bytes": kept},
         ],
     }
+
+
+def test_a_run_is_the_command_that_a_user_would_type(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[list[str]] = []
+
+    def pretend(command: list[str], **_: Any) -> None:
+        seen.append(command[command.index("-m") + 1 :])
+        (tmp_path / "run").mkdir()
+        (tmp_path / "run" / "summary.json").write_text("{}")
+
+    monkeypatch.setattr(runs.subprocess, "run", pretend)
+    for _ in range(2):
+        assert (
+            runs.train(tmp_path / "run", {"quiet": True, "steps": 2}, workers=1) == {}
+        )
+    expected = [
+        "pglpipe.train",
+        "--quiet",
+        "--steps=2",
+        f"--run-dir={tmp_path / 'run'}",
+    ]
+    assert seen == [expected], "a complete run is not run again"
