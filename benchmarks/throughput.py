@@ -7,27 +7,25 @@ the ratio within a round. The plain loop is the network in PyTorch without pglpi
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import statistics
-import time
+import subprocess
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
-import torch
 import typer
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
-from torch import nn
 
-from benchmarks.runs import Summary, machine, train
-from pglpipe import data, models
-from pglpipe.layer import assemble
+from benchmarks.runs import ENVIRONMENT, Summary, machine, train
+from pglpipe.metrics import WARMUP_STEPS
 
 FOLDER = Path("runs/throughput")
 RESULTS = Path(__file__).parent / "results" / "throughput.json"
 STEPS = 25
-WARMUP = 5
 COMMON = {
     "dataset": "synthetic",
     "train-limit": 1280,
@@ -53,31 +51,16 @@ PLAIN = "plain PyTorch loop, 1 process"
 
 
 def plain() -> Summary:
-    """The same network, data and optimizer in a loop without pglpipe."""
-    torch.set_num_threads(1)
-    found = data.load("synthetic", train_limit=1280, test_limit=64)
-    batches = data.Batches(found.train, found.recipe, 128, seed=0, train=True)
-    layers = models.build(
-        "resnet20", image_shape=found.train.image_shape, num_classes=10
+    """The loop without pglpipe, in a process with the environment of the other rows."""
+    command = [sys.executable, "-m", "benchmarks.plain", str(STEPS), str(WARMUP_STEPS)]
+    done = subprocess.run(
+        command,
+        check=True,
+        capture_output=True,
+        text=True,
+        env={**os.environ, **ENVIRONMENT},
     )
-    model, loss = assemble(layers, seed=0), nn.CrossEntropyLoss()
-    optimizer = torch.optim.SGD(
-        model.parameters(), lr=0.1, momentum=0.9, nesterov=True, weight_decay=1e-4
-    )
-    done, began = 0, 0.0
-    while done < STEPS:
-        for x, targets in batches:
-            began = time.perf_counter() if done == WARMUP else began
-            optimizer.zero_grad()
-            loss(model(x), targets).backward()
-            optimizer.step()
-            done += 1
-            if done == STEPS:
-                break
-    return {
-        "samples_per_second": 128 * (STEPS - WARMUP) / (time.perf_counter() - began),
-        "workers": [],
-    }
+    return {"samples_per_second": float(done.stdout), "workers": []}
 
 
 def measure(name: str, number: int, cut: str) -> Summary:
