@@ -1,4 +1,4 @@
-"""Pictures drawn by code: the default data set, in no need of any file.
+r"""Pictures drawn by code: the default data set, in no need of any file.
 
 A picture shows two shapes out of four (cross, ring, square, triangle; the same one twice is
 allowed), and its class is the unordered pair: ten in all. Place, size, angle, colour, light,
@@ -11,6 +11,21 @@ the ten classes, even a clear sight of one shape settles little. A greedy early 
 earns more from the cues and keeps what serves them, while back-propagation tells it from
 the start what the late stages need. No label is hidden anywhere: a person tells the pair at a
 glance, and every way of training sees the same pixels.
+
+Test accuracy in %, resnet14 of width 8, one run each (2026-11-23, one CPU thread)::
+
+    head                            0c1f   1c2f
+    local only, 8 stages            40.0   41.0
+    local only, 4 stages            63.0   76.8
+    4 stages, 1 step in 10 global   85.2
+    end to end                      98.8
+
+    pglpipe train --model resnet14 --width 8 --train-limit 8000 --epochs 8 --batch-size 64 \
+        --lr 0.1 --warmup-epochs 1 --threads 1 --stages K --head H --guidance-duration D
+
+More epochs narrow the gap without closing it: with 6,000 images and 24 epochs, local only with
+4 stages and head 0c1f ends at 78.5. Single runs of greedy stages differ by several points,
+for they start from a plateau.
 """
 
 from __future__ import annotations
