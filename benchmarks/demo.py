@@ -26,7 +26,6 @@ COMMON = {
     "stages": 4,
     "balance": "flops",
     "head": "0c1f",
-    "microbatches": 4,
     "epochs": 7,
     "batch-size": 64,
     "lr": 0.1,

@@ -161,7 +161,7 @@ def write(results: list[dict[str, Any]]) -> None:
     text = json.dumps({**about, "rows": results}, indent=1)
     (RESULTS / "guidance.json").write_text(text + "\n")
     head = (
-        f"Data: {about['data']}, first {COMMON['train-limit']:,} training images, all 10,000 test images. "
+        f"Data: {about['data']}, {COMMON['train-limit']:,} training images chosen by the seed, all 10,000 test images. "
         f"{COMMON['model']} at width {COMMON['width']}, K = {COMMON['stages']}, {EPOCHS} epochs, "
         f"batch {COMMON['batch-size']}, cosine from lr {COMMON['lr']}. Accuracy of the last exit after the "
         f"last epoch, ± standard deviation over seeds.\n\n`{about['command']}`; {about['machine']}."

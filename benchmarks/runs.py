@@ -30,7 +30,7 @@ def train(
 ) -> Summary:
     """Runs ``pglpipe.train`` under torchrun, or alone, and reads its summary.
 
-    A run whose folder is complete is not run again.
+    A run whose folder is complete, with the same options, is not run again.
 
     Args:
         run_dir: its folder; what an interrupted run left there is removed.
@@ -39,7 +39,7 @@ def train(
         show: whether its output is seen.
     """
     summary = run_dir / "summary.json"
-    if not summary.exists():
+    if not (summary.exists() and matches(summary, options)):
         shutil.rmtree(run_dir, ignore_errors=True)
         words = [word(*pair) for pair in {**options, "run-dir": run_dir}.items()]
         subprocess.run(
@@ -50,6 +50,17 @@ def train(
         )
     found: Summary = json.loads(summary.read_text())
     return found
+
+
+def matches(summary: Path, options: Mapping[str, Any]) -> bool:
+    """Whether a run on disk had these options; the cut stands there as it was chosen."""
+    config = json.loads(summary.read_text())["config"]
+    names = {key.replace("-", "_"): value for key, value in options.items()}
+    return all(
+        str(config[name]) == str(value) or config[name] == value
+        for name, value in names.items()
+        if name != "balance"
+    )
 
 
 def word(key: str, value: object) -> str:

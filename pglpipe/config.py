@@ -179,6 +179,9 @@ def read(path: Path) -> dict[str, Any]:
 def resolve(file: Path | None, options: Mapping[str, Any]) -> RunConfig:
     """The configuration from a file, if any, and the options given on the command line."""
     values = {**(read(file) if file else {}), **options}
+    for given, other in (("steps", "epochs"), ("epochs", "steps")):
+        if options.get(given) and other not in options:
+            values[other] = 0  # the command line beats the file
     if not values.get("epochs") and not values.get("steps"):
         values["epochs"] = DEFAULT_EPOCHS
     return RunConfig(**values)

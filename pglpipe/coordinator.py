@@ -32,7 +32,7 @@ from pglpipe.commands import (
     Stop,
     TrainReport,
 )
-from pglpipe.errors import EdgeTimeout
+from pglpipe.errors import DataError, EdgeTimeout
 from pglpipe.guidance import Guidance
 from pglpipe.metrics import EvaluationRecord, Merger, StepRecord, Summary, summarize
 from pglpipe.transport import Mailbox
@@ -143,9 +143,15 @@ class Coordinator:
     ) -> Iterator[Message]:
         self._began = time.perf_counter()
         for epoch in range(span.epochs):
+            before = self._steps
             for batch in _epoch(loader, epoch, span.total_steps - self._steps):
                 yield from self._step(epoch, *batch)
                 self._listen()
+            if self._steps == before:
+                raise DataError(
+                    f"expected batches in epoch {epoch + 1}, got none after {before} steps; "
+                    "pass a loader that begins anew each time it is looped over"
+                )
             # Counted in steps, for a loader without a length has as many epochs as it takes.
             is_last = self._steps >= span.total_steps or epoch == span.epochs - 1
             if test is not None and (is_last or (epoch + 1) % span.evaluate_every == 0):

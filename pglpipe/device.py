@@ -42,9 +42,3 @@ def peak_memory_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-def synchronize(device: torch.device) -> None:
-    """Waits until everything launched on the device is done."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

@@ -1,6 +1,6 @@
 """A network is a list of layers; a layer is a name and a way to build it.
 
-Layers are built only on the worker where they live, each from a seed of its own, so
+Layers get memory and values only on the worker where they live, each from a seed of its own, so
 neither the memory nor the initial weights depend on who hosts what. Their *skeletons*
 on the meta device tell every worker the shapes of all of them at no cost.
 """
@@ -24,7 +24,8 @@ class Layer:
 
     Attributes:
         name: prefix of the layer's parameters in the network's ``state_dict``.
-        build: makes the module; called only where the layer lives.
+        build: makes the module; called where the layer lives, and on the meta device, for the
+            shapes alone, on every worker.
     """
 
     name: str

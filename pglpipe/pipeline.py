@@ -275,14 +275,18 @@ def _edge_plan(
     blueprint: Blueprint, plan: Plan, sample: Sample, world: World
 ) -> EdgePlan:
     crossings = [plan.activations[stages[-1]] for stages in plan.stages_of[:-1]]
-    # Beside gradients, the norms of all parameters travel up: at most eight bytes each.
-    norms = 8 * sum(len(layout.body) for layout in plan.layouts)
+    # Beside gradients, the norms of all parameters travel up.
+    parameters = sum(len(layout.body) + 1 for layout in plan.layouts)
+    norms = torch.empty(parameters, dtype=torch.float64, device="meta")
     return EdgePlan(
         names=[plan.name(rank) for rank in range(world.size)],
         down_bytes=[
             payload_bytes([activation, sample.targets]) for activation in crossings
         ],
-        up_bytes=[max(payload_bytes([activation]), norms) for activation in crossings],
+        up_bytes=[
+            max(payload_bytes([activation]), payload_bytes([norms]))
+            for activation in crossings
+        ],
         depth=blueprint.queue_depth,
         timeout=blueprint.edge_timeout,
     )

@@ -19,7 +19,9 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from pglpipe import data, display, models, state
+from pglpipe import data
+from pglpipe import device as devices
+from pglpipe import display, models, state
 from pglpipe.config import RunConfig, resolve
 from pglpipe.coordinator import Loader, Observer
 from pglpipe.data import Batches
@@ -86,8 +88,14 @@ def _train(config: RunConfig, world: World) -> Summary:
     material = _load(config, world)
     observers = Observers()
     trainer = _trainer(config, material, world, observer=observers)
-    plan = trainer.prepare(material.train)
-    config = dataclasses.replace(config, balance=",".join(map(str, plan.balance)))
+    plan = trainer.prepare(material.train, material.test)
+    # What was chosen here, so that config.toml repeats the run to the bit.
+    config = dataclasses.replace(
+        config,
+        balance=",".join(map(str, plan.balance)),
+        threads=torch.get_num_threads(),
+        device=devices.pick(config.device, world.local_rank).type,
+    )
     total_steps = config.steps or config.epochs * material.steps_per_epoch
     screen = display.screen(plan, total_steps, quiet=config.quiet or not leads)
     observers.members.append(screen)
@@ -125,7 +133,8 @@ class Material:
 def _load(config: RunConfig, world: World) -> Material:
     """Loads the data on worker 0 and tells the others what they need to know of it."""
     if world.rank > 0:
-        shape, num_classes, steps = world.mailbox.share()
+        # Decoding or downloading takes as long as it takes.
+        shape, num_classes, steps = world.mailbox.share(timeout=math.inf)
         return Material((), (), tuple(shape), num_classes, steps)
     found = data.load(
         config.dataset,

@@ -60,7 +60,10 @@ class Session:
             value = compute()
         except Exception as error:
             # The others wait for the value; they shall not wait in vain.
-            self._mailbox.fail(str(error))
+            if isinstance(error, UserError):
+                self._mailbox.fail(str(error))
+            else:
+                self.declare_failed(f"rank 0 failed: {error}")
             raise
         return self._mailbox.share(value)
 
@@ -83,18 +86,19 @@ class Session:
             assert (
                 self._plan is not None and self._sample is not None
             ), "plan comes first"
+            with self._naming_the_culprit():
+                self.pipeline = Pipeline(
+                    self._blueprint,
+                    self._plan,
+                    self._sample,
+                    learning,
+                    self._world,
+                    backend=self._backend(),
+                    post=self._mailbox.post,
+                    on_failure=self._lost,
+                )
             # A script that just ends must not look like a worker that was lost.
             atexit.register(self.close)
-            self.pipeline = Pipeline(
-                self._blueprint,
-                self._plan,
-                self._sample,
-                learning,
-                self._world,
-                backend=self._backend(),
-                post=self._mailbox.post,
-                on_failure=self._lost,
-            )
         return self.pipeline
 
     def drive(self, command: Callable[[Coordinator], Source]) -> Summary:
@@ -104,7 +108,7 @@ class Session:
             WorkerError: a worker failed; the message names it.
         """
         assert self.pipeline is not None, "build comes first"
-        with self._naming_the_culprit(self.pipeline):
+        with self._naming_the_culprit():
             source = command(self._coordinator) if self._coordinator else None
             self.pipeline.worker.run(self.pipeline.edges.links(source))
             return Summary(**self.agree(self._summary))
@@ -132,12 +136,13 @@ class Session:
         return backend
 
     @contextmanager
-    def _naming_the_culprit(self, pipeline: Pipeline) -> Iterator[None]:
+    def _naming_the_culprit(self) -> Iterator[None]:
         try:
             yield
         except Exception as error:
-            text = self.declare_failed(self._accuse(error, pipeline))
-            pipeline.edges.abandon()
+            text = self.declare_failed(self._accuse(error))
+            if self.pipeline is not None:
+                self.pipeline.edges.abandon()
             self._forget_pipeline()
             if isinstance(error, UserError):
                 raise
@@ -153,11 +158,16 @@ class Session:
         """Called by an edge's thread, the first to notice that a neighbour is gone."""
         self.declare_failed(str(error))
 
-    def _accuse(self, error: Exception, pipeline: Pipeline) -> str:
-        me = pipeline.plan.name(self._world.rank)
-        between = "reading the next batch" if self.leads else "waiting for a command"
-        doing = pipeline.worker.doing or between
+    def _accuse(self, error: Exception) -> str:
+        assert self._plan is not None, "plan comes first"
+        me, doing = self._plan.name(self._world.rank), self._doing()
         if isinstance(error, WorkerError):
             return f"{error} (noticed by {me} at {doing})"
         reason = (str(error).splitlines() or [""])[0]
         return f"{me} failed at {doing}: {type(error).__name__}: {reason}"
+
+    def _doing(self) -> object:
+        if self.pipeline is None:
+            return "building its stages"
+        between = "reading the next batch" if self.leads else "waiting for a command"
+        return self.pipeline.worker.doing or between

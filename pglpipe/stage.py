@@ -88,9 +88,12 @@ class Stage:
         self._optimizer = learning.optimizer(parameters) if parameters else None
         for group in self._optimizer.param_groups if self._optimizer else ():
             group.setdefault("initial_lr", group["lr"])
+        first = next(iter(self.tensors()), None)
+        self._device = torch.device("cpu") if first is None else first.device
         self._kept: deque[_Kept] = deque()
         self._counted = ExitCount(samples=0, correct=0, loss_sum=0.0)
         self._copies_input = _starts_in_place(body)
+        self._head_copies = head is not None and _starts_in_place(head)
 
     @property
     def is_last(self) -> bool:
@@ -165,6 +168,8 @@ class Stage:
         _, output, targets = self._kept.popleft()
         self.zero_grad()
         loss = self._local_loss(output, targets, step)
+        if not loss.requires_grad:
+            return loss  # a last stage without parameters has nothing to learn
         loss.backward()  # type: ignore[no-untyped-call]
         if math.isfinite(self._learning.clip_norm):
             parameters = (p for module in self._modules() for p in module.parameters())
@@ -176,7 +181,7 @@ class Stage:
         if self.head is None:
             return self._learning.loss(output, targets)
         with self._seeded("head", step, 0):
-            return self._learning.local_loss(self.head(output), targets)
+            return self._learning.local_loss(self._exit(output), targets)
 
     # -- global step ------------------------------------------------------------------
 
@@ -213,7 +218,8 @@ class Stage:
         """The 2-norm of each parameter's gradient ``[parameters]``, in the model's own order."""
         gradients = (p.grad for p in self.body.parameters() if p.grad is not None)
         norms = [torch.linalg.vector_norm(gradient) for gradient in gradients]
-        return torch.stack(norms) if norms else torch.empty(0)
+        # One zero for a stage without gradients: it adds nothing, and a message is never empty.
+        return torch.stack(norms) if norms else torch.zeros(1, device=self._device)
 
     def clip(self, total_norm: Tensor) -> None:
         """Scales the gradients as if those of the whole network had been clipped at once."""
@@ -233,7 +239,7 @@ class Stage:
             The activation ``[B, ...]`` for the next stage.
         """
         output: Tensor = self.body(x)
-        logits = output if self.head is None else self.head(output)
+        logits = self._exit(output)
         loss = self._learning.loss if self.head is None else self._learning.local_loss
         samples = len(targets)
         self._counted = ExitCount(
@@ -251,6 +257,13 @@ class Stage:
         return counted
 
     # -- private ----------------------------------------------------------------------
+
+    def _exit(self, output: Tensor) -> Tensor:
+        """What this stage's classifier says ``[B, N]``; the output stays as it is."""
+        if self.head is None:
+            return output
+        logits: Tensor = self.head(output.clone() if self._head_copies else output)
+        return logits
 
     def _gradient_of(self, x: Tensor) -> Tensor | None:
         if self.index == 0:
@@ -284,10 +297,10 @@ def _add(total: int | None, more: int | None) -> int | None:
 
 
 def _starts_in_place(body: nn.Module) -> bool:
-    """Whether the first operation would overwrite the stage's input.
+    """Whether the first operation would overwrite its input.
 
-    In one piece with the layer before this is fine; across a cut it would destroy a tensor
-    that autograd still needs there, so the stage then works on a copy.
+    In one piece with the layer before this is fine; across a cut, or in a head beside the next
+    stage, it would destroy a tensor that is still needed, so it then works on a copy.
     """
     leaves = (module for module in body.modules() if not list(module.children()))
     return bool(getattr(next(leaves, None), "inplace", False))

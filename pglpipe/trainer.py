@@ -15,7 +15,7 @@ others before anything is built.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sized
+from collections.abc import Callable, Sequence, Sized
 from pathlib import Path
 
 import torch
@@ -109,8 +109,8 @@ class Trainer:
             weights=weights,
         )
         self._learning = Learning(
-            loss=loss,
-            local_loss=local_loss or loss,
+            loss=_on(blueprint.device, loss),
+            local_loss=_on(blueprint.device, local_loss or loss),
             optimizer=optimizer,
             learning_rate=learning_rate,
             clip_norm=clip_norm,
@@ -134,13 +134,14 @@ class Trainer:
 
     # -- what a user calls, on every worker alike -------------------------------------
 
-    def prepare(self, loader: Loader) -> Plan:
-        """Works out who holds what, from the shape of the loader's first batch.
+    def prepare(self, *loaders: Loader) -> Plan:
+        """Works out who holds what, from the shapes of the loaders' first batches.
 
         Args:
-            loader: of batches ``(x [B, ...], targets [B, ...])``; the first is the largest.
+            loaders: of batches ``(x [B, ...], targets [B, ...])``; no later batch may be larger
+                than the largest of their first ones, in this call and all that follow.
         """
-        return self._session.plan(lambda: _first_batch(loader))
+        return self._session.plan(lambda: _largest_batch(loaders))
 
     def fit(
         self,
@@ -171,7 +172,7 @@ class Trainer:
             raise ConfigError(
                 "expected one call of fit, got a second; make a new Trainer"
             )
-        self.prepare(train)
+        self.prepare(train, *([] if evaluate is None else [evaluate]))
         length, total_steps = self._session.agree(lambda: _span(train, epochs, steps))
         span = Span(length, total_steps, evaluate_every)
         self._session.build(self._learning).set_total_steps(total_steps)
@@ -233,6 +234,11 @@ class _Silent:
         """Nothing to say."""
 
 
+def _on(device: torch.device, loss: Loss) -> Loss:
+    """The loss, with the weights that it may have on the device."""
+    return loss.to(device) if isinstance(loss, nn.Module) else loss
+
+
 def _check(
     num_stages: int,
     microbatches: int,
@@ -259,6 +265,11 @@ def _check(
             f"expected at most one worker per stage, got {num_workers} workers for {num_stages} "
             f"stages; start {num_stages} (--nproc_per_node={num_stages}) or raise --stages"
         )
+
+
+def _largest_batch(loaders: Sequence[Loader]) -> Sample:
+    """The largest of the first batches, which sizes the edges."""
+    return max(map(_first_batch, loaders), key=lambda sample: len(sample.x))
 
 
 def _first_batch(loader: Loader) -> Sample:

@@ -7,7 +7,7 @@
     root/.pglpipe/train-32x32-<key>.npy       what is read from the second time on
 
 The key is a hash of the files' names, sizes and times and of the size asked for, so a
-changed folder is read anew. The array is memory-mapped: workers on one machine share it.
+changed folder is read anew. The array is memory-mapped: runs on one machine share it.
 """
 
 from __future__ import annotations
@@ -174,7 +174,7 @@ def _save(folder: Path, prefix: str, name: str, images: Bytes) -> bool:
 
 
 def _write(path: Path, images: Bytes) -> None:
-    """All of it or nothing, also when several workers write at the same time."""
+    """All of it or nothing, also when several runs write at the same time."""
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
         with part.open("wb") as stream:
@@ -188,7 +188,9 @@ def _decode_one(file: Path, image_size: int) -> Bytes:
     try:
         with Image.open(file) as opened:
             image = opened.convert("RGB")
-    except (OSError, SyntaxError, ValueError) as error:
+    except (
+        Exception
+    ) as error:  # a broken file can raise anything, even DecompressionBombError
         raise DataError(
             f"expected an image, but {file} cannot be decoded ({error}); replace or remove it"
         ) from error

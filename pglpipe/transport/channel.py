@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -90,10 +91,10 @@ def _cuda_event() -> torch.cuda.Event:
     return torch.cuda.Event()  # type: ignore[no-untyped-call]
 
 
-def own_stream(device: torch.device) -> torch.cuda.StreamContext:
-    """A side stream for the receiving thread; does nothing on the CPU."""
+def own_stream(device: torch.device) -> AbstractContextManager[object]:
+    """A side stream for the receiving thread; nothing on the CPU."""
     if device.type != "cuda":
-        return torch.cuda.stream(None)
+        return nullcontext()
     return torch.cuda.stream(torch.cuda.Stream(device))  # type: ignore[no-untyped-call]
 
 

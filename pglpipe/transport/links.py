@@ -54,6 +54,7 @@ class Edges:
         on_failure: Callable[[WorkerError], None],
     ) -> None:
         self._check = world.mailbox.check
+        self._run = next(world.runs)
         self._senders: list[Sender] = []
         self._receivers: list[Receiver] = []
         self._outbox: Sender | None = None
@@ -111,7 +112,7 @@ class Edges:
 
     def _channel(self, edge: int, direction: str) -> Channel:
         end = self._world.rank - edge
-        key, timeout = f"edge/{edge}/{direction}", self._plan.timeout
+        key, timeout = f"run/{self._run}/edge/{edge}/{direction}", self._plan.timeout
         headers = _open_group("gloo", self._world.store, key, end, timeout)
         payloads = headers
         if self._backend == "nccl":
@@ -159,7 +160,7 @@ def pick_backend(device: torch.device, mailbox: Mailbox) -> tuple[str, str]:
     if len(set(everyone)) < len(everyone):
         shared = sorted({owner for owner in everyone if everyone.count(owner) > 1})
         return "gloo", (
-            f"{len(everyone)} workers share GPU {', '.join(shared)}; NCCL refuses that, so activations "
+            f"several workers share GPU {', '.join(shared)}; NCCL refuses that, so activations "
             "travel through host memory (gloo). Start one worker per GPU for NCCL."
         )
     return "nccl", ""

@@ -45,33 +45,38 @@ class Mailbox:
                 self._fetched[rank] += 1
         return reports
 
-    def share(self, value: Any = None) -> Any:
+    def share(self, value: Any = None, *, timeout: float | None = None) -> Any:
         """Rank 0's value (anything JSON can hold), on every worker.
 
         Every worker calls this the same number of times in the same order.
+
+        Args:
+            value: asked of rank 0 only.
+            timeout: seconds to wait for it; the mailbox's own if None.
         """
         key = f"share/{self._shared}"
         self._shared += 1
         if self._rank == 0:
             self._store.set(key, json.dumps(value))
-        return json.loads(self._wait_for(key))
+        return json.loads(self._wait_for(key, timeout or self._timeout))
 
     def gather(self, value: str) -> list[str]:
         """The text of every worker, by rank, on every worker."""
         key = f"gather/{self._shared}"
         self._shared += 1
         self._store.set(f"{key}/{self._rank}", value)
-        return [self._wait_for(f"{key}/{rank}") for rank in range(len(self._fetched))]
+        return [
+            self._wait_for(f"{key}/{rank}", self._timeout)
+            for rank in range(len(self._fetched))
+        ]
 
-    def _wait_for(self, key: str) -> str:
-        deadline = time.monotonic() + self._timeout
+    def _wait_for(self, key: str, timeout: float) -> str:
+        deadline = time.monotonic() + timeout
         # Polled, because a blocking get would keep other threads from reporting a failure.
         while not self._store.check([key]):
             self.check()
             if time.monotonic() > deadline:
-                raise EdgeTimeout(
-                    f"rank {self._rank} waited {self._timeout:g} s for {key}"
-                )
+                raise EdgeTimeout(f"rank {self._rank} waited {timeout:g} s for {key}")
             time.sleep(_POLL_SECONDS)
         return self._store.get(key).decode()
 

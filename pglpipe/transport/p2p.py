@@ -171,7 +171,12 @@ class Receiver:
     def _open(self, arrival: _Arrival) -> Message:
         assert arrival.envelope.command is not None, "the thread ends with its edge"
         if arrival.slot is None:
-            return Message(arrival.envelope.command)
+            empty = (
+                torch.empty_strided(spec.shape, spec.stride, dtype=spec.dtype)
+                for spec in arrival.envelope.tensors
+            )
+            tensors = tuple(tensor.to(self._channel.device) for tensor in empty)
+            return Message(arrival.envelope.command, tensors)
         slot = arrival.slot
         slot.fence.wait()
         tensors = tuple(
@@ -186,9 +191,15 @@ class Receiver:
         try:
             with own_stream(self._channel.staging):
                 self._receive_until_closed()
-        except WorkerError as error:
-            self._on_failure(error)
-            self._ready.put(error)
+        except Exception as error:
+            # Whatever it was, the one who waits for a message must hear of it.
+            failure = (
+                error
+                if isinstance(error, WorkerError)
+                else WorkerError(f"the edge from {self._channel.name} broke: {error}")
+            )
+            self._ready.put(failure)
+            self._on_failure(failure)
 
     def _receive_until_closed(self) -> None:
         header = torch.empty(packing.HEADER_LENGTH, dtype=torch.int64)

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import socket
+from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from datetime import timedelta
-from functools import cached_property
+from functools import cache, cached_property
 
 from torch.distributed import HashStore, PrefixStore, Store, TCPStore
 
 from pglpipe.transport.mailbox import Mailbox
+
+_joined: Counter[int] = Counter()  # times, by rank
 
 
 @dataclass(frozen=True)
@@ -32,6 +37,11 @@ class World:
     timeout: float = 300.0
 
     @cached_property
+    def runs(self) -> Iterator[int]:
+        """Numbers the runs that meet through the same store."""
+        return itertools.count()
+
+    @cached_property
     def mailbox(self) -> Mailbox:
         """This worker's view of what all of them share."""
         return Mailbox(self.store, self.rank, self.size, self.timeout)
@@ -49,19 +59,24 @@ def join(timeout: float = 300.0) -> World:
     # torchrun keeps the store in its agent, where it outlives every worker; other launchers
     # leave it to worker 0.
     agent_keeps_store = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    store = TCPStore(
-        os.environ["MASTER_ADDR"],
-        int(os.environ["MASTER_PORT"]),
-        size,
-        is_master=rank == 0 and not agent_keeps_store,
-        timeout=timedelta(seconds=timeout),
-    )
-    # A restarted attempt must not meet the keys of the one before.
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    is_master = rank == 0 and not agent_keeps_store
+    store = _launcher_store(address, port, size, is_master, timeout)
+    # Neither a restarted attempt nor a second run of the same script may meet old keys. All
+    # workers join the same number of times in the same order.
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-    return World(
-        rank, size, local_rank, PrefixStore(f"pglpipe/{attempt}", store), timeout
-    )
+    own = PrefixStore(f"pglpipe/{attempt}/{_joined[rank]}", store)
+    _joined[rank] += 1
+    return World(rank, size, int(os.environ.get("LOCAL_RANK", "0")), own, timeout)
+
+
+@cache
+def _launcher_store(
+    address: str, port: int, size: int, is_master: bool, timeout: float
+) -> Store:
+    """The launcher's store; one connection (and, for a master, one port) per process."""
+    limit = timedelta(seconds=timeout)
+    return TCPStore(address, port, size, is_master=is_master, timeout=limit)
 
 
 def here() -> str:

@@ -50,7 +50,10 @@ def test_under_torchrun_its_store_and_numbers_are_taken(
     world = join(timeout=10)
     assert (world.rank, world.size, world.local_rank) == (5, 8, 1)
     world.store.set("here", "yes")
-    assert PrefixStore("pglpipe/2", agent).get("here") == b"yes"
+    keys = [PrefixStore(f"pglpipe/2/{run}", agent) for run in range(9)]
+    assert any(store.check(["here"]) for store in keys)
+    # A second trainer of the same script does not see what the first one left.
+    assert not join(timeout=10).store.check(["here"])
     # An attempt after a restart does not see what this one left.
     environment.setenv("TORCHELASTIC_RESTART_COUNT", "3")
     assert not join(timeout=10).store.check(["here"])
