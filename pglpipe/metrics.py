@@ -12,6 +12,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+from torch import Tensor
+
 from pglpipe.commands import EvaluationReport, FinalReport, StepReport, TrainReport
 from pglpipe.state import combine
 
@@ -223,3 +225,15 @@ def _worker_summary(final: FinalReport) -> dict[str, Any]:
         "bytes_sent_forward": final.bytes_sent_forward,
         "bytes_sent_backward": final.bytes_sent_backward,
     }
+
+
+def count_correct(logits: Tensor, targets: Tensor) -> int | None:
+    """How many rows of ``[B, N]`` have their largest value at the target; None if not classes."""
+    if logits.ndim != 2 or targets.ndim != 1 or targets.is_floating_point():
+        return None
+    return int((logits.argmax(dim=1) == targets).sum())
+
+
+def add_counts(total: int | None, more: int | None) -> int | None:
+    """The sum, or None if there is nothing to count."""
+    return None if total is None or more is None else total + more

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from pglpipe.commands import ExitCount
 from pglpipe.learning_rate import LearningRate
 from pglpipe.losses import Loss
+from pglpipe.metrics import add_counts, count_correct
 from pglpipe.seeding import derive, seeded
 from pglpipe.transport import is_dense
 
@@ -244,7 +245,7 @@ class Stage:
         samples = len(targets)
         self._counted = ExitCount(
             samples=self._counted.samples + samples,
-            correct=_add(self._counted.correct, _count_correct(logits, targets)),
+            correct=add_counts(self._counted.correct, count_correct(logits, targets)),
             loss_sum=self._counted.loss_sum + float(loss(logits, targets)) * samples,
         )
         return _dense(output)
@@ -283,17 +284,6 @@ class Stage:
 def _dense(tensor: Tensor) -> Tensor:
     """The tensor in a layout that an edge keeps, whether or not it will cross one."""
     return tensor if is_dense(tensor) else tensor.contiguous()
-
-
-def _count_correct(logits: Tensor, targets: Tensor) -> int | None:
-    """How many rows of ``[B, N]`` have their largest value at the target; None if not classes."""
-    if logits.ndim != 2 or targets.ndim != 1 or targets.is_floating_point():
-        return None
-    return int((logits.argmax(dim=1) == targets).sum())
-
-
-def _add(total: int | None, more: int | None) -> int | None:
-    return None if total is None or more is None else total + more
 
 
 def _starts_in_place(body: nn.Module) -> bool:

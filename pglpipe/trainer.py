@@ -138,8 +138,8 @@ class Trainer:
         """Works out who holds what, from the shapes of the loaders' first batches.
 
         Args:
-            loaders: of batches ``(x [B, ...], targets [B, ...])``; no later batch may be larger
-                than the largest of their first ones, in this call and all that follow.
+            loaders: of batches ``(x [B, ...], targets [B, ...])``; the largest of their first
+                batches is the largest that may ever come.
         """
         return self._session.plan(lambda: _largest_batch(loaders))
 
@@ -268,7 +268,6 @@ def _check(
 
 
 def _largest_batch(loaders: Sequence[Loader]) -> Sample:
-    """The largest of the first batches, which sizes the edges."""
     return max(map(_first_batch, loaders), key=lambda sample: len(sample.x))
 
 

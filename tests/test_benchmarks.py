@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import json
 from pathlib import Path
 from typing import Any
 
@@ -105,16 +106,18 @@ def test_a_run_is_the_command_that_a_user_would_type(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[list[str]] = []
+    written = {"config": {"quiet": True, "steps": 2}}
 
     def pretend(command: list[str], **_: Any) -> None:
         seen.append(command[command.index("-m") + 1 :])
         (tmp_path / "run").mkdir()
-        (tmp_path / "run" / "summary.json").write_text("{}")
+        (tmp_path / "run" / "summary.json").write_text(json.dumps(written))
 
     monkeypatch.setattr(runs.subprocess, "run", pretend)
     for _ in range(2):
         assert (
-            runs.train(tmp_path / "run", {"quiet": True, "steps": 2}, workers=1) == {}
+            runs.train(tmp_path / "run", {"quiet": True, "steps": 2}, workers=1)
+            == written
         )
     expected = [
         "pglpipe.train",
