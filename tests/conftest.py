@@ -107,7 +107,13 @@ def child_pids() -> list[int]:
     lists = [read(path) for path in Path("/proc/self/task").glob("*/children")]
     helper = getattr(resource_tracker._resource_tracker, "_pid", None)
     pids = [int(pid) for pid in " ".join(lists).split()]
-    return [pid for pid in pids if pid != helper and command(pid)]
+    return [pid for pid in pids if pid != helper and is_alive(pid)]
+
+
+def is_alive(pid: int) -> bool:
+    """Whether process ``pid`` runs; its command line is empty for a moment while it starts."""
+    state = read(Path(f"/proc/{pid}/stat")).rpartition(")")[2].split()[:1]
+    return state not in ([], ["Z"], ["X"])
 
 
 def command(pid: int) -> str:
