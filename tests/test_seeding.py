@@ -54,6 +54,15 @@ def test_the_generator_is_restored_after_an_exception() -> None:
     assert torch.equal(torch.get_rng_state(), before)
 
 
+def test_seeding_leaves_nothing_behind_where_cuda_is_not_in_use() -> None:
+    # torch.manual_seed queues a call with its stack trace, every time, until CUDA starts.
+    waiting = len(torch.cuda._queued_calls)
+    for step in range(10):
+        with seeded(step):
+            pass
+    assert len(torch.cuda._queued_calls) == waiting
+
+
 def test_blocks_nest() -> None:
     with seeded(1):
         torch.rand(1)
