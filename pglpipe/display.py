@@ -24,7 +24,7 @@ from rich.table import Table
 
 from pglpipe.metrics import EvaluationRecord, StepRecord, Summary
 from pglpipe.partition import StageRow
-from pglpipe.pipeline import Plan
+from pglpipe.plan import Plan
 
 _REFRESH_SECONDS = 0.25
 _LINE_SECONDS = 10.0

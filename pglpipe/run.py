@@ -29,7 +29,7 @@ from pglpipe.errors import UserError
 from pglpipe.learning_rate import LearningRate, constant, cosine
 from pglpipe.losses import build_loss
 from pglpipe.metrics import EvaluationRecord, StepRecord, Summary
-from pglpipe.pipeline import Plan
+from pglpipe.plan import Plan
 from pglpipe.run_directory import RunDirectory, default_path
 from pglpipe.trainer import Trainer
 from pglpipe.transport import World, join
@@ -185,6 +185,7 @@ def _trainer(
             momentum=config.momentum,
             nesterov=config.nesterov,
             weight_decay=config.weight_decay,
+            fused=True,
         ),
         head=config.head,
         local_loss=build_loss(config.local_loss),

@@ -17,9 +17,10 @@ from typing import Any
 
 from pglpipe.coordinator import Coordinator, Source
 from pglpipe.errors import UserError, WorkerError
+from pglpipe.learning import Learning
 from pglpipe.metrics import Summary
-from pglpipe.pipeline import Blueprint, Pipeline, Plan, Sample, draft
-from pglpipe.stage import Learning
+from pglpipe.pipeline import Pipeline
+from pglpipe.plan import Blueprint, Plan, Sample, draft
 from pglpipe.transport import Mailbox, World, pick_backend
 
 CoordinatorFactory = Callable[[Mailbox, int], Coordinator]

@@ -16,44 +16,17 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from pglpipe.commands import ExitCount
-from pglpipe.learning_rate import LearningRate
-from pglpipe.losses import Loss
+from pglpipe.learning import Learning
 from pglpipe.metrics import add_counts, count_correct
 from pglpipe.seeding import derive, seeded
 from pglpipe.transport import is_dense
-
-OptimizerFactory = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
-
-
-@dataclass(frozen=True)
-class Learning:
-    """How the stages learn; the same for all of them.
-
-    Attributes:
-        loss: the true loss, ``(outputs, targets) -> scalar``, a mean over the batch.
-        local_loss: the loss of a stage's head, of the same form.
-        optimizer: makes a stage's optimizer from its parameters.
-        learning_rate: factor on the optimizer's learning rates.
-        clip_norm: largest gradient norm, of a stage in local steps and of the whole network
-            in global ones; infinity for none.
-        seed: where the run's randomness starts.
-    """
-
-    loss: Loss
-    local_loss: Loss
-    optimizer: OptimizerFactory
-    learning_rate: LearningRate
-    clip_norm: float
-    seed: int
 
 
 class _Kept(NamedTuple):

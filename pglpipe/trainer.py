@@ -15,7 +15,7 @@ others before anything is built.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence, Sized
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -24,15 +24,16 @@ from torch import nn
 from pglpipe import device as devices
 from pglpipe import state
 from pglpipe.coordinator import Coordinator, Loader, Observer, Span
-from pglpipe.errors import ConfigError, DataError, nearest
+from pglpipe.errors import ConfigError, nearest
 from pglpipe.guidance import Guidance
+from pglpipe.learning import Learning, OptimizerFactory
 from pglpipe.learning_rate import LearningRate, constant
+from pglpipe.loaders import largest_batch, span_of
 from pglpipe.losses import Loss
 from pglpipe.metrics import EvaluationRecord, StepRecord, Summary
 from pglpipe.models import as_layers
-from pglpipe.pipeline import Blueprint, Plan, Sample
+from pglpipe.plan import Blueprint, Plan
 from pglpipe.session import Session
-from pglpipe.stage import Learning, OptimizerFactory
 from pglpipe.timetable import TIMETABLES
 from pglpipe.transport import World, join
 
@@ -141,7 +142,7 @@ class Trainer:
             loaders: of batches ``(x [B, ...], targets [B, ...])``; the largest of their first
                 batches is the largest that may ever come.
         """
-        return self._session.plan(lambda: _largest_batch(loaders))
+        return self._session.plan(lambda: largest_batch(loaders))
 
     def fit(
         self,
@@ -173,7 +174,7 @@ class Trainer:
                 "expected one call of fit, got a second; make a new Trainer"
             )
         self.prepare(train, *([] if evaluate is None else [evaluate]))
-        length, total_steps = self._session.agree(lambda: _span(train, epochs, steps))
+        length, total_steps = self._session.agree(lambda: span_of(train, epochs, steps))
         span = Span(length, total_steps, evaluate_every)
         self._session.build(self._learning).set_total_steps(total_steps)
         self._fitted = True
@@ -265,36 +266,3 @@ def _check(
             f"expected at most one worker per stage, got {num_workers} workers for {num_stages} "
             f"stages; start {num_stages} (--nproc_per_node={num_stages}) or raise --stages"
         )
-
-
-def _largest_batch(loaders: Sequence[Loader]) -> Sample:
-    return max(map(_first_batch, loaders), key=lambda sample: len(sample.x))
-
-
-def _first_batch(loader: Loader) -> Sample:
-    for x, targets in loader:
-        return Sample(
-            torch.as_tensor(x).to("meta"), torch.as_tensor(targets).to("meta")
-        )
-    raise DataError("expected at least one batch, got an empty loader")
-
-
-def _span(loader: Loader, epochs: int | None, steps: int | None) -> tuple[int, int]:
-    """How many epochs and steps a run has; the last epoch may be cut short."""
-    if (epochs is None) == (steps is None):
-        raise ConfigError(
-            f"expected either epochs or steps, got epochs={epochs}, steps={steps}"
-        )
-    length = len(loader) if isinstance(loader, Sized) else 0
-    if steps is not None:
-        if steps < 1:
-            raise ConfigError(f"expected at least 1 step, got {steps}")
-        return (-(-steps // length) if length else steps), steps
-    assert epochs is not None
-    if epochs < 1:
-        raise ConfigError(f"expected at least 1 epoch, got {epochs}")
-    if not length:
-        raise ConfigError(
-            "expected a loader with a length, got none; say how many steps instead"
-        )
-    return epochs, epochs * length

@@ -14,7 +14,7 @@ from torch import nn
 from pglpipe import EvaluationRecord, StepRecord, Summary, display
 from pglpipe.display import Blank, Lines, LiveTable
 from pglpipe.partition import StageRow
-from pglpipe.pipeline import Plan
+from pglpipe.plan import Plan
 
 ROWS = [
     StageRow(0, "stem", "block1", 2, 1000, 200, 3_000_000, 4096, (4, 8, 8), 0.0, 0.25),

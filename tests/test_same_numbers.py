@@ -41,8 +41,8 @@ RECIPE = Recipe(mean=(0.5,) * 3, std=(0.25,) * 3, padding=2, flip=True)
 @pytest.fixture(autouse=True)
 def analysed_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Spares the many runs the costs of the same layers, which take longer than the training."""
-    monkeypatch.setattr("pglpipe.pipeline.analyse", remembered(analyse))
-    monkeypatch.setattr("pglpipe.pipeline.activations", remembered(activations))
+    monkeypatch.setattr("pglpipe.plan.analyse", remembered(analyse))
+    monkeypatch.setattr("pglpipe.plan.activations", remembered(activations))
 
 
 MEMORY: dict[object, Any] = {}

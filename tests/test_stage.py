@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from pglpipe.commands import ExitCount
-from pglpipe.stage import Learning, Stage
+from pglpipe.learning import Learning
+from pglpipe.stage import Stage
 
 X, TARGETS = torch.randn(6, 4), torch.tensor([0, 1, 2, 0, 1, 2])
 

@@ -27,7 +27,8 @@ from pglpipe.commands import (
     TrainReport,
 )
 from pglpipe.errors import ProtocolError
-from pglpipe.stage import Learning, Stage
+from pglpipe.learning import Learning
+from pglpipe.stage import Stage
 from pglpipe.state import StateLayout, flatten
 from pglpipe.timetable import one_forward_one_backward
 from pglpipe.transport import Links

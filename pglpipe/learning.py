@@ -1,0 +1,36 @@
+"""How stages learn: what all of them are told alike."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from pglpipe.learning_rate import LearningRate
+from pglpipe.losses import Loss
+
+OptimizerFactory = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
+
+
+@dataclass(frozen=True)
+class Learning:
+    """How the stages learn; the same for all of them.
+
+    Attributes:
+        loss: the true loss, ``(outputs, targets) -> scalar``, a mean over the batch.
+        local_loss: the loss of a stage's head, of the same form.
+        optimizer: makes a stage's optimizer from its parameters.
+        learning_rate: factor on the optimizer's learning rates.
+        clip_norm: largest gradient norm, of a stage in local steps and of the whole network
+            in global ones; infinity for none.
+        seed: where the run's randomness starts.
+    """
+
+    loss: Loss
+    local_loss: Loss
+    optimizer: OptimizerFactory
+    learning_rate: LearningRate
+    clip_norm: float
+    seed: int

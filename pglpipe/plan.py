@@ -1,0 +1,191 @@
+"""Who holds what, from what is asked for.
+
+::
+
+    Blueprint + Sample ─▶ draft ─▶ Plan
+    what is asked for              who holds what
+
+All of it happens on the meta device and is the same on every worker, but for what worker 0
+measures, which it shares.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pglpipe.errors import PartitionError
+from pglpipe.heads import build_head
+from pglpipe.layer import Layer
+from pglpipe.partition import (
+    HeadBuilder,
+    StageRow,
+    activations,
+    analyse,
+    check_cut,
+    choose_balance,
+    describe,
+    group,
+    measure,
+    slices,
+)
+from pglpipe.state import StateLayout
+from pglpipe.timetable import Timetable
+from pglpipe.transport import World
+
+
+@dataclass(frozen=True)
+class Blueprint:
+    """What is to be built, in the words of :class:`~pglpipe.trainer.Trainer`."""
+
+    layers: Sequence[Layer]
+    num_stages: int
+    head: str | HeadBuilder
+    balance: str
+    model: str
+    timetable: Callable[[int, int], Timetable]
+    clips: bool
+    queue_depth: int
+    edge_timeout: float
+    device: torch.device
+    weights: Path | None
+
+
+@dataclass(frozen=True)
+class Sample:
+    """The largest batch, on the meta device: inputs ``[B, ...]`` and targets ``[B, ...]``."""
+
+    x: Tensor
+    targets: Tensor
+
+    def to_json(self) -> list[Any]:
+        """Shapes and types, for the other workers."""
+        return [
+            [list(tensor.shape), str(tensor.dtype).removeprefix("torch.")]
+            for tensor in (self.x, self.targets)
+        ]
+
+    @staticmethod
+    def from_json(described: list[Any]) -> Sample:
+        """The sample that :meth:`to_json` described."""
+        x, targets = (
+            torch.empty(shape, dtype=getattr(torch, dtype), device="meta")
+            for shape, dtype in described
+        )
+        return Sample(x, targets)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Who holds what.
+
+    Attributes:
+        balance: layers of each stage.
+        rows: what each stage holds and costs.
+        stages_of: the stages of each worker, by rank.
+        activations: the output of each stage for the largest batch, on the meta device.
+        layouts: the weights of each stage.
+        head: makes the head for an activation's shape.
+    """
+
+    balance: list[int]
+    rows: list[StageRow]
+    stages_of: list[range]
+    activations: list[Tensor]
+    layouts: list[StateLayout]
+    head: HeadBuilder
+
+    def name(self, rank: int) -> str:
+        """What to call a worker in messages: ``rank 2 (stages 4-5)``."""
+        stages = self.stages_of[rank]
+        if len(stages) == 1:
+            return f"rank {rank} (stage {stages[0]})"
+        return f"rank {rank} (stages {stages[0]}-{stages[-1]})"
+
+
+def draft(
+    blueprint: Blueprint,
+    sample: Sample,
+    world: World,
+    agree: Callable[[Callable[[], Any]], Any],
+) -> Plan:
+    """Decides who holds what; every worker comes to the same plan.
+
+    Args:
+        agree: what a function gives on worker 0, on every worker.
+
+    Raises:
+        PartitionError: the chain cannot be cut as asked.
+    """
+    layers = blueprint.layers
+    outputs = activations(layers, sample.x)
+    head = _head_builder(blueprint, outputs[-1])
+    timed = blueprint.balance == "time" and world.rank == 0
+    costs = (
+        measure(layers, sample.x, head, device=blueprint.device)
+        if timed
+        else analyse(layers, sample.x, head)
+    )
+    balance = agree(
+        lambda: choose_balance(
+            blueprint.balance, *costs, blueprint.num_stages, model=blueprint.model
+        )
+    )
+    check_cut(layers, balance)
+    rows = describe(balance, *costs)
+    loads = agree(lambda: [row.seconds or float(row.macs) for row in rows])
+    ends = slices(group(loads, world.size))
+    return Plan(
+        balance=balance,
+        rows=rows,
+        stages_of=[range(part.start, part.stop) for part in ends],
+        activations=[outputs[part.stop - 1] for part in slices(balance)],
+        layouts=_layouts(layers, balance, head, outputs),
+        head=head,
+    )
+
+
+def _head_builder(blueprint: Blueprint, output: Tensor) -> HeadBuilder:
+    """The named head for as many classes as the network's output ``[B, N]`` has."""
+    if callable(blueprint.head):
+        return blueprint.head
+    name = blueprint.head
+    if output.ndim != 2 and blueprint.num_stages > 1:
+        raise PartitionError(
+            f"head {name!r} classifies like a network with outputs [B, classes], got outputs of "
+            f"shape {tuple(output.shape)}; pass head= a function from shape to module"
+        )
+    return lambda shape: build_head(name, shape, output.shape[-1])
+
+
+def _layouts(
+    layers: Sequence[Layer],
+    balance: Sequence[int],
+    head: HeadBuilder,
+    outputs: Sequence[Tensor],
+) -> list[StateLayout]:
+    return [
+        StateLayout.of(
+            nn.Sequential(
+                OrderedDict((layer.name, layer.skeleton()) for layer in layers[part])
+            ),
+            (
+                _head_skeleton(head, outputs[part.stop - 1])
+                if part.stop < len(layers)
+                else None
+            ),
+        )
+        for part in slices(balance)
+    ]
+
+
+def _head_skeleton(head: HeadBuilder, output: Tensor) -> nn.Module:
+    return Layer(
+        "head", lambda: head(tuple(output.shape[1:])).to(output.dtype)
+    ).skeleton()
