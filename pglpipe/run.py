@@ -185,7 +185,8 @@ def _trainer(
             momentum=config.momentum,
             nesterov=config.nesterov,
             weight_decay=config.weight_decay,
-            fused=True,
+            # Not fused: that fails on heads, which have no momentum yet after a global step.
+            foreach=True,
         ),
         head=config.head,
         local_loss=build_loss(config.local_loss),
