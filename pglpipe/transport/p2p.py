@@ -7,10 +7,14 @@ behind gradients coming up. A message is a header, always through the CPU, and a
            slot  (depth of them)   a thread (depth of them)
 
 Slots are allocated once and fit the largest message. Only a message's true bytes travel,
-so neither a ragged batch nor a microbatch pays for a full slot, and the receiver checks
-every header before it lets a byte of payload in. A sender that finds all its slots on the
-way waits: that is the back-pressure. The receiving thread exists because gloo never says
-that a receive has completed unless somebody waits for it.
+so neither a ragged batch nor a microbatch pays for a full slot. A sender that finds all its
+slots on the way waits: that is the back-pressure. The receiving thread exists because gloo
+never says that a receive has completed unless somebody waits for it.
+
+A gloo sender begins when it hears that the receiver is ready, so every receive is posted
+ahead, as soon as its slot is free: on a slow link the answer travels while other bytes do.
+Both ends have agreed on the slots' size, and gloo lets a shorter message into a slot. NCCL
+does not: there a payload's receive is posted when the header has told its size.
 """
 
 from __future__ import annotations
@@ -22,6 +26,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -123,11 +128,11 @@ class Receiver:
         self._capacity = capacity
         self._on_failure = on_failure
         self._abandoned = False
-        self._free: queue.SimpleQueue[Slot] = queue.SimpleQueue()
+        self._free: queue.SimpleQueue[_Landing] = queue.SimpleQueue()
         self._ready: queue.SimpleQueue[_Arrival | WorkerError] = queue.SimpleQueue()
         check_greeting(channel, capacity)
         for _ in range(depth):
-            self._free.put(Slot(channel.slot(capacity), Fence(channel.staging)))
+            self._offer(Slot(channel.slot(capacity), Fence(channel.staging)))
         self._thread = threading.Thread(
             target=self._run, name=f"pglpipe receiver from {channel.name}", daemon=True
         )
@@ -156,7 +161,7 @@ class Receiver:
             while True:
                 arrival = self._ready.get_nowait()
                 if isinstance(arrival, _Arrival) and arrival.slot is not None:
-                    self._free.put(arrival.slot)
+                    self._offer(arrival.slot)
 
     def _next(self, deadline: float) -> _Arrival | WorkerError:
         while time.perf_counter() < deadline:
@@ -184,7 +189,7 @@ class Receiver:
             for view in packing.views(slot.buffer, arrival.envelope.tensors)
         )
         slot.fence.record()
-        self._free.put(slot)
+        self._offer(slot)
         return Message(arrival.envelope.command, tensors)
 
     def _run(self) -> None:
@@ -202,35 +207,55 @@ class Receiver:
             self._on_failure(failure)
 
     def _receive_until_closed(self) -> None:
+        channel = self._channel
         header = torch.empty(packing.HEADER_LENGTH, dtype=torch.int64)
+        work = self._post(channel.headers, header, HEADER)
         sequence = 0
         while True:
-            self._receive(self._channel.headers, header, HEADER)
+            channel.wait(work, channel.headers, _FOREVER)
             envelope = packing.decode(header.tolist(), sequence, self._capacity)
             if envelope.command is None:
                 # Nobody waits for a message after the last one, unless the neighbour gave up.
-                self._ready.put(PeerLost(f"{self._channel.name} has left the run"))
+                self._ready.put(PeerLost(f"{channel.name} has left the run"))
                 return
+            work = self._post(channel.headers, header, HEADER)
             self._ready.put(_Arrival(envelope, self._fill_slot(envelope.nbytes)))
             if self._abandoned:
                 self._discard()
             sequence += 1
 
+    def _offer(self, slot: Slot) -> None:
+        """Makes a slot free for the next payload, and tells the sender where that can be."""
+        channel, work = self._channel, None
+        if channel.payloads is channel.headers:
+            # An edge that is broken breaks the thread too, which names the neighbour.
+            with suppress(PeerLost):
+                work = self._post(channel.payloads, slot.buffer, PAYLOAD)
+        self._free.put(_Landing(slot, work))
+
     def _fill_slot(self, nbytes: int) -> Slot | None:
         if nbytes == 0:
             return None
-        slot = self._free.get()
+        slot, work = self._free.get()
         slot.fence.wait()
-        self._receive(self._channel.payloads, slot.buffer[:nbytes], PAYLOAD)
+        if work is None:
+            work = self._post(self._channel.payloads, slot.buffer[:nbytes], PAYLOAD)
+        self._channel.wait(work, self._channel.payloads, _FOREVER)
         slot.fence.record()
         return slot
 
-    def _receive(self, group: ProcessGroup, buffer: Tensor, tag: int) -> None:
+    def _post(self, group: ProcessGroup, buffer: Tensor, tag: int) -> Work:
         try:
-            work = group.recv([buffer], self._channel.peer, tag)
+            return group.recv([buffer], self._channel.peer, tag)
         except RuntimeError as error:
             raise PeerLost(f"{self._channel.name} is gone") from error
-        self._channel.wait(work, group, _FOREVER)
+
+
+class _Landing(NamedTuple):
+    """A free slot and, where it could be posted ahead, the receive that will fill it."""
+
+    slot: Slot
+    work: Work | None
 
 
 @dataclass(frozen=True)

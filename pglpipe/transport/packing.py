@@ -115,7 +115,7 @@ def encode_closed(sequence: int) -> list[int]:
 
 
 def decode(header: Sequence[int], sequence: int, capacity: int) -> Envelope:
-    """Checks a header before a byte of its payload is received.
+    """Checks a header before anything is made of its payload.
 
     Args:
         header: ``HEADER_LENGTH`` numbers.

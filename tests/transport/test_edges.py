@@ -22,7 +22,7 @@ from worlds import outcomes
 
 from pglpipe.commands import Evaluate, LocalStep, Message, Microbatch, Stop
 from pglpipe.errors import EdgeTimeout, PeerLost, ProtocolError, WorkerError
-from pglpipe.transport import EdgePlan, Edges, Links, Nobody, World
+from pglpipe.transport import EdgePlan, Edges, Links, Nobody, World, p2p
 from pglpipe.transport.packing import DTYPES
 
 Side = Callable[[Links], Any]
@@ -250,6 +250,34 @@ def test_a_sender_is_never_further_ahead_than_the_slots_at_both_ends(
     assert [m.command.step for m in arrived] == list(range(count))
     assert max(ahead) <= 2 * depth
     assert waited > 0.03 * (count - 2 * depth - 2)
+
+
+def test_every_free_slot_waits_for_its_payload_before_the_header_comes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    posted: list[int] = []
+    post = p2p.Receiver._post
+
+    def spy(receiver: Any, group: Any, buffer: Tensor, tag: int) -> Any:
+        if buffer.dtype == torch.uint8:
+            posted.append(buffer.numel())
+        return post(receiver, group, buffer, tag)
+
+    def counting(links: Links) -> list[int]:
+        counts = [posted.count(1024)]
+        go.set()
+        for _ in range(3):
+            links.inbox.get()
+            counts.append(posted.count(1024))
+        return counts
+
+    def waiting(links: Links) -> None:
+        go.wait(10)
+        send(*(local(i, torch.zeros(i + 1)) for i in range(3)))(links)
+
+    go = threading.Event()
+    monkeypatch.setattr(p2p.Receiver, "_post", spy)
+    assert talk(waiting, counting, depth=2)[1] == [2, 3, 4, 5]
 
 
 def test_a_receiver_counts_what_it_waited_for() -> None:
