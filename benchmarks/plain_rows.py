@@ -1,0 +1,125 @@
+"""Training without a pipeline, in plain PyTorch: what most people would use instead."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint_sequential
+
+from benchmarks.rows import Loop, Share, Track
+from benchmarks.workload import SEED
+from pglpipe.layer import assemble
+
+SEGMENTS = 4  # of checkpointing
+PARTS = 4  # of accumulation
+
+
+class EndToEnd(Loop):
+    """Back-propagation through the uncut network.
+
+    Args:
+        track: what it runs on.
+        everywhere: on every rank, each on its own; on rank 0 alone otherwise.
+        threads: of each process.
+    """
+
+    def __init__(
+        self, track: Track, *, everywhere: bool = False, threads: int = 1
+    ) -> None:
+        super().__init__(track.workload, track.workload.batch_size)
+        self.apart = everywhere
+        self._idle = not (everywhere or track.arena.leads)
+        self._threads = threads
+        self.model: nn.Module = assemble(track.workload.layers, SEED).to(
+            track.workload.device
+        )
+        self._optimizer = track.workload.optimizer(self.model.parameters())
+
+    def block(self, steps: int) -> Share | None:
+        """The loop, with its own number of threads."""
+        if self._idle:
+            return None
+        before = torch.get_num_threads()
+        torch.set_num_threads(self._threads)
+        try:
+            return super().block(steps)
+        finally:
+            torch.set_num_threads(before)
+
+    def step(self, x: Tensor, targets: Tensor) -> None:
+        """Forward, backward, update."""
+        self._optimizer.zero_grad()
+        self.gradients(x, targets)
+        self._optimizer.step()
+
+    def gradients(self, x: Tensor, targets: Tensor) -> None:
+        """Adds the gradients of a batch."""
+        self._workload.loss(self.model(x), targets).backward()  # type: ignore[no-untyped-call]
+
+    def state(self) -> Sequence[Tensor]:
+        """Of the whole network."""
+        return list(self.model.state_dict(keep_vars=True).values())
+
+
+class Checkpointed(EndToEnd):
+    """With activation checkpointing: segments are computed again in backward."""
+
+    def gradients(self, x: Tensor, targets: Tensor) -> None:
+        """Adds the gradients of a batch."""
+        assert isinstance(self.model, nn.Sequential)
+        outputs = checkpoint_sequential(  # type: ignore[no-untyped-call]
+            self.model, SEGMENTS, x, use_reentrant=False
+        )
+        self._workload.loss(outputs, targets).backward()  # type: ignore[no-untyped-call]
+
+
+class Accumulated(EndToEnd):
+    """With gradient accumulation over parts of the batch."""
+
+    def gradients(self, x: Tensor, targets: Tensor) -> None:
+        """Adds the gradients of a batch, part by part."""
+        for part, aims in zip(
+            x.tensor_split(PARTS), targets.tensor_split(PARTS), strict=True
+        ):
+            loss = self._workload.loss(self.model(part), aims) * (
+                len(aims) / len(targets)
+            )
+            loss.backward()  # type: ignore[no-untyped-call]
+
+
+class DataParallel(EndToEnd):
+    """DistributedDataParallel: every rank trains on its part of each batch.
+
+    BatchNorm counts each rank's part, and its statistics stay on their ranks.
+    """
+
+    def __init__(self, track: Track) -> None:
+        super().__init__(track, everywhere=True)
+        self.apart = False
+        self._arena = track.arena
+        with warnings.catch_warnings():
+            # Newer versions call the option forward_sync_buffers; older ones do not know that.
+            warnings.simplefilter("ignore", FutureWarning)
+            self.model = DistributedDataParallel(
+                self.model,
+                process_group=track.arena.group,
+                broadcast_buffers=False,
+                gradient_as_bucket_view=True,
+                static_graph=True,
+            )
+
+    def gradients(self, x: Tensor, targets: Tensor) -> None:
+        """Adds the gradients of a batch, averaged over the ranks."""
+        rank, size = self._arena.rank, self._arena.size
+        part, aims = x.tensor_split(size)[rank], targets.tensor_split(size)[rank]
+        self._workload.loss(self.model(part), aims).backward()  # type: ignore[no-untyped-call]
+
+    def sent(self) -> dict[int, float]:
+        """What a ring all-reduce sends, the least that any can."""
+        rank, size = self._arena.rank, self._arena.size
+        nbytes = sum(p.nbytes for p in self.model.parameters())
+        return {(rank + 1) % size: 2 * (size - 1) / size * nbytes / self._samples}
