@@ -32,6 +32,7 @@ from pglpipe.commands import (
     Stop,
     TrainReport,
 )
+from pglpipe.device import upload
 from pglpipe.errors import DataError, EdgeTimeout
 from pglpipe.guidance import Guidance
 from pglpipe.metrics import EvaluationRecord, Merger, StepRecord, Summary, summarize
@@ -80,9 +81,7 @@ class Source:
     def get(self) -> Message:
         """The next message, on the worker's device."""
         command, tensors = next(self._messages)
-        return Message(
-            command, tuple(t.to(self._device, non_blocking=True) for t in tensors)
-        )
+        return Message(command, tuple(upload(t, self._device) for t in tensors))
 
 
 class Coordinator:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import resource
 
 import torch
+from torch import Tensor
 
 from pglpipe.errors import ConfigError, nearest
 
@@ -35,6 +36,13 @@ def pick(name: str, local_rank: int) -> torch.device:
     # Streams and NCCL groups that are made without naming a device belong on this one.
     torch.cuda.set_device(device)
     return device
+
+
+def upload(tensor: Tensor, device: torch.device) -> Tensor:
+    """The tensor on ``device``; its copy to a GPU is queued, and nobody waits for it."""
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
 
 
 def peak_memory_bytes(device: torch.device) -> int:

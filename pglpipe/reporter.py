@@ -6,12 +6,11 @@ is due; reading them only then keeps a GPU's queue full.
 
 from __future__ import annotations
 
-import dataclasses
 import time
+from collections import deque
 from collections.abc import Callable, Mapping
 
 import torch
-from torch import Tensor
 
 from pglpipe import device as devices
 from pglpipe.commands import (
@@ -19,10 +18,10 @@ from pglpipe.commands import (
     ExitCount,
     FinalReport,
     Report,
-    StepReport,
     TrainReport,
 )
 from pglpipe.metrics import StepClock
+from pglpipe.stopwatch import Timing
 
 _INTERVAL = 0.25  # seconds
 
@@ -43,15 +42,14 @@ class Reporter:
         self._device = device
         self._post = post
         self._clock = StepClock()
-        self._unread: list[tuple[StepReport, Mapping[int, Tensor]]] = []
+        self._unread: deque[Timing] = deque()
         self._last = time.perf_counter()
 
-    def stepped(self, step: StepReport, losses: Mapping[int, Tensor]) -> None:
-        """Remembers a step and its losses, by stage; posts when it is time."""
-        self._clock.add(step)
-        self._unread.append((step, losses))
+    def stepped(self, timing: Timing) -> None:
+        """Remembers a step; posts those that have passed when it is time."""
+        self._unread.append(timing)
         if time.perf_counter() - self._last > _INTERVAL:
-            self._flush()
+            self._flush(wait=False)
 
     def evaluated(self, step: int, epoch: int, exits: dict[int, ExitCount]) -> None:
         """Posts the counts of an evaluation, after the steps before it."""
@@ -86,14 +84,11 @@ class Reporter:
             )
         )
 
-    def _flush(self) -> None:
-        steps = [
-            dataclasses.replace(
-                step, losses={stage: float(loss) for stage, loss in losses.items()}
-            )
-            for step, losses in self._unread
-        ]
-        self._unread.clear()
+    def _flush(self, *, wait: bool = True) -> None:
+        steps = []
+        while self._unread and (wait or self._unread[0].has_passed()):
+            steps.append(self._unread.popleft().read())
+            self._clock.add(steps[-1])
         self._last = time.perf_counter()
         if steps:
             self._post(

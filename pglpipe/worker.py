@@ -40,6 +40,7 @@ from pglpipe.reporter import Reporter
 from pglpipe.saved_bytes import SavedBytes
 from pglpipe.stage import Stage
 from pglpipe.state import StateLayout, digests, flatten, pieces
+from pglpipe.stopwatch import Stopwatch
 from pglpipe.timetable import Row, Timetable
 from pglpipe.transport import Links
 
@@ -77,6 +78,7 @@ class Worker:
         self._duty = duty
         self._stages = stages
         self._reporter = Reporter(duty.rank, duty.device, post)
+        self._stopwatch = Stopwatch(duty.device)
         self._saved = {kind: _saved_bytes(stages) for kind in ("local", "global")}
         self._training: bool | None = None
         self._global_pass = GlobalPass(
@@ -88,6 +90,7 @@ class Worker:
         self._links = links
         while True:
             began, waited = time.perf_counter(), self._waits()
+            self._stopwatch.begin()
             self.doing = None
             message = links.inbox.get()
             self.doing = message.command
@@ -225,19 +228,18 @@ class Worker:
         waited: tuple[float, float],
     ) -> None:
         recv, send = self._waits()
-        self._reporter.stepped(
-            StepReport(
-                step=command.step,
-                epoch=command.epoch,
-                kind=kind,
-                samples=samples,
-                losses={},
-                seconds=time.perf_counter() - began,
-                waited_recv=recv - waited[0],
-                waited_send=send - waited[1],
-            ),
-            losses,
+        step = StepReport(
+            step=command.step,
+            epoch=command.epoch,
+            kind=kind,
+            samples=samples,
+            losses={},
+            seconds=time.perf_counter() - began,
+            waited_recv=recv - waited[0],
+            waited_send=send - waited[1],
         )
+        timing = self._stopwatch.end(step, losses, self._links.stalls)
+        self._reporter.stepped(timing)
 
     def _counting(self, kind: str) -> AbstractContextManager[object]:
         """Counts the bytes saved for backward in the first step of each kind.

@@ -17,6 +17,7 @@ ROOT = Path(__file__).resolve().parents[1] / "pglpipe"
 LEVELS = [
     ["errors", "__version__"],
     ["seeding", "commands", "device", "saved_bytes", "state"],
+    ["stopwatch"],
     ["layer", "guidance", "timetable", "metrics", "learning_rate"],
     ["partition", "models", "heads", "losses", "data", "transport", "reporter"],
     ["learning"],

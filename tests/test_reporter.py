@@ -17,6 +17,7 @@ from pglpipe.commands import (
 )
 from pglpipe.metrics import WARMUP_STEPS
 from pglpipe.reporter import Reporter
+from pglpipe.stopwatch import Timing
 
 
 def step(number: int) -> StepReport:
@@ -40,7 +41,7 @@ def finish(reporter: Reporter) -> None:
 def test_steps_are_posted_together_and_none_is_lost() -> None:
     reporter, posted = made()
     for number in range(4):
-        reporter.stepped(step(number), {6: torch.tensor(number + 0.5)})
+        reporter.stepped(Timing(step(number), {6: torch.tensor(number + 0.5)}))
     assert posted == []
     exits = {6: ExitCount(4, 2, 1.0)}
     reporter.evaluated(4, 0, exits)
@@ -60,14 +61,14 @@ def test_steps_are_posted_when_it_is_time(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(time, "perf_counter", lambda: now[0])
     for number in range(6):
         now[0] += 0.1
-        reporter.stepped(step(number), {})
+        reporter.stepped(Timing(step(number), {}))
     assert [len(r.steps) for r in posted if isinstance(r, TrainReport)] == [3, 3]
 
 
 def test_the_last_words_are_complete() -> None:
     reporter, posted = made()
     for number in range(WARMUP_STEPS + 4):
-        reporter.stepped(step(number), {})
+        reporter.stepped(Timing(step(number), {}))
     finish(reporter)
     train, final = posted
     assert isinstance(train, TrainReport) and isinstance(final, FinalReport)
@@ -83,7 +84,7 @@ def test_the_last_words_are_complete() -> None:
 def test_a_loss_is_read_only_when_it_is_reported() -> None:
     reporter, posted = made()
     loss = torch.tensor(1.0)
-    reporter.stepped(step(0), {0: loss})
+    reporter.stepped(Timing(step(0), {0: loss}))
     loss.fill_(2.0)
     finish(reporter)
     assert isinstance(posted[0], TrainReport)

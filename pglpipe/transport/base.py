@@ -17,10 +17,11 @@ same values, shapes and strides: an edge never changes what a kernel computes.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from pglpipe.commands import Message
+from pglpipe.stopwatch import Stalls
 
 
 class Inbox(Protocol):
@@ -73,10 +74,12 @@ class Nobody:
 class Links:
     """The four ends of edges that one worker holds; the first worker's inbox is the source.
 
-    ``gradients_in`` is None on the last worker, where gradients begin.
+    ``gradients_in`` is None on the last worker, where gradients begin. ``stalls`` is where the
+    edges note what a GPU waits, as ``waited`` is for the host.
     """
 
     inbox: Inbox
     outbox: Outbox
     gradients_in: Inbox | None
     gradients_out: Outbox
+    stalls: Stalls = field(default_factory=Stalls)

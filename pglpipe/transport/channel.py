@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -48,6 +48,20 @@ class Channel:
             capacity, dtype=torch.uint8, device=self.staging, pin_memory=pinned
         )
 
+    def shut(self) -> None:
+        """Ends NCCL's group when all that was sent has arrived; gloo's ends by itself.
+
+        Both ends wait for each other here, so every worker shuts its channels in one order.
+        """
+        if self.payloads is not self.headers:
+            self.payloads.shutdown()
+
+    def abort(self) -> None:
+        """Ends what NCCL has under way, for a GPU would wait for a lost neighbour for ever."""
+        if self.payloads is not self.headers:
+            with suppress(RuntimeError):  # the run is over anyway
+                self.payloads.abort()
+
     def wait(self, work: Work, group: ProcessGroup, limit: timedelta) -> None:
         """Waits for a send or receive in ``group``; names the neighbour when it fails.
 
@@ -67,18 +81,48 @@ class Channel:
 
 
 class Fence:
-    """Orders two CUDA streams around a slot; on the CPU a call that returned is done."""
+    """Orders the thread that fills a slot and the worker that empties it.
 
-    def __init__(self, device: torch.device) -> None:
+    ================  ======================  ======================  ===================
+    slot              filled by               emptied by a copy in    so the thread waits
+    ================  ======================  ======================  ===================
+    on the CPU        gloo: done on return    the worker: done ...    for nothing
+    page-locked       gloo: done on return    the worker's stream     itself
+    on the GPU        NCCL: thread's stream   the worker's stream     in its stream
+    ================  ======================  ======================  ===================
+
+    Args:
+        staging: where the slot is.
+        device: where the worker's tensors are.
+    """
+
+    def __init__(self, staging: torch.device, device: torch.device) -> None:
         self._event = _cuda_event() if device.type == "cuda" else None
+        self._in_streams = staging.type == "cuda"
 
-    def record(self) -> None:
+    def filled(self) -> None:
+        """Said by the thread: a message is there, or will be in its stream's order."""
+        if self._event is not None and self._in_streams:
+            self._event.record()
+
+    def await_filled(self) -> None:
+        """Said by the worker: no copy out of the slot comes before the message."""
+        if self._event is not None and self._in_streams:
+            torch.cuda.current_stream().wait_event(self._event)
+
+    def emptied(self) -> None:
+        """Said by the worker: the copies out of the slot are under way."""
         if self._event is not None:
             self._event.record()
 
-    def wait(self) -> None:
-        if self._event is not None:
+    def await_emptied(self) -> None:
+        """Said by the thread: nothing is written before the copies out are over."""
+        if self._event is None:
+            return
+        if self._in_streams:
             torch.cuda.current_stream().wait_event(self._event)
+        else:
+            self._event.synchronize()
 
 
 @dataclass(frozen=True)

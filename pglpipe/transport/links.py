@@ -8,6 +8,7 @@ same order, and each is warmed up before training begins::
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -17,6 +18,7 @@ import torch
 from torch.distributed import PrefixStore, ProcessGroupGloo, Store
 
 from pglpipe.errors import WorkerError
+from pglpipe.stopwatch import Stalls
 from pglpipe.transport.base import Inbox, Links, Nobody
 from pglpipe.transport.channel import Channel
 from pglpipe.transport.mailbox import Mailbox
@@ -55,6 +57,8 @@ class Edges:
     ) -> None:
         self._check = world.mailbox.check
         self._run = next(world.runs)
+        self._stalls = Stalls()
+        self._channels: list[Channel] = []
         self._senders: list[Sender] = []
         self._receivers: list[Receiver] = []
         self._outbox: Sender | None = None
@@ -81,6 +85,7 @@ class Edges:
             outbox=self._outbox or Nobody(),
             gradients_in=self._gradients_in,
             gradients_out=self._gradients_out or Nobody(),
+            stalls=self._stalls,
         )
 
     def close(self) -> None:
@@ -89,22 +94,32 @@ class Edges:
             sender.close()
         for receiver in self._receivers:
             receiver.close()
+        for channel in self._channels:
+            channel.shut()
 
     def abandon(self) -> None:
         """Leaves the neighbours to themselves, but in nobody's way."""
         for receiver in self._receivers:
             receiver.abandon()
+        for channel in self._channels:
+            channel.abort()
 
     def _sender(self, edge: int, direction: str, capacity: int) -> Sender:
-        channel = self._channel(edge, direction)
-        self._senders.append(Sender(channel, capacity=capacity, depth=self._plan.depth))
-        return self._senders[-1]
+        sender = Sender(
+            self._channel(edge, direction),
+            capacity=capacity,
+            depth=self._plan.depth,
+            stalls=self._stalls,
+        )
+        self._senders.append(sender)
+        return sender
 
     def _receiver(self, edge: int, direction: str, capacity: int) -> Receiver:
         receiver = Receiver(
             self._channel(edge, direction),
             capacity=capacity,
             depth=self._plan.depth,
+            stalls=self._stalls,
             on_failure=self._on_failure,
         )
         self._receivers.append(receiver)
@@ -113,13 +128,13 @@ class Edges:
     def _channel(self, edge: int, direction: str) -> Channel:
         end = self._world.rank - edge
         key, timeout = f"run/{self._run}/edge/{edge}/{direction}", self._plan.timeout
-        headers = _open_group("gloo", self._world.store, key, end, timeout)
+        store, limit = self._world.store, timedelta(seconds=timeout)
+        headers: Any = ProcessGroupGloo(PrefixStore(key, store), end, 2, limit)
         payloads = headers
         if self._backend == "nccl":
-            payloads = _open_group(
-                "nccl", self._world.store, f"{key}/nccl", end, timeout
-            )
-        return Channel(
+            nccl_store = PrefixStore(f"{key}/nccl", store)
+            payloads = _nccl_group(nccl_store, end, limit, self._device)
+        channel = Channel(
             headers=headers,
             payloads=payloads,
             peer=1 - end,
@@ -129,18 +144,25 @@ class Edges:
             timeout=timeout,
             check=self._check,
         )
+        self._channels.append(channel)
+        return channel
 
 
 # Typed by use: to the stubs, gloo's and NCCL's classes are no ProcessGroups.
-def _open_group(backend: str, store: Store, key: str, end: int, timeout: float) -> Any:
-    """A group of two ranks, of which this worker is ``end`` (0 or 1)."""
-    limit = timedelta(seconds=timeout)
-    prefixed = PrefixStore(key, store)
-    if backend == "nccl":
-        options = torch.distributed.ProcessGroupNCCL.Options()
-        options._timeout = limit
-        return torch.distributed.ProcessGroupNCCL(prefixed, end, 2, options)
-    return ProcessGroupGloo(prefixed, end, 2, limit)
+def _nccl_group(store: Store, end: int, limit: timedelta, device: torch.device) -> Any:
+    """An NCCL group of two ranks, of which this worker is ``end`` (0 or 1), connected at once.
+
+    Connected later, by the first message, it would have a second communicator for messages alone.
+    """
+    # The warning says that messages of one group queue behind each other: here they shall.
+    os.environ.setdefault(
+        "TORCH_NCCL_SHOW_EAGER_INIT_P2P_SERIALIZATION_WARNING", "false"
+    )
+    options = torch.distributed.ProcessGroupNCCL.Options()
+    options._timeout = limit
+    group = torch.distributed.ProcessGroupNCCL(store, end, 2, options)
+    group.eager_connect_single_device(device)
+    return group
 
 
 def pick_backend(device: torch.device, mailbox: Mailbox) -> tuple[str, str]:

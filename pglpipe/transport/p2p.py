@@ -34,6 +34,7 @@ from torch.distributed import ProcessGroup, Work
 
 from pglpipe.commands import Message
 from pglpipe.errors import EdgeTimeout, PeerLost, WorkerError
+from pglpipe.stopwatch import Stalls, stalling
 from pglpipe.transport import packing
 from pglpipe.transport.channel import (
     HEADER,
@@ -55,8 +56,11 @@ _CHECK_SECONDS = 0.25
 class Sender:
     """The sending end: an :class:`~pglpipe.transport.base.Outbox`."""
 
-    def __init__(self, channel: Channel, *, capacity: int, depth: int) -> None:
+    def __init__(
+        self, channel: Channel, *, capacity: int, depth: int, stalls: Stalls
+    ) -> None:
         self.waited = 0.0
+        self._stalls = stalls
         self.sent_bytes = 0
         self._channel = channel
         self._slots = [channel.slot(capacity) for _ in range(depth)]
@@ -103,8 +107,10 @@ class Sender:
     def _finish_oldest(self) -> None:
         started = time.perf_counter()
         works, _ = self._under_way.pop(0)
-        for work, group in works:
-            self._channel.wait(work, group, timedelta(seconds=self._channel.timeout))
+        with stalling(self._channel.device, self._stalls.sent):
+            for work, group in works:
+                limit = timedelta(seconds=self._channel.timeout)
+                self._channel.wait(work, group, limit)
         self.waited += time.perf_counter() - started
 
 
@@ -121,9 +127,11 @@ class Receiver:
         *,
         capacity: int,
         depth: int,
+        stalls: Stalls,
         on_failure: Callable[[WorkerError], None],
     ) -> None:
         self.waited = 0.0
+        self._stalls = stalls
         self._channel = channel
         self._capacity = capacity
         self._on_failure = on_failure
@@ -132,7 +140,8 @@ class Receiver:
         self._ready: queue.SimpleQueue[_Arrival | WorkerError] = queue.SimpleQueue()
         check_greeting(channel, capacity)
         for _ in range(depth):
-            self._offer(Slot(channel.slot(capacity), Fence(channel.staging)))
+            fence = Fence(channel.staging, channel.device)
+            self._offer(Slot(channel.slot(capacity), fence))
         self._thread = threading.Thread(
             target=self._run, name=f"pglpipe receiver from {channel.name}", daemon=True
         )
@@ -140,9 +149,12 @@ class Receiver:
 
     def get(self) -> Message:
         """The next message; its tensors are copies on the worker's device."""
-        started = time.perf_counter()
-        arrival = self._next(started + self._channel.timeout)
-        self.waited += time.perf_counter() - started
+        with stalling(self._channel.device, self._stalls.received):
+            started = time.perf_counter()
+            arrival = self._next(started + self._channel.timeout)
+            self.waited += time.perf_counter() - started
+            if isinstance(arrival, _Arrival) and arrival.slot is not None:
+                arrival.slot.fence.await_filled()
         if isinstance(arrival, WorkerError):
             raise arrival
         return self._open(arrival)
@@ -183,12 +195,11 @@ class Receiver:
             tensors = tuple(tensor.to(self._channel.device) for tensor in empty)
             return Message(arrival.envelope.command, tensors)
         slot = arrival.slot
-        slot.fence.wait()
         tensors = tuple(
-            view.to(self._channel.device, copy=True)
+            view.to(self._channel.device, non_blocking=True, copy=True)
             for view in packing.views(slot.buffer, arrival.envelope.tensors)
         )
-        slot.fence.record()
+        slot.fence.emptied()
         self._offer(slot)
         return Message(arrival.envelope.command, tensors)
 
@@ -205,6 +216,7 @@ class Receiver:
             )
             self._ready.put(failure)
             self._on_failure(failure)
+            self._channel.abort()
 
     def _receive_until_closed(self) -> None:
         channel = self._channel
@@ -227,7 +239,8 @@ class Receiver:
     def _offer(self, slot: Slot) -> None:
         """Makes a slot free for the next payload, and tells the sender where that can be."""
         channel, work = self._channel, None
-        if channel.payloads is channel.headers:
+        # Not where a GPU may still be copying out of the slot: there the thread waits for it.
+        if channel.payloads is channel.headers and channel.device.type == "cpu":
             # An edge that is broken breaks the thread too, which names the neighbour.
             with suppress(PeerLost):
                 work = self._post(channel.payloads, slot.buffer, PAYLOAD)
@@ -237,11 +250,11 @@ class Receiver:
         if nbytes == 0:
             return None
         slot, work = self._free.get()
-        slot.fence.wait()
         if work is None:
+            slot.fence.await_emptied()
             work = self._post(self._channel.payloads, slot.buffer[:nbytes], PAYLOAD)
         self._channel.wait(work, self._channel.payloads, _FOREVER)
-        slot.fence.record()
+        slot.fence.filled()
         return slot
 
     def _post(self, group: ProcessGroup, buffer: Tensor, tag: int) -> Work:

@@ -1,0 +1,144 @@
+"""Time by the clock that does the work: the host's on the CPU, the device's on CUDA.
+
+On CUDA a host's clock tells how fast work is queued, not how fast it is done. So the queue itself is
+timed: events ride in it, and are read once they have passed, which nobody waits for::
+
+    host    begin  queue a step  end             a report is due: has the end passed? read it
+    GPU              begin ═══════ a step ═══════ end
+
+Source: CUDA events in PyTorch, https://docs.pytorch.org/docs/stable/notes/cuda.html.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from pglpipe.commands import StepReport
+
+Span = tuple[torch.cuda.Event, torch.cuda.Event]
+
+
+@dataclass(frozen=True)
+class Stalls:
+    """When a GPU's queue stood still for a neighbour, since somebody last looked; empty on the CPU.
+
+    Attributes:
+        received: waiting for a message.
+        sent: waiting for a free slot.
+    """
+
+    received: list[Span] = field(default_factory=list)
+    sent: list[Span] = field(default_factory=list)
+
+    def take(self) -> Stalls:
+        """Those so far, which are then forgotten here."""
+        taken = Stalls(list(self.received), list(self.sent))
+        self.received.clear()
+        self.sent.clear()
+        return taken
+
+
+@contextmanager
+def stalling(device: torch.device, spans: list[Span]) -> Iterator[None]:
+    """Adds the block's time in the current stream to ``spans``; nothing on the CPU."""
+    if device.type != "cuda":
+        yield
+        return
+    began = _now()
+    yield
+    spans.append((began, _now()))
+
+
+class Timing:
+    """A step whose seconds and losses are known already: the host's."""
+
+    def __init__(self, step: StepReport, losses: Mapping[int, Tensor]) -> None:
+        self._step, self._losses = step, losses
+
+    def has_passed(self) -> bool:
+        """Whether reading needs no waiting."""
+        return True
+
+    def read(self) -> StepReport:
+        """The step with its seconds and losses; waits until it has passed."""
+        losses = {stage: float(loss) for stage, loss in self._losses.items()}
+        return dataclasses.replace(self._step, losses=losses)
+
+
+class _DeviceTiming(Timing):
+    """A step on its way through a GPU's queue, and its losses on their way to the host.
+
+    Its time begins where the step before ended, if that was later than its own beginning: stages
+    that overlap begin a step before the last one has ended.
+    """
+
+    def __init__(
+        self,
+        step: StepReport,
+        losses: Mapping[int, Tensor],
+        stalls: Stalls,
+        began: torch.cuda.Event,
+        before: torch.cuda.Event | None,
+    ) -> None:
+        # Held until they have passed, so that no stream reuses their memory too early.
+        super().__init__(step, losses)
+        self._values = (
+            torch.stack(list(losses.values())).to("cpu", non_blocking=True)
+            if losses
+            else torch.empty(0)
+        )
+        self._stalls, self._began, self._before = stalls, began, before
+        self.ended = _now()
+
+    def has_passed(self) -> bool:
+        return bool(self.ended.query())  # type: ignore[no-untyped-call]
+
+    def read(self) -> StepReport:
+        self.ended.synchronize()
+        starts = [self._began] if self._before is None else [self._began, self._before]
+        return dataclasses.replace(
+            self._step,
+            losses=dict(zip(self._losses, self._values.tolist(), strict=True)),
+            seconds=min(_seconds(start, self.ended) for start in starts),
+            waited_recv=sum(_seconds(*span) for span in self._stalls.received),
+            waited_send=sum(_seconds(*span) for span in self._stalls.sent),
+        )
+
+
+class Stopwatch:
+    """Times the steps of one worker."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._began: torch.cuda.Event | None = None
+        self._ended: torch.cuda.Event | None = None
+
+    def begin(self) -> None:
+        """A command is awaited, in the current stream."""
+        self._began = _now() if self._device.type == "cuda" else None
+
+    def end(
+        self, step: StepReport, losses: Mapping[int, Tensor], stalls: Stalls
+    ) -> Timing:
+        """A step is done, or queued in the current stream; its host's seconds stand in ``step``."""
+        if self._began is None:
+            return Timing(step, losses)
+        timing = _DeviceTiming(step, losses, stalls.take(), self._began, self._ended)
+        self._ended = timing.ended
+        return timing
+
+
+def _now() -> torch.cuda.Event:
+    event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+    event.record()
+    return event
+
+
+def _seconds(start: torch.cuda.Event, end: torch.cuda.Event) -> float:
+    return float(start.elapsed_time(end)) / 1000  # milliseconds
