@@ -21,6 +21,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Literal
 
 
@@ -44,11 +45,13 @@ Row = tuple[Action, ...]
 Timetable = tuple[Row, ...]
 
 
+@cache
 def gpipe(num_workers: int, num_microbatches: int) -> Timetable:
     """All forwards, then all backwards: the shortest bubble to explain, the most memory."""
     return (_row(num_microbatches, num_microbatches),) * num_workers
 
 
+@cache
 def one_forward_one_backward(num_workers: int, num_microbatches: int) -> Timetable:
     """After a warm-up of forwards, each backward frees memory before the next forward.
 

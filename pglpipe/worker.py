@@ -88,23 +88,23 @@ class Worker:
     def run(self, links: Links) -> None:
         """Obeys until told to stop."""
         self._links = links
+        # A step lasts from the end of the command before it, so that all of them, telling
+        # about them included, add up to the time on the wall.
+        ended, waited = time.perf_counter(), self._waits()
         while True:
-            began, waited = time.perf_counter(), self._waits()
             self._stopwatch.begin()
             self.doing = None
             message = links.inbox.get()
             self.doing = message.command
             losses = self._obey(message)
+            began, ended = ended, time.perf_counter()
+            before, waited = waited, self._waits()
             match message.command:
-                case LocalStep():
-                    samples = len(message.tensors[1])
-                    self._report(
-                        "local", message.command, samples, losses, began, waited
-                    )
-                case GlobalStep(samples=samples):
-                    self._report(
-                        "global", message.command, samples, losses, began, waited
-                    )
+                case LocalStep() | GlobalStep() as step:
+                    samples = _samples(step, message.tensors)
+                    report = _step_report(step, samples, ended - began, before, waited)
+                    timing = self._stopwatch.end(report, losses, links.stalls)
+                    self._reporter.stepped(timing)
                 case Stop():
                     return
 
@@ -218,29 +218,6 @@ class Worker:
             links.outbox.waited + links.gradients_out.waited,
         )
 
-    def _report(
-        self,
-        kind: str,
-        command: LocalStep | GlobalStep,
-        samples: int,
-        losses: dict[int, Tensor],
-        began: float,
-        waited: tuple[float, float],
-    ) -> None:
-        recv, send = self._waits()
-        step = StepReport(
-            step=command.step,
-            epoch=command.epoch,
-            kind=kind,
-            samples=samples,
-            losses={},
-            seconds=time.perf_counter() - began,
-            waited_recv=recv - waited[0],
-            waited_send=send - waited[1],
-        )
-        timing = self._stopwatch.end(step, losses, self._links.stalls)
-        self._reporter.stepped(timing)
-
     def _counting(self, kind: str) -> AbstractContextManager[object]:
         """Counts the bytes saved for backward in the first step of each kind.
 
@@ -248,6 +225,31 @@ class Worker:
         """
         saved = self._saved[kind]
         return nullcontext() if saved.peak else saved
+
+
+def _samples(command: LocalStep | GlobalStep, tensors: tuple[Tensor, ...]) -> int:
+    """The size of a step's batch; a global step's images come later."""
+    return command.samples if isinstance(command, GlobalStep) else len(tensors[1])
+
+
+def _step_report(
+    command: LocalStep | GlobalStep,
+    samples: int,
+    seconds: float,
+    before: tuple[float, float],
+    after: tuple[float, float],
+) -> StepReport:
+    """What is known of a step when it ends; the losses are read later."""
+    return StepReport(
+        step=command.step,
+        epoch=command.epoch,
+        kind="local" if isinstance(command, LocalStep) else "global",
+        samples=samples,
+        losses={},
+        seconds=seconds,
+        waited_recv=after[0] - before[0],
+        waited_send=after[1] - before[1],
+    )
 
 
 def _saved_bytes(stages: Sequence[Stage]) -> SavedBytes:
