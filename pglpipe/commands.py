@@ -4,11 +4,11 @@ A **command** is in band: it stands in front of its data on the same first-in-fi
 edge, so every worker meets the same commands in the same order and nobody needs a
 barrier. A command is a handful of whole numbers; the tensors beside it make a message::
 
-    LocalStep            activation, targets
+    LocalStep            activation, targets     and scales, where activations are compressed
     GlobalStep           -                       then Microbatch x M, and Clip if norms count
-    Microbatch           activation, targets
+    Microbatch           activation, targets     and scales
     Clip                 total gradient norm
-    Evaluate             activation, targets
+    Evaluate             activation, targets     and scales
     Conclude             -                       the end of an evaluation
     Collect              -                       every worker hands its weights up
     Stop                 -

@@ -21,9 +21,11 @@ from pglpipe.device import DEVICES
 from pglpipe.errors import ConfigError, nearest
 from pglpipe.guidance import UNITS, Guidance
 from pglpipe.heads import HEADS
+from pglpipe.learning import PRECISIONS
 from pglpipe.learning_rate import LR_SCHEDULES
 from pglpipe.losses import LOSSES
 from pglpipe.timetable import TIMETABLES
+from pglpipe.wire import WIRE_FORMATS
 
 DEFAULT_EPOCHS = 10
 
@@ -109,11 +111,16 @@ class RunConfig:
     seed: int = _option(0, "where all randomness starts", at_least=0)
     # machine
     device: str = _option("auto", "where to compute", DEVICES)
+    precision: str = _option("fp32", "precision of the forwards", PRECISIONS)
+    compile: bool = _option(False, "compile every stage with torch.compile")
     threads: int = _option(
         0, "CPU threads per worker; 0 for PyTorch's choice", at_least=0
     )
     queue_depth: int = _option(
         2, "messages that may wait at either end of an edge", at_least=1
+    )
+    edge_dtype: str = _option(
+        "same", "format of the activations between stages", WIRE_FORMATS
     )
     edge_timeout: float = _option(
         300.0, "seconds until a silent neighbour counts as lost", at_least=1.0

@@ -25,6 +25,7 @@ from pglpipe.errors import ProtocolError
 from pglpipe.stage import Stage
 from pglpipe.timetable import Row
 from pglpipe.transport import Links
+from pglpipe.wire import Wire, beside
 
 
 class GlobalPass:
@@ -35,6 +36,7 @@ class GlobalPass:
         row: the worker's row of the timetable, by the number of microbatches.
         clips: whether the norm of the whole network's gradient is clipped.
         is_first: whether the worker holds the first stage.
+        wire: the format of the activations between stages.
     """
 
     def __init__(
@@ -44,11 +46,13 @@ class GlobalPass:
         *,
         clips: bool,
         is_first: bool,
+        wire: Wire,
     ) -> None:
         self._stages = stages
         self._row = row
         self._clips = clips
         self._is_first = is_first
+        self._wire = wire
 
     def run(self, command: GlobalStep, links: Links) -> dict[int, Tensor]:
         """Does one global step; returns the loss by stage, on the worker where it is known."""
@@ -71,12 +75,18 @@ class GlobalPass:
 
     def _forward(self, expected: Microbatch) -> None:
         """Takes one microbatch through all stages here and sends it on."""
-        x, targets = _only(expected, self._links.inbox.get())
+        x, targets, *scales = _only(expected, self._links.inbox.get())
+        packed = (x, *scales)
         for stage in self._stages:
             x = stage.forward(
-                x, targets, expected.step, microbatch=expected.index, crossing=True
+                self._wire.unpack(*packed),
+                targets,
+                expected.step,
+                microbatch=expected.index,
+                crossing=True,
             )
-        self._links.outbox.put(Message(expected, (x, targets)))
+            packed = self._wire.pack(x)
+        self._links.outbox.put(Message(expected, beside(targets, packed)))
 
     def _backward(self, expected: Microbatch, samples: int) -> list[Tensor]:
         """Takes one gradient back through all stages here; the loss, where it begins."""

@@ -11,6 +11,7 @@ from torch import nn
 from pglpipe.learning_rate import LearningRate
 from pglpipe.losses import Loss
 
+PRECISIONS = ("fp32", "bf16")
 OptimizerFactory = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
 
 
@@ -26,6 +27,9 @@ class Learning:
         clip_norm: largest gradient norm, of a stage in local steps and of the whole network
             in global ones; infinity for none.
         seed: where the run's randomness starts.
+        bf16: whether forwards run under autocast to bfloat16. Its exponent is as wide as
+            float32's, so no stage's loss is scaled; weights and updates stay in float32.
+        compile: whether body and head of each stage are compiled.
     """
 
     loss: Loss
@@ -34,3 +38,5 @@ class Learning:
     learning_rate: LearningRate
     clip_norm: float
     seed: int
+    bf16: bool = False
+    compile: bool = False

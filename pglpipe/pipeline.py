@@ -19,6 +19,7 @@ from pglpipe.plan import Blueprint, Plan, Sample
 from pglpipe.seeding import derive, seeded
 from pglpipe.stage import Stage
 from pglpipe.transport import EdgePlan, Edges, World, payload_bytes
+from pglpipe.wire import Wire
 from pglpipe.worker import Duty, Worker
 
 
@@ -37,7 +38,8 @@ class Pipeline:
         post: Callable[[Report], None],
         on_failure: Callable[[WorkerError], None],
     ) -> None:
-        edge_plan = _edge_plan(blueprint, plan, sample, world)
+        wire = Wire(blueprint.edge_dtype, plan.activations[0].dtype)
+        edge_plan = _edge_plan(blueprint, plan, sample, world, wire)
         stages = [
             _stage(index, blueprint, plan, learning)
             for index in plan.stages_of[world.rank]
@@ -50,6 +52,7 @@ class Pipeline:
             layouts=plan.layouts,
             piece_bytes=min(edge_plan.up_bytes, default=1 << 20),
             device=blueprint.device,
+            wire=wire,
         )
         self.plan = plan
         self._stages = stages
@@ -98,7 +101,7 @@ def _load(path: Path, index: int, body: nn.Module, head: nn.Module | None) -> No
 
 
 def _edge_plan(
-    blueprint: Blueprint, plan: Plan, sample: Sample, world: World
+    blueprint: Blueprint, plan: Plan, sample: Sample, world: World, wire: Wire
 ) -> EdgePlan:
     crossings = [plan.activations[stages[-1]] for stages in plan.stages_of[:-1]]
     # Beside gradients, the norms of all parameters travel up.
@@ -107,7 +110,8 @@ def _edge_plan(
     return EdgePlan(
         names=[plan.name(rank) for rank in range(world.size)],
         down_bytes=[
-            payload_bytes([activation, sample.targets]) for activation in crossings
+            payload_bytes([*wire.pack(activation), sample.targets])
+            for activation in crossings
         ],
         up_bytes=[
             max(payload_bytes([activation]), payload_bytes([norms]))

@@ -55,6 +55,7 @@ class Blueprint:
     edge_timeout: float
     device: torch.device
     weights: Path | None
+    edge_dtype: str
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,8 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from contextlib import AbstractContextManager
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import torch
@@ -64,6 +65,10 @@ class Stage:
             group.setdefault("initial_lr", group["lr"])
         first = next(iter(self.tensors()), None)
         self._device = torch.device("cpu") if first is None else first.device
+        self._run_body: Callable[[Tensor], Tensor] = (
+            _compiled(body) if learning.compile else body
+        )
+        self._run_head = _compiled(head) if learning.compile and head else head
         self._kept: deque[_Kept] = deque()
         self._counted = ExitCount(samples=0, correct=0, loss_sum=0.0)
         self._copies_input = _starts_in_place(body)
@@ -112,8 +117,8 @@ class Stage:
         x = x.detach()
         if crossing and self.index > 0:
             x.requires_grad_()
-        with self._seeded("body", step, microbatch):
-            output: Tensor = self.body(x.clone() if self._copies_input else x)
+        with self._seeded("body", step, microbatch), self._autocast():
+            output: Tensor = self._run_body(x.clone() if self._copies_input else x)
         self._kept.append(_Kept(x, output, targets))
         return _dense(output.detach())
 
@@ -153,8 +158,8 @@ class Stage:
 
     def _local_loss(self, output: Tensor, targets: Tensor, step: int) -> Tensor:
         if self.head is None:
-            return self._learning.loss(output, targets)
-        with self._seeded("head", step, 0):
+            return self._true_loss(output, targets)
+        with self._seeded("head", step, 0), self._autocast():
             return self._learning.local_loss(self._exit(output), targets)
 
     # -- global step ------------------------------------------------------------------
@@ -170,7 +175,7 @@ class Stage:
             The gradient for the stage before ``[B, ...]``, and the microbatch's part of the loss.
         """
         x, output, targets = self._kept.popleft()
-        loss = self._learning.loss(output, targets) * (len(targets) / samples)
+        loss = self._true_loss(output, targets) * (len(targets) / samples)
         loss.backward()  # type: ignore[no-untyped-call]
         return self._gradient_of(x), loss.detach()
 
@@ -212,14 +217,16 @@ class Stage:
         Returns:
             The activation ``[B, ...]`` for the next stage.
         """
-        output: Tensor = self.body(x)
-        logits = self._exit(output)
-        loss = self._learning.loss if self.head is None else self._learning.local_loss
+        with self._autocast():
+            output: Tensor = self._run_body(x)
+            logits = self._exit(output)
+            of = self._learning.loss if self.head is None else self._learning.local_loss
+            loss = of(logits, targets)
         samples = len(targets)
         self._counted = ExitCount(
             samples=self._counted.samples + samples,
             correct=add_counts(self._counted.correct, count_correct(logits, targets)),
-            loss_sum=self._counted.loss_sum + float(loss(logits, targets)) * samples,
+            loss_sum=self._counted.loss_sum + float(loss) * samples,
         )
         return _dense(output)
 
@@ -232,11 +239,23 @@ class Stage:
 
     # -- private ----------------------------------------------------------------------
 
+    def _true_loss(self, output: Tensor, targets: Tensor) -> Tensor:
+        with self._autocast():
+            return self._learning.loss(output, targets)
+
+    def _autocast(self) -> AbstractContextManager[object]:
+        """Lets PyTorch choose the precision of each operation, where that is asked for."""
+        if not self._learning.bf16:
+            return nullcontext()
+        # The cache of casts is one per process: it would mix the workers that are threads.
+        device = self._device.type
+        return torch.autocast(device, torch.bfloat16, cache_enabled=False)
+
     def _exit(self, output: Tensor) -> Tensor:
         """What this stage's classifier says ``[B, N]``; the output stays as it is."""
-        if self.head is None:
+        if self._run_head is None:
             return output
-        logits: Tensor = self.head(output.clone() if self._head_copies else output)
+        logits: Tensor = self._run_head(output.clone() if self._head_copies else output)
         return logits
 
     def _gradient_of(self, x: Tensor) -> Tensor | None:
@@ -257,6 +276,16 @@ class Stage:
 def _dense(tensor: Tensor) -> Tensor:
     """The tensor in a layout that an edge keeps, whether or not it will cross one."""
     return tensor if is_dense(tensor) else tensor.contiguous()
+
+
+def _compiled(module: nn.Module) -> Callable[[Tensor], Tensor]:
+    """The module as one compiled graph; the module itself and its names stay what they are.
+
+    All stages of a worker run the code of ``nn.Sequential``, and each of them, in training and
+    in evaluation, is a version of it; PyTorch's limit is meant for the versions of one model.
+    """
+    torch._dynamo.config.recompile_limit = 1024
+    return torch.compile(module, fullgraph=True)
 
 
 def _starts_in_place(body: nn.Module) -> bool:

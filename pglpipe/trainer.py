@@ -15,7 +15,7 @@ others before anything is built.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
@@ -26,7 +26,7 @@ from pglpipe import state
 from pglpipe.coordinator import Coordinator, Loader, Observer, Span
 from pglpipe.errors import ConfigError, nearest
 from pglpipe.guidance import Guidance
-from pglpipe.learning import Learning, OptimizerFactory
+from pglpipe.learning import PRECISIONS, Learning, OptimizerFactory
 from pglpipe.learning_rate import LearningRate, constant
 from pglpipe.loaders import largest_batch, span_of
 from pglpipe.losses import Loss
@@ -36,6 +36,7 @@ from pglpipe.plan import Blueprint, Plan
 from pglpipe.session import Session
 from pglpipe.timetable import TIMETABLES
 from pglpipe.transport import World, join
+from pglpipe.wire import WIRE_FORMATS
 
 
 class Trainer:
@@ -57,8 +58,11 @@ class Trainer:
         timetable: the order of a global step's microbatches, ``1f1b`` or ``gpipe``.
         clip_norm: largest gradient norm: of a stage in local steps, of the network in global ones.
         queue_depth: messages that may wait at either end of an edge.
+        edge_dtype: the format of activations between stages: ``same``, ``bf16``, ``fp8``, ``int8``.
         seed: where all randomness starts.
         device: ``auto``, ``cpu`` or ``cuda``.
+        precision: ``fp32``, or ``bf16``: forwards in bfloat16 where autocast holds it to be safe.
+        compile: whether ``torch.compile`` makes one kernel graph of each stage's body and head.
         edge_timeout: seconds after which a silent neighbour counts as lost.
         observer: told of every step and evaluation, on worker 0.
         weights: a safetensors file to start from instead of fresh weights.
@@ -86,8 +90,11 @@ class Trainer:
         timetable: str = "1f1b",
         clip_norm: float = math.inf,
         queue_depth: int = 2,
+        edge_dtype: str = "same",
         seed: int = 0,
         device: str = "auto",
+        precision: str = "fp32",
+        compile: bool = False,
         edge_timeout: float = 300.0,
         observer: Observer | None = None,
         weights: Path | None = None,
@@ -95,7 +102,10 @@ class Trainer:
         world: World | None = None,
     ) -> None:
         world = world or join(edge_timeout)
-        _check(num_stages, microbatches, timetable, queue_depth, clip_norm, world.size)
+        _check(num_stages, microbatches, queue_depth, clip_norm, world.size)
+        _check_choice("timetable", timetable, TIMETABLES)
+        _check_choice("edge-dtype", edge_dtype, WIRE_FORMATS)
+        _check_choice("precision", precision, PRECISIONS)
         blueprint = Blueprint(
             layers=as_layers(layers),
             num_stages=num_stages,
@@ -108,6 +118,7 @@ class Trainer:
             edge_timeout=edge_timeout,
             device=devices.pick(device, world.local_rank),
             weights=weights,
+            edge_dtype=edge_dtype,
         )
         self._learning = Learning(
             loss=_on(blueprint.device, loss),
@@ -116,6 +127,8 @@ class Trainer:
             learning_rate=learning_rate,
             clip_norm=clip_norm,
             seed=seed,
+            bf16=precision == "bf16",
+            compile=compile,
         )
         self._session = Session(
             world,
@@ -243,7 +256,6 @@ def _on(device: torch.device, loss: Loss) -> Loss:
 def _check(
     num_stages: int,
     microbatches: int,
-    timetable: str,
     queue_depth: int,
     clip_norm: float,
     num_workers: int,
@@ -255,10 +267,6 @@ def _check(
     ):
         if value < 1:
             raise ConfigError(f"expected --{name} of at least 1, got {value}")
-    if timetable not in TIMETABLES:
-        raise ConfigError(
-            f"unknown timetable {timetable!r}: {nearest(timetable, TIMETABLES)}"
-        )
     if not clip_norm > 0:
         raise ConfigError(f"expected a --clip-norm above 0, got {clip_norm:g}")
     if num_workers > num_stages:
@@ -266,3 +274,8 @@ def _check(
             f"expected at most one worker per stage, got {num_workers} workers for {num_stages} "
             f"stages; start {num_stages} (--nproc_per_node={num_stages}) or raise --stages"
         )
+
+
+def _check_choice(option: str, value: str, valid: Iterable[str]) -> None:
+    if value not in valid:
+        raise ConfigError(f"unknown --{option} {value!r}: {nearest(value, valid)}")

@@ -72,12 +72,17 @@ class Wire:
             return codes.to(self.dtype) if packed else codes
         if codes.dtype == _FP8:
             return (codes.float() * scales).to(self.dtype)
-        least, step = scales.split(1, dim=1)
+        least, step = scales[:, :1], scales[:, 1:]
         return (codes.float() * step + least).to(self.dtype)
 
     def rounded(self, x: Tensor) -> Tensor:
         """What the next stage makes of ``x``, whoever hosts it."""
         return self.unpack(*self.pack(x))
+
+
+def beside(targets: Tensor, packed: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """The tensors of a message: codes, targets, scales if there are any."""
+    return packed[0], targets, *packed[1:]
 
 
 def _not_zero(scale: Tensor) -> Tensor:

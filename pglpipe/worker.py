@@ -43,6 +43,7 @@ from pglpipe.state import StateLayout, digests, flatten, pieces
 from pglpipe.stopwatch import Stopwatch
 from pglpipe.timetable import Row, Timetable
 from pglpipe.transport import Links
+from pglpipe.wire import Wire, beside
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,7 @@ class Duty:
         layouts: the weights of every stage of the network, to relay those of others.
         piece_bytes: the most bytes of weights in one message up.
         device: where its stages are.
+        wire: the format of the activations between stages.
     """
 
     rank: int
@@ -65,6 +67,7 @@ class Duty:
     layouts: Sequence[StateLayout]
     piece_bytes: int
     device: torch.device
+    wire: Wire = Wire()
 
 
 class Worker:
@@ -82,7 +85,11 @@ class Worker:
         self._saved = {kind: _saved_bytes(stages) for kind in ("local", "global")}
         self._training: bool | None = None
         self._global_pass = GlobalPass(
-            stages, self._row, clips=duty.clips, is_first=duty.rank == 0
+            stages,
+            self._row,
+            clips=duty.clips,
+            is_first=duty.rank == 0,
+            wire=duty.wire,
         )
 
     def run(self, links: Links) -> None:
@@ -137,24 +144,29 @@ class Worker:
     # -- training ---------------------------------------------------------------------
 
     def _local_step(
-        self, command: LocalStep, x: Tensor, targets: Tensor
+        self, command: LocalStep, x: Tensor, targets: Tensor, *scales: Tensor
     ) -> dict[int, Tensor]:
         losses = {}
+        wire, packed = self._duty.wire, (x, *scales)
         with self._counting("local"):
             for stage in self._stages:
-                x = stage.forward(x, targets, command.step)
+                x = stage.forward(wire.unpack(*packed), targets, command.step)
+                packed = wire.pack(x)
                 if stage is self._stages[-1]:
                     # Before its own backward: the next worker need not wait for that.
-                    self._links.outbox.put(Message(command, (x, targets)))
+                    self._links.outbox.put(Message(command, beside(targets, packed)))
                 losses[stage.index] = stage.learn(command.step)
         return losses
 
     # -- evaluation and weights -------------------------------------------------------
 
-    def _evaluate(self, command: Evaluate, x: Tensor, targets: Tensor) -> None:
+    def _evaluate(
+        self, command: Evaluate, x: Tensor, targets: Tensor, *scales: Tensor
+    ) -> None:
+        wire, packed = self._duty.wire, (x, *scales)
         for stage in self._stages:
-            x = stage.evaluate(x, targets)
-        self._links.outbox.put(Message(command, (x, targets)))
+            packed = wire.pack(stage.evaluate(wire.unpack(*packed), targets))
+        self._links.outbox.put(Message(command, beside(targets, packed)))
 
     def _conclude(self, command: Conclude) -> None:
         self._links.outbox.put(Message(command))

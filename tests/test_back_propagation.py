@@ -43,14 +43,19 @@ class TracingSGD(torch.optim.SGD):
 
 
 def plain(
-    layers: list[Layer], loader: list[Batch], clip_norm: float = math.inf
+    layers: list[Layer],
+    loader: list[Batch],
+    clip_norm: float = math.inf,
+    *,
+    bf16: bool = False,
 ) -> tuple[Traces, nn.Module]:
     """End-to-end training as anybody would write it."""
     network, traces = assemble(layers, seed=0), Traces()
     optimizer = TracingSGD(network.parameters(), traces)
     for x, targets in loader:
         optimizer.zero_grad()
-        loss = nn.functional.cross_entropy(network(x), targets)
+        with torch.autocast("cpu", enabled=bf16, cache_enabled=False):
+            loss = nn.functional.cross_entropy(network(x), targets)
         loss.backward()  # type: ignore[no-untyped-call]
         if math.isfinite(clip_norm):
             nn.utils.clip_grad_norm_(network.parameters(), clip_norm)
@@ -106,6 +111,17 @@ def test_with_one_microbatch_every_bit_is_that_of_a_plain_loop(
     state = network.state_dict()
     assert list(body) == list(state)
     assert all(torch.equal(body[name], state[name]) for name in state)
+
+
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_under_autocast_every_bit_is_that_of_a_plain_loop_under_autocast(
+    size: int,
+) -> None:
+    expected, _ = plain(small_resnet("resnet8"), BATCHES, bf16=True)
+    got, _ = piped(size, small_resnet("resnet8"), BATCHES, precision="bf16")
+    assert_same_bits(got, expected)
+    in_float32, _ = plain(small_resnet("resnet8"), BATCHES)
+    assert got.losses != in_float32.losses
 
 
 def test_the_clipping_that_is_compared_did_clip() -> None:

@@ -61,6 +61,8 @@ OPTIONS = """
     --timetable gpip                          => did you mean 'gpipe'?
     --lr-schedule cosin                       => did you mean 'cosine'?
     --device cudda                            => did you mean 'cuda'?
+    --precision fp16                          => unknown --precision 'fp16' & fp32
+    --edge-dtype bf8                          => unknown --edge-dtype 'bf8' & did you mean 'fp8'?
     --model resnet9                           => did you mean 'resnet8'? & MODULE:FUNCTION
     # numbers out of range
     --stages 0                                => --stages of at least 1, got 0

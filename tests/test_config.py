@@ -51,8 +51,11 @@ VALUES: dict[str, tuple[Any, Any]] = {
     "clip_norm": (1.0, 2.0),
     "seed": (3, 4),
     "device": ("cpu", "auto"),
+    "precision": ("bf16", "fp32"),
+    "compile": (True, False),
     "threads": (1, 2),
     "queue_depth": (1, 4),
+    "edge_dtype": ("fp8", "bf16"),
     "edge_timeout": (5.0, 6.0),
     "run_dir": ("here", "there"),
     "quiet": (True, False),
@@ -63,7 +66,7 @@ PROMISED = """
     dataset data-root download train-limit test-limit model stages balance head local-loss
     guidance-period guidance-duration guidance-warmup guidance-unit microbatches timetable
     epochs steps batch-size lr momentum weight-decay lr-schedule warmup-epochs seed device
-    queue-depth run-dir quiet
+    precision compile queue-depth edge-dtype run-dir quiet
 """.split()
 
 Train = Callable[..., RunConfig]

@@ -18,7 +18,7 @@ LEVELS = [
     ["errors", "__version__"],
     ["seeding", "commands", "device", "saved_bytes", "state"],
     ["stopwatch"],
-    ["layer", "guidance", "timetable", "metrics", "learning_rate"],
+    ["layer", "guidance", "timetable", "metrics", "learning_rate", "wire"],
     ["partition", "models", "heads", "losses", "data", "transport", "reporter"],
     ["learning"],
     ["stage"],

@@ -32,6 +32,7 @@ from pglpipe.data.image_set import ImageSet, Recipe
 from pglpipe.layer import Layer
 from pglpipe.partition import activations, analyse
 from pglpipe.transport import World
+from pglpipe.wire import WIRE_FORMATS
 
 NETWORKS = {4: "resnet8", 8: "resnet14"}  # 5 and 8 layers
 GUIDANCE = {"local": NEVER, "pgl": Guidance(period=5), "global": ALWAYS}
@@ -140,6 +141,20 @@ def test_the_timetable_and_the_workers_change_no_bit_of_microbatches(
         got = run(size, 4, "pgl", timetable=timetable, **options)
         assert results(got) == results(expected), (size, timetable)
     assert results(expected)[0] != results(alone(4, "pgl"))[0]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("edge_dtype", WIRE_FORMATS)
+def test_rounding_belongs_to_the_stage_not_to_the_edge(
+    precision: str, edge_dtype: str
+) -> None:
+    def rounded(size: int) -> tuple[Any, ...]:
+        options = dict(precision=precision, edge_dtype=edge_dtype, microbatches=2)
+        return results(run(size, 4, "pgl", **options))
+
+    expected = rounded(1)
+    assert rounded(2) == rounded(4) == expected
+    assert math.isfinite(expected[1])
 
 
 def noisy_mlp() -> list[Layer]:

@@ -44,6 +44,7 @@ DTYPES = (
     torch.int8,
     torch.uint8,
     torch.bool,
+    torch.float8_e4m3fn,
 )
 
 
