@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections import deque
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -119,6 +121,23 @@ def test_every_command_is_handed_on_in_order_with_its_data() -> None:
             assert not torch.equal(x, BATCH[0]) and not x.requires_grad
     kinds = [type(report) for report in posted]
     assert kinds == [TrainReport, EvaluationReport, TrainReport, FinalReport]
+
+
+def test_the_seconds_of_steps_add_up_to_the_wall_clock(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Every look at this clock takes a second, so nothing can be left out unseen."""
+    seconds = itertools.count()
+    clock = SimpleNamespace(perf_counter=lambda: float(next(seconds)))
+    monkeypatch.setattr("pglpipe.worker.time", clock)
+    steps = [Message(LocalStep(step, 0), BATCH) for step in range(5)]
+    _, posted, _ = run(*steps, Message(Stop()))
+    told = [
+        s for report in posted if isinstance(report, TrainReport) for s in report.steps
+    ]
+    assert len(told) == 5
+    # One look at the beginning, one at the end of each command, Stop included.
+    assert sum(step.seconds for step in told) == next(seconds) - 2
 
 
 def test_a_local_step_is_sent_on_before_its_own_backward() -> None:
