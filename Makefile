@@ -8,10 +8,10 @@ CODE := pglpipe benchmarks tests
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow test-gpu check format bench clean
+.PHONY: help demo test test-slow test-gpu check format bench bench-links clean
 
 help:  ## list the verbs
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' Makefile
 
 demo: .venv/installed  ## train a small pipeline on synthetic data and show what it learned
 	@$(BIN)/python -m benchmarks.demo
@@ -37,6 +37,9 @@ format: .venv/installed  ## rewrite the code as check wants it
 
 bench: .venv/installed  ## measure throughput beside the alternatives
 	@$(BIN)/python -m benchmarks.throughput
+
+bench-links: .venv/installed  ## the same over slow links between two network namespaces; needs root
+	@$(BIN)/python -m benchmarks.slow_links
 
 clean:  ## remove .venv, caches, build outputs and the demo's run
 	rm -rf .venv .pytest_cache .mypy_cache build dist *.egg-info runs/demo

@@ -70,6 +70,7 @@ def make(checkout: Path) -> Make:
         ("test-gpu", ["python -m pytest -m gpu"]),
         ("demo", ["python -m benchmarks.demo"]),
         ("bench", ["python -m benchmarks.throughput"]),
+        ("bench-links", ["python -m benchmarks.slow_links"]),
         (
             "check",
             [

@@ -1,0 +1,120 @@
+"""The table of slow links: what it says follows from the jobs, and the command runs them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from commands import module, run
+from rich.console import Console
+
+from benchmarks import slow_links
+from benchmarks.race import ROWS, SEARCHED
+from benchmarks.slow_links_table import Job, lines, markdown, rich_table
+
+ABOUT = "how"
+
+
+def job(**rates: float | None) -> Job:
+    """What a job of one round wrote; a row without a rate did not run."""
+    return {
+        "rows": [
+            {
+                "name": name.replace("_", "-"),
+                "microbatches": 4 if name in ("pgl", "gpipe") else None,
+                "error": "" if rate else "RuntimeError: no",
+                "rounds": [] if rate is None else [measured(rate)],
+            }
+            for name, rate in rates.items()
+        ]
+    }
+
+
+def measured(rate: float) -> dict[str, Any]:
+    return {
+        "samples_per_second": rate,
+        "waiting": [0.25, None],
+        "edge_bytes": {"0-1": 8.0},
+    }
+
+
+# The second round is three times as slow, which no ratio may show.
+JOBS = {
+    "loopback": [
+        job(local=300, gpipe=200, interleaved=250, broken=None),
+        job(local=100, gpipe=70, interleaved=60, broken=None),
+    ],
+    "slow": [
+        job(local=240, gpipe=120, interleaved=80, broken=None),
+        job(local=80, gpipe=30, interleaved=40, broken=None),
+    ],
+}
+
+
+def test_ratios_are_taken_within_a_round_and_to_its_best_schedule() -> None:
+    found = {(line["place"], line["row"]): line for line in lines(JOBS)}
+    assert found["slow", "local"]["to_best_schedule"] == 2.0
+    assert found["slow", "local"]["to_loopback"] == pytest.approx(0.8)
+    assert found["slow", "local"]["samples_per_second"] == 160
+    assert found["slow", "gpipe"]["to_best_schedule"] == pytest.approx(0.875)
+    assert found["loopback", "local"]["to_loopback"] == 1.0
+
+
+def test_a_row_that_does_not_run_says_why_and_spoils_no_other() -> None:
+    text = markdown(lines(JOBS), {"slow": "100 Mbit/s"}, ABOUT)
+    assert "| broken |  | does not run: RuntimeError: no |" in text
+    assert "| local |  | 160 | 80-240 | 2.00 | 0.80 | 25 % |" in text
+    assert "**slow**: 100 Mbit/s." in text and "loopback**" not in text
+
+
+def test_without_a_schedule_nothing_is_compared_to_one() -> None:
+    alone = {"loopback": [job(local=300)]}
+    assert lines(alone)[0]["to_best_schedule"] is None
+    console = Console(width=120)
+    with console.capture() as capture:
+        console.print(rich_table(lines(alone), "loopback"))
+    assert "–" in capture.get()
+
+
+def test_cuts_come_from_the_first_job_and_microbatches_from_the_place() -> None:
+    slow = slow_links.Place("slow", 1e8, 0.005)
+    jobs: dict[str, list[Job]] = {"loopback": [], "slow": []}
+    assert slow_links.settled(jobs, slow) == {"cuts": None, "rows": slow_links.CHOSEN}
+    jobs["loopback"].append({**job(gpipe=1), "cuts": {"local": [1, 2]}})
+    assert slow_links.settled(jobs, slow)["cuts"] == {"local": [1, 2]}
+    assert slow_links.settled(jobs, slow)["rows"] == slow_links.CHOSEN
+    jobs["slow"].append({**job(pgl=1, gpipe=1), "cuts": {"local": [2, 1]}})
+    assert slow_links.settled(jobs, slow)["cuts"] == {"local": [1, 2]}
+    assert slow_links.settled(jobs, slow)["rows"] == jobs["slow"][0]["rows"]
+
+
+def test_the_rows_are_rows_of_the_race() -> None:
+    assert set(slow_links.ROWS) <= {*ROWS, *SEARCHED}
+
+
+def test_without_root_the_command_says_so_and_is_content(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("benchmarks.link.os.geteuid", lambda: 1000)
+    slow_links.main()
+    assert capsys.readouterr().out == (
+        "skipped: a shaped link needs root and /dev/net/tun\n"
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+def test_the_whole_command_runs_on_a_tiny_network(tmp_path: Path) -> None:
+    options = ["--workload=tiny", "--rows=local,gpipe", "--rounds=1", "--steps=1"]
+    command = module("benchmarks.slow_links", *options, f"--results={tmp_path}")
+    out = run(command, cwd=tmp_path, timeout=360).check().out
+    if out.startswith("skipped: "):
+        pytest.skip(out.strip())
+    rows = json.loads((tmp_path / "slow_links.json").read_text())["rows"]
+    assert [(row["place"], row["row"]) for row in rows] == [
+        (place.name, name) for place in slow_links.PLACES for name in ("local", "gpipe")
+    ]
+    assert all(row["rounds"] and row["to_best_schedule"] > 0 for row in rows)
+    assert "100 Mbit/s" in (tmp_path / "slow_links.md").read_text()
