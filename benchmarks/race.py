@@ -40,6 +40,7 @@ Searched = Callable[[Track, int], Row]
 # Rows as they are; their number of microbatches is nothing to choose.
 ROWS: dict[str, Maker] = {
     "local": lambda track: Pipeline(track, NEVER),
+    "local-bf16": lambda track: Pipeline(track, NEVER, edge_dtype="bf16"),
     "local-rpc": lambda track: Pipeline(track, NEVER, transport="rpc"),
     "unconnected": Unconnected,
     "one-worker": Alone,
@@ -52,9 +53,12 @@ ROWS: dict[str, Maker] = {
 }
 
 
-def _pgl(period: int, duration: int) -> Searched:
+def _pgl(period: int, duration: int, **options: Any) -> Searched:
     return lambda track, microbatches: Pipeline(
-        track, Guidance(period=period, duration=duration), microbatches=microbatches
+        track,
+        Guidance(period=period, duration=duration),
+        microbatches=microbatches,
+        **options,
     )
 
 
@@ -65,6 +69,7 @@ def _schedule(name: str) -> Searched:
 # Rows whose number of microbatches is searched.
 SEARCHED: dict[str, Searched] = {
     "pgl": _pgl(10, 1),
+    "pgl-bf16": _pgl(10, 1, edge_dtype="bf16"),
     "pgl-bursts": _pgl(50, 5),
     **{name: _schedule(name) for name in SCHEDULES},
 }

@@ -42,9 +42,9 @@ from benchmarks.slow_links_table import (
 
 FOLDER = Path("runs/slow-links")
 RESULTS = Path(__file__).parent / "results"
-ROWS = ("local", "pgl", *SCHEDULES, "data-parallel")
+ROWS = ("local", "local-bf16", "pgl", "pgl-bf16", *SCHEDULES, "data-parallel")
 # A search in blocks shorter than a period would not meet the global steps.
-CHOSEN = [{"name": "pgl", "microbatches": 4}]
+CHOSEN = [{"name": name, "microbatches": 4} for name in ("pgl", "pgl-bf16")]
 PORT = 29500  # nobody else is in these namespaces
 
 
