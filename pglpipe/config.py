@@ -25,6 +25,7 @@ from pglpipe.learning import PRECISIONS
 from pglpipe.learning_rate import LR_SCHEDULES
 from pglpipe.losses import LOSSES
 from pglpipe.timetable import TIMETABLES
+from pglpipe.transport import TRANSPORTS
 from pglpipe.wire import WIRE_FORMATS
 
 DEFAULT_EPOCHS = 10
@@ -116,6 +117,7 @@ class RunConfig:
     threads: int = _option(
         0, "CPU threads per worker; 0 for PyTorch's choice", at_least=0
     )
+    transport: str = _option("auto", "what workers talk over; auto is p2p", TRANSPORTS)
     queue_depth: int = _option(
         2, "messages that may wait at either end of an edge", at_least=1
     )

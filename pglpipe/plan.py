@@ -51,6 +51,7 @@ class Blueprint:
     model: str
     timetable: Callable[[int, int], Timetable]
     clips: bool
+    transport: str
     queue_depth: int
     edge_timeout: float
     device: torch.device

@@ -196,6 +196,7 @@ def _trainer(
         microbatches=config.microbatches,
         timetable=config.timetable,
         clip_norm=config.clip_norm or math.inf,
+        transport=config.transport,
         queue_depth=config.queue_depth,
         edge_dtype=config.edge_dtype,
         seed=config.seed,

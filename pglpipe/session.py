@@ -131,7 +131,9 @@ class Session:
         return dataclasses.asdict(self._coordinator.finish())
 
     def _backend(self) -> str:
-        backend, notice = pick_backend(self._blueprint.device, self._mailbox)
+        backend, notice = pick_backend(
+            self._blueprint.transport, self._blueprint.device, self._mailbox
+        )
         if notice and self.leads:
             warnings.warn(notice, stacklevel=2)
         return backend

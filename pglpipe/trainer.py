@@ -35,7 +35,7 @@ from pglpipe.models import as_layers
 from pglpipe.plan import Blueprint, Plan
 from pglpipe.session import Session
 from pglpipe.timetable import TIMETABLES
-from pglpipe.transport import World, join
+from pglpipe.transport import TRANSPORTS, World, join
 from pglpipe.wire import WIRE_FORMATS
 
 
@@ -57,6 +57,7 @@ class Trainer:
         microbatches: into how many parts a global step's batch is cut, at most.
         timetable: the order of a global step's microbatches, ``1f1b`` or ``gpipe``.
         clip_norm: largest gradient norm: of a stage in local steps, of the network in global ones.
+        transport: what several workers talk over: ``p2p`` (which ``auto`` picks), or ``rpc``.
         queue_depth: messages that may wait at either end of an edge.
         edge_dtype: the format of activations between stages: ``same``, ``bf16``, ``fp8``, ``int8``.
         seed: where all randomness starts.
@@ -89,6 +90,7 @@ class Trainer:
         microbatches: int = 1,
         timetable: str = "1f1b",
         clip_norm: float = math.inf,
+        transport: str = "auto",
         queue_depth: int = 2,
         edge_dtype: str = "same",
         seed: int = 0,
@@ -106,6 +108,7 @@ class Trainer:
         _check_choice("timetable", timetable, TIMETABLES)
         _check_choice("edge-dtype", edge_dtype, WIRE_FORMATS)
         _check_choice("precision", precision, PRECISIONS)
+        _check_choice("transport", transport, TRANSPORTS)
         blueprint = Blueprint(
             layers=as_layers(layers),
             num_stages=num_stages,
@@ -114,6 +117,7 @@ class Trainer:
             model=model,
             timetable=TIMETABLES[timetable],
             clips=math.isfinite(clip_norm),
+            transport=transport,
             queue_depth=queue_depth,
             edge_timeout=edge_timeout,
             device=devices.pick(device, world.local_rank),

@@ -60,6 +60,7 @@ OPTIONS = """
     --guidance-unit steps                     => did you mean 'step'?
     --timetable gpip                          => did you mean 'gpipe'?
     --lr-schedule cosin                       => did you mean 'cosine'?
+    --transport rcp                           => did you mean 'rpc'?
     --device cudda                            => did you mean 'cuda'?
     --precision fp16                          => unknown --precision 'fp16' & fp32
     --edge-dtype bf8                          => unknown --edge-dtype 'bf8' & did you mean 'fp8'?

@@ -54,6 +54,7 @@ VALUES: dict[str, tuple[Any, Any]] = {
     "precision": ("bf16", "fp32"),
     "compile": (True, False),
     "threads": (1, 2),
+    "transport": ("p2p", "rpc"),
     "queue_depth": (1, 4),
     "edge_dtype": ("fp8", "bf16"),
     "edge_timeout": (5.0, 6.0),
@@ -66,7 +67,7 @@ PROMISED = """
     dataset data-root download train-limit test-limit model stages balance head local-loss
     guidance-period guidance-duration guidance-warmup guidance-unit microbatches timetable
     epochs steps batch-size lr momentum weight-decay lr-schedule warmup-epochs seed device
-    precision compile queue-depth edge-dtype run-dir quiet
+    precision compile transport queue-depth edge-dtype run-dir quiet
 """.split()
 
 Train = Callable[..., RunConfig]

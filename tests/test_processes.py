@@ -91,6 +91,14 @@ def test_four_workers_end_with_the_bits_of_one(images: Path, tmp_path: Path) -> 
     check_same_numbers(images, tmp_path, 4, 4, *options)
 
 
+@pytest.mark.parametrize("workers", [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_workers_over_rpc_end_with_the_bits_of_one(
+    workers: int, images: Path, tmp_path: Path
+) -> None:
+    options = ["--guidance-period", "5", "--microbatches", "3", "--transport", "rpc"]
+    check_same_numbers(images, tmp_path, workers, 4, *options)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("guidance", GUIDANCE)
 @pytest.mark.parametrize("stages", NETWORKS)
@@ -118,10 +126,13 @@ def test_a_cut_by_time_is_measured_once_for_all_and_repeated_by_one(
 # -- the death of a worker ------------------------------------------------------------
 
 
-@pytest.fixture
-def training(images: Path, tmp_path: Path) -> Iterator[Processes]:
+@pytest.fixture(params=["p2p", pytest.param("rpc", marks=pytest.mark.slow)])
+def training(
+    images: Path, tmp_path: Path, request: pytest.FixtureRequest
+) -> Iterator[Processes]:
     """Four workers in the middle of training: worker 3 has two stages, the others one."""
     options = [*small_run(images), "--stages", "5", *ENDLESS, "--run-dir", "run"]
+    options += ["--transport", request.param]
     command = torchrun(4, *TRAIN, *options)
     with Processes(command, cwd=tmp_path) as processes:
         wait_for_steps(processes, tmp_path / "run" / "metrics.jsonl", 20)

@@ -287,6 +287,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "no microbatch": ({"microbatches": 0}, "--microbatches of at least 1"),
     "no slot": ({"queue_depth": 0}, "--queue-depth of at least 1"),
     "timetable": ({"timetable": "1f2b"}, "did you mean '1f1b'"),
+    "transport": ({"transport": "p2"}, "did you mean 'p2p'"),
     "clipping to nothing": ({"clip_norm": 0.0}, "--clip-norm above 0, got 0"),
     "clipping to nonsense": ({"clip_norm": math.nan}, "--clip-norm above 0, got nan"),
     "device": ({"device": "cpus"}, "did you mean 'cpu'"),

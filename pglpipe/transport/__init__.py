@@ -1,12 +1,13 @@
-"""How messages travel: in one process, or point to point between processes."""
+"""How messages travel: in one process, point to point between processes, or by RPC."""
 
 from pglpipe.transport.base import Inbox, Links, Nobody, Outbox
-from pglpipe.transport.links import EdgePlan, Edges, pick_backend
+from pglpipe.transport.links import TRANSPORTS, EdgePlan, Edges, pick_backend
 from pglpipe.transport.mailbox import Mailbox
 from pglpipe.transport.packing import is_dense, payload_bytes
 from pglpipe.transport.world import World, join
 
 __all__ = [
+    "TRANSPORTS",
     "EdgePlan",
     "Edges",
     "Inbox",

@@ -60,6 +60,26 @@ class Outbox(Protocol):
         ...
 
 
+class ReceivingEnd(Inbox, Protocol):
+    """An inbox with a neighbour."""
+
+    def close(self) -> None:
+        """Waits for the neighbour's last message."""
+        ...
+
+    def abandon(self) -> None:
+        """Lets what still comes go nowhere, so that no neighbour waits for a free slot here."""
+        ...
+
+
+class SendingEnd(Outbox, Protocol):
+    """An outbox with a neighbour."""
+
+    def close(self) -> None:
+        """Tells the neighbour that nothing more will come, and waits until it knows."""
+        ...
+
+
 class Nobody:
     """The end of an edge without a neighbour: swallows every message."""
 

@@ -12,18 +12,23 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.distributed import PrefixStore, ProcessGroupGloo, Store
+from torch.distributed import PrefixStore, ProcessGroupGloo, Store, rpc
 
-from pglpipe.errors import WorkerError
+from pglpipe.errors import ConfigError, WorkerError
 from pglpipe.stopwatch import Stalls
-from pglpipe.transport.base import Inbox, Links, Nobody
+from pglpipe.transport.base import Inbox, Links, Nobody, ReceivingEnd, SendingEnd
 from pglpipe.transport.channel import Channel
 from pglpipe.transport.mailbox import Mailbox
 from pglpipe.transport.p2p import Receiver, Sender
 from pglpipe.transport.world import World, here
+
+if TYPE_CHECKING:
+    from pglpipe.transport.rpc_opener import RpcOpener
+
+TRANSPORTS = ("auto", "p2p", "rpc")
 
 
 @dataclass(frozen=True)
@@ -59,14 +64,15 @@ class Edges:
         self._run = next(world.runs)
         self._stalls = Stalls()
         self._channels: list[Channel] = []
-        self._senders: list[Sender] = []
-        self._receivers: list[Receiver] = []
-        self._outbox: Sender | None = None
-        self._gradients_out: Sender | None = None
-        self._inbox: Receiver | None = None
-        self._gradients_in: Receiver | None = None
+        self._senders: list[SendingEnd] = []
+        self._receivers: list[ReceivingEnd] = []
+        self._outbox: SendingEnd | None = None
+        self._gradients_out: SendingEnd | None = None
+        self._inbox: ReceivingEnd | None = None
+        self._gradients_in: ReceivingEnd | None = None
         self._world, self._plan, self._device = world, plan, device
         self._backend, self._on_failure = backend, on_failure
+        self._rpc = self._rpc_opener() if backend == "rpc" and world.size > 1 else None
         if world.rank > 0:
             edge = world.rank - 1
             self._inbox = self._receiver(edge, "down", plan.down_bytes[edge])
@@ -75,6 +81,8 @@ class Edges:
             edge = world.rank
             self._outbox = self._sender(edge, "down", plan.down_bytes[edge])
             self._gradients_in = self._receiver(edge, "up", plan.up_bytes[edge])
+        if self._rpc:
+            self._rpc.meet()
 
     def links(self, source: Inbox | None) -> Links:
         """The four ends for the worker; the first one reads its messages from ``source``."""
@@ -96,6 +104,8 @@ class Edges:
             receiver.close()
         for channel in self._channels:
             channel.shut()
+        if self._rpc:
+            self._rpc.close()
 
     def abandon(self) -> None:
         """Leaves the neighbours to themselves, but in nobody's way."""
@@ -104,26 +114,45 @@ class Edges:
         for channel in self._channels:
             channel.abort()
 
-    def _sender(self, edge: int, direction: str, capacity: int) -> Sender:
-        sender = Sender(
-            self._channel(edge, direction),
-            capacity=capacity,
-            depth=self._plan.depth,
-            stalls=self._stalls,
-        )
+    def _sender(self, edge: int, direction: str, capacity: int) -> SendingEnd:
+        sender: SendingEnd
+        if self._rpc:
+            sender = self._rpc.sender(edge, direction, capacity)
+        else:
+            channel = self._channel(edge, direction)
+            sender = Sender(
+                channel,
+                capacity=capacity,
+                depth=self._plan.depth,
+                stalls=self._stalls,
+            )
         self._senders.append(sender)
         return sender
 
-    def _receiver(self, edge: int, direction: str, capacity: int) -> Receiver:
-        receiver = Receiver(
-            self._channel(edge, direction),
-            capacity=capacity,
-            depth=self._plan.depth,
-            stalls=self._stalls,
-            on_failure=self._on_failure,
-        )
+    def _receiver(self, edge: int, direction: str, capacity: int) -> ReceivingEnd:
+        receiver: ReceivingEnd
+        if self._rpc:
+            receiver = self._rpc.receiver(edge, direction, capacity)
+        else:
+            receiver = Receiver(
+                self._channel(edge, direction),
+                capacity=capacity,
+                depth=self._plan.depth,
+                stalls=self._stalls,
+                on_failure=self._on_failure,
+            )
         self._receivers.append(receiver)
         return receiver
+
+    def _rpc_opener(self) -> RpcOpener:
+        if not rpc.is_available():
+            raise ConfigError(
+                "expected a PyTorch with torch.distributed.rpc for --transport rpc, got one built "
+                "without it; use --transport p2p"
+            )
+        from pglpipe.transport.rpc_opener import RpcOpener
+
+        return RpcOpener(self._world, self._plan, self._device, self._on_failure)
 
     def _channel(self, edge: int, direction: str) -> Channel:
         end = self._world.rank - edge
@@ -165,12 +194,16 @@ def _nccl_group(store: Store, end: int, limit: timedelta, device: torch.device) 
     return group
 
 
-def pick_backend(device: torch.device, mailbox: Mailbox) -> tuple[str, str]:
-    """The backend for the tensors, agreed by all workers, and a notice if it is a makeshift.
+def pick_backend(
+    transport: str, device: torch.device, mailbox: Mailbox
+) -> tuple[str, str]:
+    """What carries the tensors, agreed by all workers, and a notice if it is a makeshift.
 
     NCCL refuses two ranks on one GPU, so workers that share one talk over gloo instead,
     through page-locked host memory.
     """
+    if transport == "rpc":
+        return "rpc", ""
     mine = (
         f"{here()}/{torch.cuda.get_device_properties(device).uuid}"
         if device.type == "cuda"

@@ -1,0 +1,100 @@
+"""One direction of an edge over RPC, and a call under way on it."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pglpipe.errors import EdgeTimeout, PeerLost
+from pglpipe.transport.rpc_agent import Address, Agent, Reply
+
+_CHECK_SECONDS = 0.25
+
+
+@dataclass(frozen=True)
+class Line:
+    """One direction of one edge, seen from one of its ends.
+
+    Attributes:
+        agent: makes and takes the calls.
+        address: the channel's, the same at both ends.
+        peer: the other end's rank.
+        name: for messages: ``"rank 2 (stages 4-5)"``, the worker at the other end.
+        device: the device of the worker's tensors.
+        capacity: bytes of the largest message.
+        depth: messages that may wait at either end.
+        timeout: seconds to wait for the neighbour.
+        check: raises if some worker has declared the run failed.
+    """
+
+    agent: Agent
+    address: Address
+    peer: int
+    name: str
+    device: torch.device
+    capacity: int
+    depth: int
+    timeout: float
+    check: Callable[[], None]
+
+    def push(self, header: list[int], payload: Tensor) -> Reply:
+        """Calls the receiver."""
+        try:
+            return self.agent.push(self.peer, self.address, header, payload)
+        except RuntimeError as error:
+            raise self.gone() from error
+
+    def watch(self) -> Reply:
+        """Calls the sender."""
+        try:
+            return self.agent.watch(self.peer, self.address)
+        except RuntimeError as error:
+            raise self.gone() from error
+
+    def silent(self) -> EdgeTimeout:
+        """What to raise for a neighbour that does not answer."""
+        return EdgeTimeout(f"{self.name} is silent for {self.timeout:g} s")
+
+    def gone(self) -> PeerLost:
+        """What to raise for a call that broke."""
+        return PeerLost(f"{self.name} is gone")
+
+
+class Call:
+    """A call under way. A future's own waiting knows no time-out."""
+
+    def __init__(self, line: Line, reply: Reply) -> None:
+        self._line, self._reply = line, reply
+        self._ended = threading.Event()
+        reply.add_done_callback(lambda _: self._ended.set())
+
+    def wait(self) -> None:
+        """Waits for the reply.
+
+        Raises:
+            PeerLost: the neighbour's process is gone.
+            EdgeTimeout: the neighbour did not answer.
+        """
+        line = self._line
+        deadline = time.perf_counter() + line.timeout
+        while not self._ended.wait(min(_CHECK_SECONDS, line.timeout)):
+            # A neighbour that failed elsewhere may be alive and silent.
+            line.check()
+            if time.perf_counter() > deadline:
+                raise line.silent()
+        if (error := error_of(self._reply)) is not None:
+            raise line.gone() from error
+
+
+def error_of(reply: Reply) -> Exception | None:
+    """What became of a call that has ended."""
+    try:
+        reply.wait()
+    except Exception as error:
+        return error
+    return None
