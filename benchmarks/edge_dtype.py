@@ -25,14 +25,15 @@ SEEDS = (0, 1, 2)
 BYTES = {"same": 4, "bf16": 2, "fp8": 1, "int8": 1}  # per value, in float32 runs
 COMMON = {
     "dataset": "imagefolder",
-    "train-limit": 4_000,
+    "train-limit": 3_000,
+    "test-limit": 3_000,
     "model": "resnet20",
     "width": 8,
     "stages": 4,
     "balance": "flops",
     "head": "1c2f",
-    "epochs": 10,
-    "evaluate-every": 10,
+    "epochs": 8,
+    "evaluate-every": 8,
     "batch-size": 64,
     "lr": 0.1,
     "guidance-period": 10,
@@ -85,7 +86,7 @@ def result(guidance: str, wire: str, summaries: list[Summary]) -> dict[str, Any]
 def write(rows: list[dict[str, Any]]) -> None:
     """Writes JSON and Markdown."""
     about = (
-        f"CIFAR-10 (JPEG q75), {COMMON['train-limit']:,} training images chosen by the seed, all 10,000 test "
+        f"CIFAR-10 (JPEG q75), {COMMON['train-limit']:,} training images chosen by the seed, {COMMON['test-limit']:,} test "
         f"images, {COMMON['model']} at width {COMMON['width']}, K = {COMMON['stages']}, {COMMON['epochs']} epochs.\n"
         f"`python -m benchmarks.edge_dtype --data-root DIR`; {machine()}."
     )

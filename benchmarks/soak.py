@@ -1,0 +1,210 @@
+"""Does a long run stay as it is? Memory, threads and descriptors of every worker, over time.
+
+    python -m benchmarks.soak                                    4 workers, random delays, ten minutes
+    python -m benchmarks.soak --workers 1 --steps 2000 --delay 0
+
+Every layer boundary that is an edge sleeps for a random time in every forward and backward, so that now
+one worker is the slowest and now another, queues fill and run dry. Guidance, evaluation and microbatches
+take part. A run that ends larger than it began fails with status 1.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import statistics
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+
+import pglpipe
+from benchmarks.runs import ENVIRONMENT, launcher, machine
+from pglpipe import models
+from pglpipe.layer import Layer
+
+FOLDER = Path("runs/soak")
+RESULTS = Path(__file__).parent / "results" / "soak.json"
+STAGES = 4
+WARMUP = 0.2  # of the run: caches fill, the allocator settles
+# Beyond what the allocator's own fragmentation does: a leak of one small batch per step is more.
+LIMIT_BYTES = 8 * 2**20
+
+app = typer.Typer(add_completion=False)
+
+
+class Delay(nn.Module):
+    """Sleeps for up to ``longest`` seconds, forward and backward; passes its input on."""
+
+    def __init__(self, longest: float) -> None:
+        super().__init__()
+        self.longest = longest
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[B, ...]`` as it came."""
+        if self.longest and x.device.type != "meta":
+            self._sleep()
+            if x.requires_grad:
+                x.register_hook(lambda _: self._sleep())  # type: ignore[no-untyped-call]
+        return x
+
+    def _sleep(self) -> None:
+        time.sleep(random.uniform(0, self.longest))
+
+
+def network(delay: float) -> list[Layer]:
+    """A thin ResNet-14 with a delay at the end of every stage."""
+    layers = models.build("resnet14", image_shape=(3, 8, 8), num_classes=10, width=4)
+    for count, end in enumerate((2, 4, 6, 8)):
+        layers.insert(end + count, Layer(f"delay{count}", lambda: Delay(delay)))
+    return layers
+
+
+def batches() -> list[tuple[Tensor, Tensor]]:
+    """Twenty random batches of 16 images, the last one ragged."""
+    numbers = torch.Generator().manual_seed(0)
+    return [
+        (
+            torch.randn(size, 3, 8, 8, generator=numbers),
+            torch.randint(0, 10, (size,), generator=numbers),
+        )
+        for size in [16] * 19 + [7]
+    ]
+
+
+class Watch:
+    """Looks at its own process now and then, from a thread of its own."""
+
+    def __init__(self, interval: float) -> None:
+        self.looks: list[dict[str, float]] = []
+        self._interval = interval
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._look, daemon=True)
+
+    def __enter__(self) -> Watch:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._over.set()
+        self._thread.join()
+
+    def _look(self) -> None:
+        while not self._over.wait(self._interval):
+            self.looks.append(
+                {
+                    "seconds": time.monotonic(),
+                    "resident_bytes": resident_bytes(),
+                    "threads": len(os.listdir("/proc/self/task")),
+                    "descriptors": len(os.listdir("/proc/self/fd")),
+                }
+            )
+
+
+def resident_bytes() -> int:
+    """What this process holds in memory now (not at its peak)."""
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE")
+
+
+@app.command(hidden=True)
+def work(steps: int, delay: float, interval: float) -> None:
+    """One worker's share; its looks go into a file."""
+    torch.set_num_threads(1)
+    rank = int(os.environ.get("RANK", "0"))
+    trainer = pglpipe.Trainer(
+        network(delay),
+        num_stages=STAGES,
+        loss=nn.CrossEntropyLoss(),
+        optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.01, momentum=0.9),
+        balance="3,3,3,3",
+        guidance=pglpipe.Guidance(period=10),
+        microbatches=4,
+        device="cpu",
+    )
+    with Watch(interval) as watch:
+        summary = trainer.fit(batches(), steps=steps, evaluate=batches()[:2])
+    trainer.close()
+    found = {"looks": watch.looks, "worker": summary.workers[rank]}
+    (FOLDER / f"rank{rank}.json").write_text(json.dumps(found))
+
+
+@app.command()
+def main(
+    workers: Annotated[int, typer.Option(help="processes")] = 4,
+    steps: Annotated[int, typer.Option(help="steps in all")] = 12_000,
+    delay: Annotated[float, typer.Option(help="longest delay, seconds")] = 0.02,
+    interval: Annotated[float, typer.Option(help="seconds between looks")] = 2.0,
+    output: Annotated[Path, typer.Option(help="JSON file, added to")] = RESULTS,
+) -> None:
+    """Trains, then compares every worker's beginning and end."""
+    shutil.rmtree(FOLDER, ignore_errors=True)
+    FOLDER.mkdir(parents=True)
+    began = time.monotonic()
+    words = ["-m", "benchmarks.soak", "work", str(steps), str(delay), str(interval)]
+    environment = {**os.environ, **ENVIRONMENT}
+    subprocess.run([*launcher(workers), *words], check=True, env=environment)
+    seconds = time.monotonic() - began
+    files = sorted(FOLDER.glob("rank*.json"))
+    rows = [growth(json.loads(file.read_text())["looks"]) for file in files]
+    about = f"{workers} workers, {steps} steps, delays up to {delay:g} s, {seconds:.0f} s; {machine()}"
+    Console().print(table(rows))
+    Console().print(about)
+    grown = [row for row in rows if is_grown(row)]
+    record = json.loads(output.read_text()) if output.exists() else {}
+    record[f"{workers} workers"] = {"about": about, "workers": rows}
+    output.parent.mkdir(exist_ok=True)
+    output.write_text(json.dumps(record, indent=1) + "\n")
+    sys.exit(1 if grown or len(rows) < workers else 0)
+
+
+def growth(looks: list[dict[str, float]]) -> dict[str, Any]:
+    """Medians over the first and the last third of a run, after its warm-up."""
+    looks = looks[int(len(looks) * WARMUP) :]
+    third = max(1, len(looks) // 3)
+    return {
+        name: [
+            statistics.median(look[name] for look in part)
+            for part in (looks[:third], looks[-third:])
+        ]
+        for name in ("resident_bytes", "threads", "descriptors")
+    }
+
+
+def is_grown(row: dict[str, Any]) -> bool:
+    """Whether a worker is larger at the end."""
+    first, last = row["resident_bytes"]
+    more = any(row[name][1] > row[name][0] for name in ("threads", "descriptors"))
+    return more or last - first > LIMIT_BYTES
+
+
+def table(rows: list[dict[str, Any]]) -> Table:
+    """The rows for a person."""
+    shown = Table(box=SIMPLE_HEAD)
+    for column in ("worker", "memory, MiB", "threads", "descriptors", ""):
+        shown.add_column(column, justify="right")
+    for rank, row in enumerate(rows):
+        first, last = (value / 2**20 for value in row["resident_bytes"])
+        shown.add_row(
+            str(rank),
+            f"{first:.1f} → {last:.1f}",
+            "{:.0f} → {:.0f}".format(*row["threads"]),
+            "{:.0f} → {:.0f}".format(*row["descriptors"]),
+            "grown" if is_grown(row) else "steady",
+        )
+    return shown
+
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,49 @@
+"""The watch over long runs sees what grows, and nothing grows."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from commands import module, run
+
+from benchmarks import soak
+
+
+def looks(resident: list[float], **changes: list[float]) -> list[dict[str, Any]]:
+    """One look per value; threads and descriptors as given, or steady."""
+    steady = [7.0] * len(resident)
+    columns = {"threads": steady, "descriptors": steady} | changes
+    return [
+        {"resident_bytes": r, **{name: column[i] for name, column in columns.items()}}
+        for i, r in enumerate(resident)
+    ]
+
+
+MIB = 2.0**20
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.mark.parametrize(
+    "seen, grown",
+    [
+        (looks([300 * MIB] * 30), False),
+        (looks([100 * MIB] * 3 + [300 * MIB] * 27), False),  # the beginning is warm-up
+        (looks([(300 + i) * MIB for i in range(30)]), True),
+        (looks([300 * MIB] * 30, threads=[5.0] * 20 + [6.0] * 10), True),
+        (looks([300 * MIB] * 30, descriptors=[5.0] * 20 + [6.0] * 10), True),
+        (looks([300 * MIB] * 30, threads=[6.0] * 20 + [5.0] * 10), False),
+    ],
+)
+def test_growth_is_seen(seen: list[dict[str, Any]], grown: bool) -> None:
+    assert soak.is_grown(soak.growth(seen)) is grown
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_two_thousand_steps_leave_everything_as_it_is(tmp_path: Path) -> None:
+    options = ["--workers=1", "--steps=2000", "--delay=0", "--interval=0.2"]
+    output = f"--output={tmp_path / 'soak.json'}"
+    command = module("benchmarks.soak", "main", *options, output)
+    run(command, cwd=ROOT, timeout=280).check()
