@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-from commands import module, run
+from commands import draw_images, module, run, small_run, summary_of
 from rich.console import Console
 
 from benchmarks import slow_links
+from benchmarks.link import Link, Unavailable
 from benchmarks.race import ROWS, SEARCHED
 from benchmarks.slow_links_table import Job, lines, markdown, rich_table
 
@@ -102,6 +104,27 @@ def test_without_root_the_command_says_so_and_is_content(
     assert capsys.readouterr().out == (
         "skipped: a shaped link needs root and /dev/net/tun\n"
     )
+
+
+@pytest.mark.slow
+def test_a_slow_link_changes_no_bit_of_the_result(tmp_path: Path) -> None:
+    options = small_run(draw_images(tmp_path / "images")) + ["--guidance-period=2"]
+    training = ["-m", "pglpipe.train", "--quiet", *options]
+    alone = [sys.executable, *training, f"--run-dir={tmp_path / 'alone'}"]
+    run(alone, cwd=tmp_path).check()
+    place = slow_links.Place("slow", 1e8, 0.005)
+    try:
+        link = Link(place.rate, place.delay)
+    except Unavailable as error:
+        pytest.skip(str(error))
+    with link:
+        apart = [*training, f"--run-dir={tmp_path / 'apart'}"]
+        slow_links.finish(slow_links.start(link, place, apart))
+    digests = {
+        summary_of(tmp_path / name)["parameters_sha256"] for name in ("alone", "apart")
+    }
+    assert len(digests) == 1
+    assert summary_of(tmp_path / "apart")["num_workers"] == 2
 
 
 @pytest.mark.slow
