@@ -114,6 +114,11 @@ class RunConfig:
     device: str = _option("auto", "where to compute", DEVICES)
     precision: str = _option("fp32", "precision of the forwards", PRECISIONS)
     compile: bool = _option(False, "compile every stage with torch.compile")
+    overlap_stages: bool = _option(
+        False,
+        "let the stages of a worker learn at the same time, each in CUDA graphs of its own; "
+        "needs memory for the activations of all of them",
+    )
     threads: int = _option(
         0, "CPU threads per worker; 0 for PyTorch's choice", at_least=0
     )

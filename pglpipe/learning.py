@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from pglpipe.learning_rate import LearningRate
 from pglpipe.losses import Loss
@@ -40,3 +40,13 @@ class Learning:
     seed: int
     bf16: bool = False
     compile: bool = False
+
+
+def compiled(module: nn.Module) -> Callable[[Tensor], Tensor]:
+    """The module as one compiled graph; the module itself and its names stay what they are.
+
+    All stages of a worker run the code of ``nn.Sequential``, and each of them, in training and
+    in evaluation, is a version of it; PyTorch's limit is meant for the versions of one model.
+    """
+    torch._dynamo.config.recompile_limit = 1024
+    return torch.compile(module, fullgraph=True)

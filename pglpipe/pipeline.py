@@ -53,6 +53,7 @@ class Pipeline:
             piece_bytes=min(edge_plan.up_bytes, default=1 << 20),
             device=blueprint.device,
             wire=wire,
+            overlaps=blueprint.overlap_stages,
         )
         self.plan = plan
         self._stages = stages

@@ -29,6 +29,7 @@ from pglpipe.partition import (
     activations,
     analyse,
     check_cut,
+    check_draws_nothing,
     choose_balance,
     describe,
     group,
@@ -57,6 +58,7 @@ class Blueprint:
     device: torch.device
     weights: Path | None
     edge_dtype: str
+    overlap_stages: bool = False
 
 
 @dataclass(frozen=True)
@@ -140,6 +142,8 @@ def draft(
         )
     )
     check_cut(layers, balance)
+    if blueprint.overlap_stages:
+        check_draws_nothing(layers, balance, sample.x, head)
     rows = describe(balance, *costs)
     loads = agree(lambda: [row.seconds or float(row.macs) for row in rows])
     ends = slices(group(loads, world.size))

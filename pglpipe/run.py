@@ -203,6 +203,7 @@ def _trainer(
         device=config.device,
         precision=config.precision,
         compile=config.compile,
+        overlap_stages=config.overlap_stages,
         edge_timeout=config.edge_timeout,
         observer=observer,
         weights=weights,

@@ -47,10 +47,15 @@ def seeded(seed: int) -> Iterator[None]:
     with _generator_lock:
         before = generator.get_state()
         generator.manual_seed(seed)
-        if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        if torch.cuda.is_initialized() and not _is_recording():  # type: ignore[no-untyped-call]
             on_gpu = torch.cuda.default_generators[torch.cuda.current_device()]
             on_gpu.manual_seed(seed)
         try:
             yield
         finally:
             generator.set_state(before)
+
+
+def _is_recording() -> bool:
+    """Whether a CUDA graph is being captured, which draws nothing and cannot be seeded."""
+    return bool(torch.cuda.is_current_stream_capturing())

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from pglpipe.commands import ExitCount
-from pglpipe.learning import Learning
+from pglpipe.learning import Learning, compiled
 from pglpipe.metrics import add_counts, count_correct
 from pglpipe.seeding import derive, seeded
 from pglpipe.transport import is_dense
@@ -59,16 +59,16 @@ class Stage:
         self.body = body
         self.head = head
         self._learning = learning
-        parameters = [p for module in self._modules() for p in module.parameters()]
+        parameters = self.parameters()
         self._optimizer = learning.optimizer(parameters) if parameters else None
         for group in self._optimizer.param_groups if self._optimizer else ():
             group.setdefault("initial_lr", group["lr"])
         first = next(iter(self.tensors()), None)
         self._device = torch.device("cpu") if first is None else first.device
         self._run_body: Callable[[Tensor], Tensor] = (
-            _compiled(body) if learning.compile else body
+            compiled(body) if learning.compile else body
         )
-        self._run_head = _compiled(head) if learning.compile and head else head
+        self._run_head = compiled(head) if learning.compile and head else head
         self._kept: deque[_Kept] = deque()
         self._counted = ExitCount(samples=0, correct=0, loss_sum=0.0)
         self._copies_input = _starts_in_place(body)
@@ -83,6 +83,10 @@ class Stage:
         """Switches body and head between training and evaluation."""
         for module in self._modules():
             module.train(mode)
+
+    def parameters(self) -> list[nn.Parameter]:
+        """What the optimizer learns, of the body and then of the head."""
+        return [p for module in self._modules() for p in module.parameters()]
 
     def tensors(self) -> list[Tensor]:
         """All parameters and buffers, of the body and then of the head."""
@@ -144,6 +148,12 @@ class Stage:
         Returns:
             The loss, a detached scalar.
         """
+        loss = self.backward_locally(step)
+        self.update(step)
+        return loss
+
+    def backward_locally(self, step: int) -> Tensor:
+        """Backward of the local loss of the last forward; returns the loss, a detached scalar."""
         _, output, targets = self._kept.popleft()
         self.zero_grad()
         loss = self._local_loss(output, targets, step)
@@ -151,9 +161,7 @@ class Stage:
             return loss  # a last stage without parameters has nothing to learn
         loss.backward()  # type: ignore[no-untyped-call]
         if math.isfinite(self._learning.clip_norm):
-            parameters = (p for module in self._modules() for p in module.parameters())
-            nn.utils.clip_grad_norm_(parameters, self._learning.clip_norm)
-        self.update(step)
+            nn.utils.clip_grad_norm_(self.parameters(), self._learning.clip_norm)
         return loss.detach()
 
     def _local_loss(self, output: Tensor, targets: Tensor, step: int) -> Tensor:
@@ -276,16 +284,6 @@ class Stage:
 def _dense(tensor: Tensor) -> Tensor:
     """The tensor in a layout that an edge keeps, whether or not it will cross one."""
     return tensor if is_dense(tensor) else tensor.contiguous()
-
-
-def _compiled(module: nn.Module) -> Callable[[Tensor], Tensor]:
-    """The module as one compiled graph; the module itself and its names stay what they are.
-
-    All stages of a worker run the code of ``nn.Sequential``, and each of them, in training and
-    in evaluation, is a version of it; PyTorch's limit is meant for the versions of one model.
-    """
-    torch._dynamo.config.recompile_limit = 1024
-    return torch.compile(module, fullgraph=True)
 
 
 def _starts_in_place(body: nn.Module) -> bool:

@@ -32,6 +32,7 @@ from pglpipe.loaders import largest_batch, span_of
 from pglpipe.losses import Loss
 from pglpipe.metrics import EvaluationRecord, StepRecord, Summary
 from pglpipe.models import as_layers
+from pglpipe.overlap import check_device
 from pglpipe.plan import Blueprint, Plan
 from pglpipe.session import Session
 from pglpipe.timetable import TIMETABLES
@@ -64,6 +65,8 @@ class Trainer:
         device: ``auto``, ``cpu`` or ``cuda``.
         precision: ``fp32``, or ``bf16``: forwards in bfloat16 where autocast holds it to be safe.
         compile: whether ``torch.compile`` makes one kernel graph of each stage's body and head.
+        overlap_stages: whether the stages of a worker learn at the same time, each in a CUDA
+            stream and graphs of its own; for a GPU with room for all their activations.
         edge_timeout: seconds after which a silent neighbour counts as lost.
         observer: told of every step and evaluation, on worker 0.
         weights: a safetensors file to start from instead of fresh weights.
@@ -97,6 +100,7 @@ class Trainer:
         device: str = "auto",
         precision: str = "fp32",
         compile: bool = False,
+        overlap_stages: bool = False,
         edge_timeout: float = 300.0,
         observer: Observer | None = None,
         weights: Path | None = None,
@@ -123,7 +127,10 @@ class Trainer:
             device=devices.pick(device, world.local_rank),
             weights=weights,
             edge_dtype=edge_dtype,
+            overlap_stages=overlap_stages,
         )
+        if overlap_stages:
+            check_device(blueprint.device)
         self._learning = Learning(
             loss=_on(blueprint.device, loss),
             local_loss=_on(blueprint.device, local_loss or loss),

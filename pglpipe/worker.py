@@ -36,6 +36,7 @@ from pglpipe.commands import (
 )
 from pglpipe.errors import ProtocolError
 from pglpipe.global_pass import GlobalPass
+from pglpipe.overlap import Overlap, lanes_on
 from pglpipe.reporter import Reporter
 from pglpipe.saved_bytes import SavedBytes
 from pglpipe.stage import Stage
@@ -58,6 +59,7 @@ class Duty:
         piece_bytes: the most bytes of weights in one message up.
         device: where its stages are.
         wire: the format of the activations between stages.
+        overlaps: whether its stages take local steps side by side.
     """
 
     rank: int
@@ -68,6 +70,7 @@ class Duty:
     piece_bytes: int
     device: torch.device
     wire: Wire = Wire()
+    overlaps: bool = False
 
 
 class Worker:
@@ -84,6 +87,10 @@ class Worker:
         self._stopwatch = Stopwatch(duty.device)
         self._saved = {kind: _saved_bytes(stages) for kind in ("local", "global")}
         self._training: bool | None = None
+        self._overlap: Overlap | None = None
+        if duty.overlaps:
+            lanes = lanes_on(duty.device, len(stages))
+            self._overlap = Overlap(stages, lanes, duty.wire)
         self._global_pass = GlobalPass(
             stages,
             self._row,
@@ -110,7 +117,8 @@ class Worker:
                 case LocalStep() | GlobalStep() as step:
                     samples = _samples(step, message.tensors)
                     report = _step_report(step, samples, ended - began, before, waited)
-                    timing = self._stopwatch.end(report, losses, links.stalls)
+                    with self._overlap.joined() if self._overlap else nullcontext():
+                        timing = self._stopwatch.end(report, losses, links.stalls)
                     self._reporter.stepped(timing)
                 case Stop():
                     return
@@ -118,6 +126,8 @@ class Worker:
     def _obey(self, message: Message) -> dict[int, Tensor]:
         """Does one command; returns the losses by stage, none where nothing was learned."""
         command, tensors = message
+        if not isinstance(command, LocalStep):
+            self._drain()
         match command:
             case LocalStep():
                 self._train(True)
@@ -146,6 +156,13 @@ class Worker:
     def _local_step(
         self, command: LocalStep, x: Tensor, targets: Tensor, *scales: Tensor
     ) -> dict[int, Tensor]:
+        tensors = (x, targets, *scales)
+        if self._overlap and self._overlap.takes(tensors):
+            put = self._links.outbox.put
+            return self._overlap.step(
+                command.step, tensors, lambda output: put(Message(command, output))
+            )
+        self._drain()
         losses = {}
         wire, packed = self._duty.wire, (x, *scales)
         with self._counting("local"):
@@ -202,9 +219,12 @@ class Worker:
 
     def _stop(self, command: Stop) -> None:
         self._links.outbox.put(Message(command))
+        peaks = {kind: saved.peak for kind, saved in self._saved.items()}
+        if self._overlap:
+            peaks["local"] = max(peaks["local"], self._overlap.saved_bytes)
         self._reporter.finished(
             {stage.index: digests(stage.body.state_dict()) for stage in self._stages},
-            {kind: saved.peak for kind, saved in self._saved.items()},
+            peaks,
             sent_forward=self._links.outbox.sent_bytes,
             sent_backward=self._links.gradients_out.sent_bytes,
         )
@@ -213,6 +233,11 @@ class Worker:
 
     def _row(self, microbatches: int) -> Row:
         return self._duty.timetable(self._duty.size, microbatches)[self._duty.rank]
+
+    def _drain(self) -> None:
+        """What comes next needs every stage as it is after the last local step."""
+        if self._overlap:
+            self._overlap.drain()
 
     def _train(self, mode: bool) -> None:
         """Switches the stages between training and evaluation, when that is a change."""

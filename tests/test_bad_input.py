@@ -74,6 +74,7 @@ OPTIONS = """
     --batch-size 0                            => --batch-size of at least 1, got 0
     --seed -1                                 => --seed of at least 0, got -1
     --microbatches 0                          => --microbatches of at least 1, got 0
+    --overlap-stages                          => a CUDA device for --overlap-stages, got cpu & drop it
     --queue-depth 0                           => --queue-depth of at least 1, got 0
     --train-limit -1                          => --train-limit of at least 0, got -1
     --clip-norm -1                            => --clip-norm of at least 0, got -1

@@ -53,6 +53,7 @@ VALUES: dict[str, tuple[Any, Any]] = {
     "device": ("cpu", "auto"),
     "precision": ("bf16", "fp32"),
     "compile": (True, False),
+    "overlap_stages": (True, False),
     "threads": (1, 2),
     "transport": ("p2p", "rpc"),
     "queue_depth": (1, 4),
@@ -67,7 +68,7 @@ PROMISED = """
     dataset data-root download train-limit test-limit model stages balance head local-loss
     guidance-period guidance-duration guidance-warmup guidance-unit microbatches timetable
     epochs steps batch-size lr momentum weight-decay lr-schedule warmup-epochs seed device
-    precision compile transport queue-depth edge-dtype run-dir quiet
+    precision compile overlap-stages transport queue-depth edge-dtype run-dir quiet
 """.split()
 
 Train = Callable[..., RunConfig]

@@ -16,13 +16,13 @@ ROOT = Path(__file__).resolve().parents[1] / "pglpipe"
 
 LEVELS = [
     ["errors", "__version__"],
-    ["seeding", "commands", "device", "saved_bytes", "state"],
+    ["seeding", "commands", "device", "lanes", "saved_bytes", "state"],
     ["stopwatch"],
     ["layer", "guidance", "timetable", "metrics", "learning_rate", "wire"],
     ["partition", "models", "heads", "losses", "data", "transport", "reporter"],
     ["learning"],
     ["stage"],
-    ["global_pass"],
+    ["global_pass", "overlap"],
     ["worker", "coordinator"],
     ["plan"],
     ["pipeline", "loaders"],

@@ -12,6 +12,7 @@ from pglpipe.partition.balance import balance_by_cost, group
 from pglpipe.partition.choose import MEASURES, choose_balance
 from pglpipe.partition.cost import Costs, HeadBuilder, LayerCost, activations, analyse
 from pglpipe.partition.published import published_balance
+from pglpipe.partition.randomness import check_draws_nothing
 from pglpipe.partition.split import StageRow, check_cut, check_sizes, describe, slices
 from pglpipe.partition.timing import measure
 
@@ -25,6 +26,7 @@ __all__ = [
     "analyse",
     "balance_by_cost",
     "check_cut",
+    "check_draws_nothing",
     "check_sizes",
     "choose_balance",
     "describe",

@@ -1,0 +1,219 @@
+"""Local steps of many stages at once on one GPU: the pipeline between workers, inside a device.
+
+::
+
+    lane 0   ▕ batch 2 ▕ batch 3 ▕ batch 4 ▕        small stages fill a large GPU together
+    lane 1             ▕ batch 2 ▕ batch 3 ▕
+    lane 2                       ▕ batch 2 ▕
+
+Each stage has a lane (:mod:`pglpipe.lanes`). After some steps its forward and its backward are
+recorded and from then on replayed, so that the host has almost nothing to queue; the
+optimizer's step is queued as ever, so that any optimizer and learning rate will do. Between two
+lanes a batch is copied twice, into a slot and out of it, so a stage may be one batch ahead.
+
+Each stage meets the same batches in the same order as without overlap, and ends with the same
+bits. All stages' activations are alive at once: memory is traded for speed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from pglpipe.errors import ConfigError
+from pglpipe.lanes import CudaLanes, Lanes
+from pglpipe.saved_bytes import SavedBytes
+from pglpipe.stage import Stage
+from pglpipe.wire import Wire, beside
+
+DEVICES = ("cuda",)  # where there are lanes
+WARMUP_STEPS = 3  # not recorded: libraries choose and allocate in the first ones
+
+# Codes, targets, and scales if there are any: what a message holds.
+Tensors = tuple[Tensor, ...]
+Send = Callable[[Tensors], None]
+
+
+def check_device(device: torch.device) -> None:
+    """Raises ConfigError where stages cannot overlap."""
+    if device.type not in DEVICES:
+        raise ConfigError(
+            f"expected a CUDA device for --overlap-stages, got {device.type}; drop it, or start one "
+            "worker per stage with torchrun"
+        )
+
+
+def lanes_on(device: torch.device, number: int) -> Lanes:
+    """The lanes of a device."""
+    return CudaLanes(device, number)
+
+
+class Overlap:
+    """Takes one worker's stages through local steps, side by side.
+
+    Args:
+        stages: those of the worker, in order.
+        lanes: one for each.
+        wire: the format of the activations between them.
+    """
+
+    def __init__(self, stages: Sequence[Stage], lanes: Lanes, wire: Wire) -> None:
+        self._lanes = lanes
+        slots = [_Slot(lanes) for _ in stages[1:]]
+        self._tracks = [
+            _Track(stage, lanes, lane, wire, source, sink)
+            for lane, (stage, source, sink) in enumerate(
+                zip(stages, [None, *slots], [*slots, None], strict=True)
+            )
+        ]
+        self._layout: object = None
+
+    @property
+    def saved_bytes(self) -> int:
+        """Bytes kept for backward by all stages together."""
+        return sum(track.saved.peak for track in self._tracks)
+
+    def takes(self, batch: Tensors) -> bool:
+        """Whether a batch is as the first one was: what is recorded has one shape."""
+        layout = [(t.shape, t.stride(), t.dtype) for t in batch]
+        self._layout = self._layout or layout
+        return layout == self._layout
+
+    def step(self, step: int, batch: Tensors, send: Send) -> dict[int, Tensor]:
+        """Queues one local step of every stage.
+
+        Args:
+            step: its number.
+            batch: as it travels between stages, ``[B, ...]`` each.
+            send: takes what goes on to the next worker, in the last lane.
+
+        Returns:
+            The losses by stage; to be read in :meth:`joined`, or after :meth:`drain`.
+        """
+        losses: dict[int, Tensor] = {}
+        for lane, track in enumerate(self._tracks):
+            self._lanes.run(lane, partial(track.step, step, batch, send, losses))
+        return losses
+
+    def drain(self) -> None:
+        """Whatever comes next in the current stream comes after all steps so far."""
+        self._lanes.drain()
+
+    def joined(self) -> AbstractContextManager[None]:
+        """Its block comes after all steps so far, and keeps none that follow waiting."""
+        return self._lanes.joined()
+
+
+class _Slot:
+    """Holds one batch on its way from a lane to the next; its memory is always the same."""
+
+    def __init__(self, lanes: Lanes) -> None:
+        self._filled = lanes.signal(given=False)
+        self._emptied = lanes.signal(given=True)
+        self._buffers: list[Tensor] = []
+
+    def fill(self, tensors: Tensors) -> None:
+        """Said in the lane before."""
+        self._emptied.take()
+        _copy(tensors, self._buffers)
+        self._filled.give()
+
+    def empty(self, into: list[Tensor]) -> None:
+        """Said in the lane after."""
+        self._filled.take()
+        _copy(self._buffers, into)
+        self._emptied.give()
+
+
+class _Track:
+    """One stage in its lane."""
+
+    def __init__(
+        self,
+        stage: Stage,
+        lanes: Lanes,
+        lane: int,
+        wire: Wire,
+        source: _Slot | None,
+        sink: _Slot | None,
+    ) -> None:
+        self.saved = SavedBytes(stage.tensors())
+        self._stage, self._lanes, self._lane = stage, lanes, lane
+        self._wire, self._source, self._sink = wire, source, sink
+        self._inputs: list[Tensor] = []
+        self._steps = 0
+        self._replay: tuple[Callable[[], None], Callable[[], None]] | None = None
+
+    def step(
+        self,
+        step: int,
+        batch: Tensors,
+        send: Send,
+        losses: dict[int, Tensor],
+    ) -> None:
+        """One local step, of ``batch`` on the first stage and of what the source holds elsewhere."""
+        if self._source is None:
+            _copy(batch, self._inputs)
+        else:
+            self._source.empty(self._inputs)
+        if self._steps == WARMUP_STEPS:
+            self._record()
+        self._steps += 1
+        with nullcontext() if self.saved.peak else self.saved:
+            self._forward(step)
+            put = send if self._sink is None else self._sink.fill
+            put(self._output)
+            losses[self._stage.index] = self._learn(step)
+
+    def _forward(self, step: int) -> None:
+        if self._replay is None:
+            self._compute(step)
+        else:
+            self._replay[0]()
+
+    def _compute(self, step: int) -> None:
+        x, targets, *scales = self._inputs
+        y = self._stage.forward(self._wire.unpack(x, *scales), targets, step)
+        self._output = beside(targets, self._wire.pack(y))
+
+    def _learn(self, step: int) -> Tensor:
+        if self._replay is None:
+            return self._stage.learn(step)
+        self._replay[1]()
+        # Steps that were not replayed have made gradients of their own.
+        for parameter, gradient in zip(
+            self._stage.parameters(), self._gradients, strict=True
+        ):
+            parameter.grad = gradient
+        self._stage.update(step)
+        return self._loss.clone()
+
+    def _record(self) -> None:
+        """Nothing in a stage that may overlap depends on the number of the step."""
+
+        def backward() -> None:
+            self._loss = self._stage.backward_locally(0)
+            self._gradients = [p.grad for p in self._stage.parameters()]
+
+        try:
+            self._replay = (
+                self._lanes.record(self._lane, partial(self._compute, 0)),
+                self._lanes.record(self._lane, backward),
+            )
+        except RuntimeError as error:
+            raise ConfigError(
+                f"stage {self._stage.index} cannot be captured in a CUDA graph, as --overlap-stages "
+                f"needs: {str(error).splitlines()[0]}; drop --overlap-stages"
+            ) from error
+
+
+def _copy(tensors: Sequence[Tensor], into: list[Tensor]) -> None:
+    """Copies into memory that is made when it is first needed."""
+    if not into:
+        into += [torch.empty_like(tensor) for tensor in tensors]
+    for buffer, tensor in zip(into, tensors, strict=True):
+        buffer.copy_(tensor, non_blocking=True)

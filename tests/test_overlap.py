@@ -1,0 +1,264 @@
+"""Stages that overlap learn what they would have learned one after another."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from streams import Immediate, Threads, Work
+from torch import Tensor, nn
+from worlds import Trained, image_batches, sgd, small_resnet, train
+
+from pglpipe import ALWAYS, NEVER, Guidance, Trainer
+from pglpipe import overlap as overlapping
+from pglpipe.errors import ConfigError
+from pglpipe.layer import Layer
+from pglpipe.learning import Learning
+from pglpipe.overlap import WARMUP_STEPS, Overlap
+from pglpipe.stage import Stage
+from pglpipe.wire import Wire
+
+STAGES = 4
+
+
+def stages(clip_norm: float = math.inf) -> list[Stage]:
+    """Four stages that begin alike each time: convolutions, BatchNorm, a head each."""
+    torch.manual_seed(0)
+    learning = Learning(
+        loss=nn.CrossEntropyLoss(),
+        local_loss=nn.CrossEntropyLoss(),
+        optimizer=sgd,
+        learning_rate=lambda step, total: 1 / (1 + step),
+        clip_norm=clip_norm,
+        seed=0,
+    )
+    made = []
+    for index in range(STAGES):
+        body: list[nn.Module] = [nn.Conv2d(3, 3, 3, padding=1), nn.BatchNorm2d(3)]
+        end = [nn.Flatten(), nn.Linear(192, 10)]
+        last = index == STAGES - 1
+        body += end if last else [nn.ReLU(inplace=True)]
+        head = None if last else nn.Sequential(*end)
+        made.append(Stage(index, nn.Sequential(*body), head, learning))
+        made[-1].train(True)
+    return made
+
+
+def tensors(made: list[Stage]) -> list[Tensor]:
+    return [t.detach() for stage in made for t in stage.tensors()]
+
+
+def equal(some: list[Tensor], others: list[Tensor]) -> bool:
+    return len(some) == len(others) and all(map(torch.equal, some, others))
+
+
+Result = tuple[list[Tensor], list[dict[int, Tensor]], list[Tensor]]
+
+
+def one_after_another(batches: list[tuple[Tensor, Tensor]], **options: Any) -> Result:
+    """Weights, losses by step and what the last stage sent on."""
+    made, losses, sent = stages(**options), [], []
+    for step, (x, targets) in enumerate(batches):
+        found = {}
+        for stage in made:
+            x = stage.forward(x, targets, step)
+            found[stage.index] = stage.learn(step)
+        losses.append(found)
+        sent.append(x)
+    return tensors(made), losses, sent
+
+
+def side_by_side(
+    batches: list[tuple[Tensor, Tensor]], lanes: Immediate, **options: Any
+) -> Result:
+    made, sent = stages(**options), list[Tensor]()
+    overlap = Overlap(made, lanes, Wire())
+    losses = [
+        overlap.step(step, batch, lambda output: sent.append(output[0].clone()))
+        for step, batch in enumerate(batches)
+    ]
+    overlap.drain()
+    return tensors(made), losses, sent
+
+
+@pytest.fixture
+def threads() -> Iterator[Threads]:
+    lanes = Threads(STAGES, longest=0.004)
+    yield lanes
+    lanes.close()
+
+
+@pytest.mark.parametrize("clip_norm", [math.inf, 0.5])
+def test_lanes_that_race_change_no_bit(threads: Threads, clip_norm: float) -> None:
+    batches = image_batches(*[8] * 12)
+    expected = one_after_another(batches, clip_norm=clip_norm)
+    got = side_by_side(batches, threads, clip_norm=clip_norm)
+    assert threads.errors == [] and threads.recorded == [2] * STAGES
+    assert equal(got[0], expected[0]) and equal(got[2], expected[2])
+    for some, others in zip(got[1], expected[1], strict=True):
+        assert some == others and sorted(some) == list(range(STAGES))
+
+
+def test_stages_learn_different_batches_at_the_same_time(threads: Threads) -> None:
+    under_way: list[set[int]] = []
+    now: dict[int, int] = {}
+
+    class Watched(Stage):
+        def learn(self, step: int) -> Tensor:
+            now[self.index] = step
+            under_way.append(set(now.values()))
+            return super().learn(step)
+
+    made = stages()
+    for stage in made:
+        stage.__class__ = Watched
+    overlap = Overlap(made, threads, Wire())
+    for step, batch in enumerate(image_batches(*[8] * WARMUP_STEPS)):
+        overlap.step(step, batch, lambda output: None)
+    overlap.drain()
+    assert max(map(len, under_way)) > 1
+
+
+def test_gradients_that_a_replay_left_in_its_memory_are_learned() -> None:
+    made = stages()
+
+    class Graphs(Immediate):
+        """A graph writes where gradients are, but gives no parameter a gradient."""
+
+        def record(self, lane: int, work: Work) -> Work:
+            def replay() -> None:
+                work()
+                for parameter in made[lane].parameters():
+                    parameter.grad = None
+
+            return replay
+
+    batches, overlap = image_batches(*[8] * 6), Overlap(made, Graphs(STAGES), Wire())
+    for step, batch in enumerate(batches):
+        overlap.step(step, batch, lambda output: None)
+    assert equal(tensors(made), one_after_another(batches)[0])
+
+
+def test_what_all_stages_keep_is_counted_together() -> None:
+    lanes, made = Immediate(STAGES), stages()
+    overlap = Overlap(made, lanes, Wire())
+    batch, alone = image_batches(8)[0], 0
+    overlap.step(0, batch, lambda output: None)
+    for stage in stages():
+        one = Overlap([stage], Immediate(1), Wire())
+        one.step(0, batch, lambda output: None)
+        alone += one.saved_bytes
+    assert overlap.saved_bytes == alone > 0
+
+
+# -- in a whole pipeline --------------------------------------------------------------
+
+
+@pytest.fixture
+def here(monkeypatch: pytest.MonkeyPatch) -> list[Immediate]:
+    """Lets stages overlap on the CPU; the lanes of every worker that did."""
+    made: list[Immediate] = []
+
+    def lanes_on(device: torch.device, number: int) -> Immediate:
+        made.append(Immediate(number))
+        return made[-1]
+
+    monkeypatch.setattr(overlapping, "DEVICES", ("cpu",))
+    monkeypatch.setattr("pglpipe.worker.lanes_on", lanes_on)
+    return made
+
+
+def run(size: int, guidance: Guidance, **options: Any) -> Trained:
+    """Two epochs of five full batches and a ragged one, evaluated in between."""
+    batches = image_batches(8, 8, 8, 8, 8, 5)
+    return train(
+        size,
+        small_resnet("resnet8"),
+        batches,
+        epochs=2,
+        evaluate=batches[:2],
+        guidance=guidance,
+        balance="2,1,1,1",
+        **options,
+    )
+
+
+@pytest.mark.parametrize("size", [1, 2])
+@pytest.mark.parametrize("guidance", [NEVER, Guidance(period=5), ALWAYS])
+def test_global_steps_evaluations_and_ragged_batches_change_no_bit(
+    here: list[Immediate], guidance: Guidance, size: int
+) -> None:
+    expected = run(1, guidance)
+    assert here == []
+    got = run(size, guidance, overlap_stages=True)
+    assert got.summary.parameters_sha256 == expected.summary.parameters_sha256
+    assert got.summary.exit_accuracy == expected.summary.exit_accuracy
+    assert [r.losses for r in got.records.steps] == [
+        r.losses for r in expected.records.steps
+    ]
+    assert len(here) == size
+    recorded = 0 if guidance == ALWAYS else 2
+    assert all(set(lanes.recorded) == {recorded} for lanes in here)
+
+
+def test_every_command_but_a_local_step_waits_for_all_lanes(
+    here: list[Immediate],
+) -> None:
+    run(1, NEVER, overlap_stages=True)
+    # Per epoch a ragged batch, two batches of an evaluation and its end; then the end, and the
+    # weights with an end of their own.
+    assert here[0].drained == 2 * (1 + 2 + 1) + 1 + 2
+
+
+def test_without_streams_stages_do_not_overlap() -> None:
+    with pytest.raises(
+        ConfigError, match="a CUDA device for --overlap-stages, got cpu"
+    ):
+        run(1, NEVER, overlap_stages=True)
+
+
+class Noise(nn.Module):
+    """Draws without any module that is known to."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + torch.rand_like(x)
+
+
+@pytest.mark.parametrize(
+    ("layer", "head", "culprit"),
+    [
+        (lambda: nn.Dropout(0.5), "0c1f", "in 'noise'"),
+        (Noise, "0c1f", "in 'noise'"),
+        (nn.Identity, lambda shape: nn.Sequential(nn.Dropout(), nn.Flatten(), nn.Linear(math.prod(shape), 10)), "head after"),  # fmt: skip
+    ],
+)
+def test_what_draws_random_numbers_is_refused(
+    here: list[Immediate], layer: Any, head: Any, culprit: str
+) -> None:
+    layers = small_resnet("resnet8")
+    layers.insert(2, Layer("noise", layer))
+    trainer = Trainer(
+        layers,
+        num_stages=2,
+        loss=nn.CrossEntropyLoss(),
+        optimizer=sgd,
+        head=head,
+        device="cpu",
+        overlap_stages=True,
+    )
+    with pytest.raises(ConfigError, match=f"no random numbers.*{culprit}.*drop"):
+        trainer.prepare(image_batches(8))
+
+
+def test_what_cannot_be_captured_is_told_with_the_remedy(
+    here: list[Immediate], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(self: Immediate, lane: int, work: object) -> None:
+        raise RuntimeError("operation not permitted when stream is capturing\nmore")
+
+    monkeypatch.setattr(Immediate, "record", refuse)
+    with pytest.raises(ConfigError, match="stage 0 .*capturing; drop --overlap-stages"):
+        run(1, NEVER, overlap_stages=True)
