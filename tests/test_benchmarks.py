@@ -11,13 +11,15 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from benchmarks import demo, guidance, runs, throughput
+from benchmarks import demo, guidance, runs, throughput, transports
 from pglpipe.config import RunConfig, resolve
 
 OPTIONS = {field.name for field in dataclasses.fields(RunConfig)}
 
 
-@pytest.mark.parametrize("options", [demo.COMMON, guidance.COMMON, throughput.COMMON])
+@pytest.mark.parametrize(
+    "options", [demo.COMMON, guidance.COMMON, throughput.COMMON, transports.COMMON]
+)
 def test_every_option_of_a_benchmark_is_one_of_the_command_line(
     options: dict[str, Any],
 ) -> None:
@@ -78,6 +80,16 @@ def test_a_ratio_is_taken_within_its_round() -> None:
         "workers": [],
     }
     assert throughput.row("x", [fast, slow], [fast, slow])["ratio_to_plain"] == 1.0
+
+
+def test_a_ring_can_save_no_more_than_all_that_messages_cost() -> None:
+    seconds = {name: {"8 MiB": [0.004], "4 KiB": [0.001]} for name in ("p2p", "rpc")}
+    seconds[transports.RING] = {"8 MiB": [0.001], "4 KiB": [0.0001]}
+    slow = {"samples_per_second": 100.0, "step_seconds": 0.2, "sent": float(4 << 20)}
+    rows = {"p2p": [slow], "rpc": [{**slow, "samples_per_second": 90.0}]}
+    p2p, rpc, ring = transports.result(seconds, rows)
+    assert (p2p["x_p2p"], rpc["x_p2p"]) == (1.0, 0.9)
+    assert ring["can_save_at_most"] == pytest.approx(0.01)  # 2 ms of 200
 
 
 def test_true_is_a_flag_on_the_command_line() -> None:
