@@ -176,7 +176,8 @@ def visit(
     found = lines(jobs)
     about = (
         f"`python -m benchmarks.slow_links`: {options['workload']}, {rounds} rounds of {options['steps']} steps; "
-        f"{machine()}; TCP congestion control {_congestion_control()}"
+        f"{machine()}; TCP congestion control {_congestion_control()}. "
+        f"x best: to the fastest of {', '.join(SCHEDULES)} in the same round; x loopback: to the same row without a link"
     )
     for place_name, text in facts.items():
         console.print(

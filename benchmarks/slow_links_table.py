@@ -1,6 +1,7 @@
 """What the jobs of :mod:`benchmarks.slow_links` found, as lines of a table.
 
-A job is what :mod:`benchmarks.race` wrote; a place has one job per round. Ratios are taken within a round.
+A job is what :mod:`benchmarks.race` wrote; a place has one job per round. Ratios are taken within a round:
+"x best" to the fastest schedule there, "x loopback" to the same row without a link.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from rich.table import Table
 
 SCHEDULES = ("gpipe", "1f1b", "interleaved")
 LOOPBACK = "loopback"
-COLUMNS = ("", "M", "samples/s", "range", "x best schedule", "x loopback", "waiting")
+COLUMNS = ("", "M", "samples/s", "range", "x best", "x loopback", "waiting")
 
 Job = dict[str, Any]
 Jobs = Mapping[str, Sequence[Job]]
