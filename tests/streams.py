@@ -1,15 +1,25 @@
-"""Lanes without a GPU: immediate ones, and ones that truly run at the same time."""
+"""Stages side by side: lanes that need no GPU, and four small stages to put there."""
 
 from __future__ import annotations
 
+import math
 import queue
 import random
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
-from pglpipe.lanes import Signal
+import torch
+from torch import Tensor, nn
+from worlds import sgd
+
+from pglpipe.lanes import Lanes, Signal
+from pglpipe.learning import Learning
+from pglpipe.overlap import Overlap
+from pglpipe.stage import Stage
+from pglpipe.wire import Wire
 
 Work = Callable[[], None]
 
@@ -94,3 +104,80 @@ class _Turn:
 
     def take(self) -> None:
         assert self._given.acquire(timeout=10), "waited for what nobody gives"
+
+
+# -- stages to put there --------------------------------------------------------------
+
+STAGES = 4
+Extra = Callable[[], nn.Module]
+
+
+def stages(
+    clip_norm: float = math.inf, device: str = "cpu", extra: Extra = nn.Identity
+) -> list[Stage]:
+    """Four stages that begin alike each time: convolutions, BatchNorm, a head each.
+
+    Args:
+        extra: makes one more layer for each body.
+    """
+    torch.manual_seed(0)
+    learning = Learning(
+        loss=nn.CrossEntropyLoss(),
+        local_loss=nn.CrossEntropyLoss(),
+        optimizer=sgd,
+        learning_rate=lambda step, total: 1 / (1 + step),
+        clip_norm=clip_norm,
+        seed=0,
+    )
+    made = []
+    for index in range(STAGES):
+        body: list[nn.Module] = [
+            nn.Conv2d(3, 3, 3, padding=1),
+            nn.BatchNorm2d(3),
+            extra(),
+        ]
+        end = [nn.Flatten(), nn.Linear(192, 10)]
+        last = index == STAGES - 1
+        body += end if last else [nn.ReLU(inplace=True)]
+        head = None if last else nn.Sequential(*end)
+        stage = nn.Sequential(*body).to(device)
+        made.append(Stage(index, stage, head and head.to(device), learning))
+        made[-1].train(True)
+    return made
+
+
+def tensors(made: list[Stage]) -> list[Tensor]:
+    return [t.detach() for stage in made for t in stage.tensors()]
+
+
+def equal(some: list[Tensor], others: list[Tensor]) -> bool:
+    return len(some) == len(others) and all(map(torch.equal, some, others))
+
+
+Result = tuple[list[Tensor], list[dict[int, Tensor]], list[Tensor]]
+
+
+def one_after_another(batches: list[tuple[Tensor, Tensor]], **options: Any) -> Result:
+    """Weights, losses by step and what the last stage sent on."""
+    made, losses, sent = stages(**options), [], []
+    for step, (x, targets) in enumerate(batches):
+        found = {}
+        for stage in made:
+            x = stage.forward(x, targets, step)
+            found[stage.index] = stage.learn(step)
+        losses.append(found)
+        sent.append(x)
+    return tensors(made), losses, sent
+
+
+def side_by_side(
+    batches: list[tuple[Tensor, Tensor]], lanes: Lanes, **options: Any
+) -> Result:
+    made, sent = stages(**options), list[Tensor]()
+    overlap = Overlap(made, lanes, Wire())
+    losses = [
+        overlap.step(step, batch, lambda output: sent.append(output[0].clone()))
+        for step, batch in enumerate(batches)
+    ]
+    overlap.drain()
+    return tensors(made), losses, sent

@@ -8,7 +8,17 @@ from typing import Any
 
 import pytest
 import torch
-from streams import Immediate, Threads, Work
+from streams import (
+    STAGES,
+    Immediate,
+    Threads,
+    Work,
+    equal,
+    one_after_another,
+    side_by_side,
+    stages,
+    tensors,
+)
 from torch import Tensor, nn
 from worlds import Trained, image_batches, sgd, small_resnet, train
 
@@ -16,72 +26,9 @@ from pglpipe import ALWAYS, NEVER, Guidance, Trainer
 from pglpipe import overlap as overlapping
 from pglpipe.errors import ConfigError
 from pglpipe.layer import Layer
-from pglpipe.learning import Learning
 from pglpipe.overlap import WARMUP_STEPS, Overlap
 from pglpipe.stage import Stage
 from pglpipe.wire import Wire
-
-STAGES = 4
-
-
-def stages(clip_norm: float = math.inf) -> list[Stage]:
-    """Four stages that begin alike each time: convolutions, BatchNorm, a head each."""
-    torch.manual_seed(0)
-    learning = Learning(
-        loss=nn.CrossEntropyLoss(),
-        local_loss=nn.CrossEntropyLoss(),
-        optimizer=sgd,
-        learning_rate=lambda step, total: 1 / (1 + step),
-        clip_norm=clip_norm,
-        seed=0,
-    )
-    made = []
-    for index in range(STAGES):
-        body: list[nn.Module] = [nn.Conv2d(3, 3, 3, padding=1), nn.BatchNorm2d(3)]
-        end = [nn.Flatten(), nn.Linear(192, 10)]
-        last = index == STAGES - 1
-        body += end if last else [nn.ReLU(inplace=True)]
-        head = None if last else nn.Sequential(*end)
-        made.append(Stage(index, nn.Sequential(*body), head, learning))
-        made[-1].train(True)
-    return made
-
-
-def tensors(made: list[Stage]) -> list[Tensor]:
-    return [t.detach() for stage in made for t in stage.tensors()]
-
-
-def equal(some: list[Tensor], others: list[Tensor]) -> bool:
-    return len(some) == len(others) and all(map(torch.equal, some, others))
-
-
-Result = tuple[list[Tensor], list[dict[int, Tensor]], list[Tensor]]
-
-
-def one_after_another(batches: list[tuple[Tensor, Tensor]], **options: Any) -> Result:
-    """Weights, losses by step and what the last stage sent on."""
-    made, losses, sent = stages(**options), [], []
-    for step, (x, targets) in enumerate(batches):
-        found = {}
-        for stage in made:
-            x = stage.forward(x, targets, step)
-            found[stage.index] = stage.learn(step)
-        losses.append(found)
-        sent.append(x)
-    return tensors(made), losses, sent
-
-
-def side_by_side(
-    batches: list[tuple[Tensor, Tensor]], lanes: Immediate, **options: Any
-) -> Result:
-    made, sent = stages(**options), list[Tensor]()
-    overlap = Overlap(made, lanes, Wire())
-    losses = [
-        overlap.step(step, batch, lambda output: sent.append(output[0].clone()))
-        for step, batch in enumerate(batches)
-    ]
-    overlap.drain()
-    return tensors(made), losses, sent
 
 
 @pytest.fixture
