@@ -1,0 +1,163 @@
+"""Emulated devices: layers that occupy wall-clock time and no core.
+
+Sixteen workers run truly at once on two cores: what is left to measure is what a runtime
+wastes, bubbles, latency and Python. Transports, scheduling and bytes are real. ::
+
+    x ─▶ input work ─▶ join ─▶ y        forward sleeps F
+    w ─▶ weight work ──┘                backward sleeps B/2 for x and B/2 for w, apart from each
+                                        other, as schedules of the zero-bubble kind want it
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.workload import SEED, Workload
+from pglpipe.layer import Layer
+
+FORWARD = 0.040  # seconds of a stage for a batch
+BACKWARD = 0.080
+BATCH = 64
+FEATURES = 1024  # 256 KiB of activations for a batch
+CLASSES = 10
+
+
+class Device:
+    """This process' device: it sleeps as long as the work would take.
+
+    A sleep lasts a little too long, and longer on a busy machine. What was slept too much is
+    taken off the sleeps that follow, so that the work takes its time in all.
+
+    Attributes:
+        worked: seconds of work so far.
+    """
+
+    def __init__(self) -> None:
+        self.worked = 0.0
+        self._ahead = 0.0
+
+    def work(self, seconds: float) -> None:
+        """Takes this long."""
+        self.worked += seconds
+        began = time.perf_counter()
+        due = seconds - self._ahead
+        if due > 0:
+            time.sleep(due)
+        self._ahead += time.perf_counter() - began - seconds
+
+
+DEVICE = Device()
+
+
+class _InputWork(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, forward: float, backward: float) -> Tensor:
+        ctx.seconds = backward
+        _work(x, forward)
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        _work(gradient, ctx.seconds)
+        return gradient, None, None
+
+
+class _WeightWork(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, backward: float) -> Tensor:
+        ctx.seconds = backward
+        return weight.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        _work(gradient, ctx.seconds)
+        return gradient, None
+
+
+class _Join(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        return gradient, gradient.new_zeros(1) if ctx.needs_input_grad[1] else None
+
+
+def _work(tensor: Tensor, seconds: float) -> None:
+    if not tensor.is_meta:  # where only shapes are worked out, nothing takes time
+        DEVICE.work(seconds)
+
+
+class EmulatedLayer(nn.Module):
+    """Passes ``[b, F]`` on, in the time of its share of a batch.
+
+    Args:
+        forward: seconds for a whole batch.
+        backward: seconds for a whole batch, one half for the input and one for the weight.
+        batch: samples of a whole batch.
+    """
+
+    def __init__(self, forward: float, backward: float, batch: int = BATCH) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(1))
+        self._seconds = forward / batch, backward / batch
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[b, F]`` to the same."""
+        forward, backward = (len(x) * seconds for seconds in self._seconds)
+        if torch.is_grad_enabled() and not x.requires_grad:
+            # A layer of many operations lacks the gradient of its first one's input alone; this one
+            # stands for many and works as long without.
+            x = x.detach().requires_grad_()
+        worked = _InputWork.apply(x, forward, backward / 2)  # type: ignore[no-untyped-call]
+        weight = _WeightWork.apply(self.weight, backward / 2)  # type: ignore[no-untyped-call]
+        joined: Tensor = _Join.apply(worked, weight)  # type: ignore[no-untyped-call]
+        return joined
+
+
+class Readout(nn.Module):
+    """Logits ``[b, classes]``: the first few features, at no cost."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[b, F]`` to ``[b, classes]``."""
+        return x[:, :CLASSES].clone()
+
+
+def emulated(ranks: int, head_share: float = 0.0) -> Workload:
+    """Two equal layers a rank, so that one stage a rank or two can be made of them.
+
+    Args:
+        head_share: time of a head as a fraction of its stage's; at 0 it takes none.
+    """
+    generator = torch.Generator().manual_seed(SEED)
+    x = torch.randn(BATCH, FEATURES, generator=generator)
+    targets = torch.randint(0, CLASSES, (BATCH,), generator=generator)
+
+    def layer() -> nn.Module:
+        return EmulatedLayer(FORWARD / 2, BACKWARD / 2)
+
+    def last() -> nn.Module:
+        return nn.Sequential(layer(), Readout())
+
+    def head(shape: tuple[int, ...]) -> nn.Module:
+        if not head_share:
+            return Readout()
+        work = EmulatedLayer(FORWARD * head_share, BACKWARD * head_share)
+        return nn.Sequential(work, Readout())
+
+    count = 2 * ranks
+    return Workload(
+        name="emulated",
+        layers=[
+            Layer(f"layer{i}", last if i == count - 1 else layer) for i in range(count)
+        ],
+        batches=[(x, targets)],
+        head=head,
+        computing=lambda: DEVICE.worked,
+        cut=lambda stages: [count // stages] * stages,
+    )
