@@ -8,10 +8,10 @@ CODE := pglpipe benchmarks tests
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow test-gpu check format bench bench-links clean
+.PHONY: help demo test test-slow test-gpu check format bench bench-full bench-emulated bench-links clean
 
 help:  ## list the verbs
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-14s %s\n", $$1, $$2 }' Makefile
 
 demo: .venv/installed  ## train a small pipeline on synthetic data and show what it learned
 	@$(BIN)/python -m benchmarks.demo
@@ -35,8 +35,15 @@ format: .venv/installed  ## rewrite the code as check wants it
 	@$(BIN)/isort $(CODE)
 	@$(BIN)/black $(CODE)
 
-bench: .venv/installed  ## measure throughput beside the alternatives
+bench: .venv/installed  ## measure throughput and memory beside the alternatives, in under 10 minutes
 	@$(BIN)/python -m benchmarks.throughput
+
+bench-full: .venv/installed  ## the same with more rounds, bursts and four workers; then emulated devices
+	@$(BIN)/python -m benchmarks.throughput --full
+	@$(BIN)/python -m benchmarks.emulated
+
+bench-emulated: .venv/installed  ## 8 and 16 workers on emulated devices, beside what arithmetic allows
+	@$(BIN)/python -m benchmarks.emulated
 
 bench-links: .venv/installed  ## the same over slow links between two network namespaces; needs root
 	@$(BIN)/python -m benchmarks.slow_links

@@ -27,6 +27,7 @@ class Pipeline(Row):
     def __init__(self, track: Track, guidance: Guidance, **options: Any) -> None:
         self._track = track
         self._guidance = guidance
+        self.period = guidance.period
         self._options = options
 
     def block(self, steps: int) -> Share | None:
@@ -58,6 +59,8 @@ class Pipeline(Row):
 
 class Alone(Row):
     """The uncut network on one worker, all by itself; the other ranks wait."""
+
+    alone = True
 
     def __init__(self, track: Track) -> None:
         self._track = track

@@ -25,7 +25,12 @@ class EndToEnd(Loop):
         track: what it runs on.
         everywhere: on every rank, each on its own; on rank 0 alone otherwise.
         threads: of each process.
+
+    Attributes:
+        network: the uncut network.
     """
+
+    alone = True
 
     def __init__(
         self, track: Track, *, everywhere: bool = False, threads: int = 1
@@ -34,10 +39,9 @@ class EndToEnd(Loop):
         self.apart = everywhere
         self._idle = not (everywhere or track.arena.leads)
         self._threads = threads
-        self.model: nn.Module = assemble(track.workload.layers, SEED).to(
-            track.workload.device
-        )
-        self._optimizer = track.workload.optimizer(self.model.parameters())
+        self.network = assemble(track.workload.layers, SEED).to(track.workload.device)
+        self._model: nn.Module = self.network
+        self._optimizer = track.workload.optimizer(self.network.parameters())
 
     def block(self, steps: int) -> Share | None:
         """The loop, with its own number of threads."""
@@ -58,11 +62,11 @@ class EndToEnd(Loop):
 
     def gradients(self, x: Tensor, targets: Tensor) -> None:
         """Adds the gradients of a batch."""
-        self._workload.loss(self.model(x), targets).backward()  # type: ignore[no-untyped-call]
+        self._workload.loss(self._model(x), targets).backward()  # type: ignore[no-untyped-call]
 
     def state(self) -> Sequence[Tensor]:
         """Of the whole network."""
-        return list(self.model.state_dict(keep_vars=True).values())
+        return list(self.network.state_dict(keep_vars=True).values())
 
 
 class Checkpointed(EndToEnd):
@@ -70,9 +74,8 @@ class Checkpointed(EndToEnd):
 
     def gradients(self, x: Tensor, targets: Tensor) -> None:
         """Adds the gradients of a batch."""
-        assert isinstance(self.model, nn.Sequential)
         outputs = checkpoint_sequential(  # type: ignore[no-untyped-call]
-            self.model, SEGMENTS, x, use_reentrant=False
+            self.network, SEGMENTS, x, use_reentrant=False
         )
         self._workload.loss(outputs, targets).backward()  # type: ignore[no-untyped-call]
 
@@ -85,7 +88,7 @@ class Accumulated(EndToEnd):
         for part, aims in zip(
             x.tensor_split(PARTS), targets.tensor_split(PARTS), strict=True
         ):
-            loss = self._workload.loss(self.model(part), aims) * (
+            loss = self._workload.loss(self._model(part), aims) * (
                 len(aims) / len(targets)
             )
             loss.backward()  # type: ignore[no-untyped-call]
@@ -97,6 +100,8 @@ class DataParallel(EndToEnd):
     BatchNorm counts each rank's part, and its statistics stay on their ranks.
     """
 
+    alone = False
+
     def __init__(self, track: Track) -> None:
         super().__init__(track, everywhere=True)
         self.apart = False
@@ -104,8 +109,8 @@ class DataParallel(EndToEnd):
         with warnings.catch_warnings():
             # Newer versions call the option forward_sync_buffers; older ones do not know that.
             warnings.simplefilter("ignore", FutureWarning)
-            self.model = DistributedDataParallel(
-                self.model,
+            self._model = DistributedDataParallel(
+                self.network,
                 process_group=track.arena.group,
                 broadcast_buffers=False,
                 gradient_as_bucket_view=True,
@@ -116,10 +121,10 @@ class DataParallel(EndToEnd):
         """Adds the gradients of a batch, averaged over the ranks."""
         rank, size = self._arena.rank, self._arena.size
         part, aims = x.tensor_split(size)[rank], targets.tensor_split(size)[rank]
-        self._workload.loss(self.model(part), aims).backward()  # type: ignore[no-untyped-call]
+        self._workload.loss(self._model(part), aims).backward()  # type: ignore[no-untyped-call]
 
     def sent(self) -> dict[int, float]:
         """What a ring all-reduce sends, the least that any can."""
         rank, size = self._arena.rank, self._arena.size
-        nbytes = sum(p.nbytes for p in self.model.parameters())
+        nbytes = sum(p.nbytes for p in self.network.parameters())
         return {(rank + 1) % size: 2 * (size - 1) / size * nbytes / self._samples}

@@ -15,7 +15,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import resource
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -23,14 +24,24 @@ import torch
 import typer
 
 from benchmarks.arena import Arena
+from benchmarks.devices import emulated
+from benchmarks.gate import TOLERANCE
+from benchmarks.gate import differences as gate_differences
+from benchmarks.gate import small_track
 from benchmarks.pglpipe_rows import Alone, Pipeline, Unconnected
 from benchmarks.plain_rows import Accumulated, Checkpointed, DataParallel, EndToEnd
 from benchmarks.rows import Measured, Row, Share, Track, merge
 from benchmarks.runs import machine
 from benchmarks.schedule_rows import SCHEDULES, Schedule
-from benchmarks.workload import WORKLOADS, Cuts, measure_cuts
+from benchmarks.workload import Cuts, Workload, measure_cuts, resnet32, tiny
 from pglpipe import NEVER, Guidance
 
+# By the number of ranks.
+WORKLOADS: dict[str, Callable[[int], Workload]] = {
+    "resnet32": lambda ranks: resnet32(),
+    "emulated": emulated,
+    "tiny": lambda ranks: tiny(),
+}
 MICROBATCHES = (2, 4, 8, 16)
 SEARCH_STEPS = 4
 
@@ -73,10 +84,17 @@ SEARCHED: dict[str, Searched] = {
     "pgl-bursts": _pgl(50, 5),
     **{name: _schedule(name) for name in SCHEDULES},
 }
-# In this order in every round; bursts need 50 steps and are asked for by name.
+# In this order in every round; bursts take 50 steps and are asked for by name.
 DEFAULT = [
     *("local", "gpipe", "1f1b", "interleaved", "zero-bubble", "pgl", "data-parallel"),
-    *("independent", "unconnected", "plain", "one-worker", "plain-threads"),
+    *(
+        "local-rpc",
+        "independent",
+        "unconnected",
+        "plain",
+        "one-worker",
+        "plain-threads",
+    ),
     *("checkpointed", "accumulated"),
 ]
 
@@ -91,6 +109,11 @@ class Entry:
     error: str = ""
     rounds: list[Measured] = dataclasses.field(default_factory=list)
 
+    @property
+    def title(self) -> str:
+        """What to call it."""
+        return f"{self.name} M={self.microbatches}" if self.microbatches else self.name
+
     def to_json(self) -> dict[str, Any]:
         """What the file says of it."""
         rounds = [dataclasses.asdict(measured) for measured in self.rounds]
@@ -103,44 +126,77 @@ class Entry:
 
 
 class Race:
-    """Rows on one track."""
+    """Rows on one track.
 
-    def __init__(self, track: Track, say: Callable[[str], None]) -> None:
+    Args:
+        track: what they run on.
+        differences: of the peers' gradients, by the gate; a row that has none there is trusted.
+        say: told of every block.
+    """
+
+    def __init__(
+        self,
+        track: Track,
+        differences: Mapping[str, float | str],
+        say: Callable[[str], None],
+    ) -> None:
+        self.entries: list[Entry] = []
         self._track = track
+        self._differences = differences
         self._say = say
 
-    def enter(self, name: str, candidates: tuple[int, ...]) -> Entry:
-        """Makes the row, with the best of the numbers of microbatches where it has a choice."""
-        if name in ROWS:
-            row, error = self._track.arena.attempt(lambda: ROWS[name](self._track))
-            return Entry(name, row, error=error)
-        best, fastest = Entry(name, error="no number of microbatches was tried"), 0.0
-        for microbatches in candidates:
-            entry = Entry(name, microbatches=microbatches)
-            entry.row, entry.error = self._track.arena.attempt(
-                lambda m=microbatches: SEARCHED[name](self._track, m)  # type: ignore[misc]
+    def enter(self, name: str, candidates: Sequence[int]) -> None:
+        """Makes a row, with the best number of microbatches where it has a choice."""
+        difference = self._differences.get(name, 0.0)
+        if isinstance(difference, float) and difference > TOLERANCE:
+            error = f"its gradients differ from pglpipe's by {difference:.1e}"
+            self.entries.append(Entry(name, error=error))
+        elif name in ROWS:
+            self.entries.append(
+                self._made(Entry(name), lambda: ROWS[name](self._track))
             )
-            if len(candidates) > 1:
-                self.run(entry, SEARCH_STEPS)
-            speed = entry.rounds.pop().samples_per_second if entry.rounds else 0.0
-            if best.row is None or speed > fastest:
-                best, fastest = entry, speed
-        return best
+        else:
+            self.entries.append(self._best(name, candidates))
 
-    def run(self, entry: Entry, steps: int) -> None:
+    def round(self, steps: int) -> None:
+        """A block of every row that runs."""
+        for entry in self.entries:
+            self._run(entry, steps)
+
+    def _best(self, name: str, candidates: Sequence[int]) -> Entry:
+        tried: list[tuple[float, Entry]] = []
+        for count in candidates:
+            make = partial(SEARCHED[name], self._track, count)
+            entry = self._made(Entry(name, microbatches=count), make)
+            if len(candidates) == 1:
+                return entry
+            self._run(entry, SEARCH_STEPS)
+            speed = entry.rounds.pop().samples_per_second if entry.rounds else 0.0
+            tried.append((speed, entry))
+        return max(tried, key=lambda pair: pair[0])[1]
+
+    def _made(self, entry: Entry, make: Callable[[], Row]) -> Entry:
+        entry.row, entry.error = self._track.arena.attempt(make)
+        return entry
+
+    def _run(self, entry: Entry, steps: int) -> None:
         """One block of a row; one that fails is out of the race."""
         arena, row = self._track.arena, entry.row
         if row is None:
             return
-        share, error = arena.attempt(lambda: row.block(steps))
-        if error:
-            entry.row, entry.error = None, error
-            self._say(f"{entry.name} does not run: {error}")
+        count = (
+            max(1, steps // 2) if row.alone else -(-steps // row.period) * row.period
+        )
+        share, entry.error = arena.attempt(lambda: row.block(count))
+        if entry.error:
+            entry.row = None
+            self._say(f"{entry.title} does not run: {entry.error}")
             return
         found = arena.gather(dataclasses.asdict(share) if share else None)
         shares = [Share.from_json(part) if part else None for part in found]
-        entry.rounds.append(merge(shares, apart=row.apart))
-        self._say(f"{entry.name}: {entry.rounds[-1].samples_per_second:.1f} samples/s")
+        measured = merge(shares, apart=row.apart)
+        entry.rounds.append(measured)
+        self._say(f"{entry.title}: {measured.samples_per_second:.1f} samples/s")
 
 
 def main(
@@ -155,10 +211,15 @@ def main(
     steps: Annotated[
         int, typer.Option(min=1, help="batches that count, per block")
     ] = 10,
-    microbatches: Annotated[int, typer.Option(help="0 to search for the best")] = 0,
+    microbatches: Annotated[
+        int, typer.Option(help="of every row that has some; 0 to search for the best")
+    ] = 0,
     settings_from: Annotated[
         Path | None, typer.Option(help="an earlier output: its cuts and microbatches")
     ] = None,
+    gate: Annotated[
+        bool, typer.Option(help="compare the peers' gradients with pglpipe's first")
+    ] = True,
 ) -> None:
     """Runs the race; every rank alike."""
     names = rows.split(",")
@@ -176,35 +237,38 @@ def main(
             or arena.share(lambda: vars(measure_cuts(load, arena.size)))
         )
     )
-    race = Race(
-        Track(arena, load, cuts),
-        lambda line: print(line, flush=True) if arena.leads else None,
-    )
-    chosen = {entry["name"]: entry["microbatches"] for entry in earlier.get("rows", [])}
-    entries = []
+    track = Track(arena, load, cuts)
+    differences = gate_differences(small_track(track)) if gate else {}
+    race = Race(track, differences, say=print if arena.leads else _nothing)
+    chosen = {row["name"]: row["microbatches"] for row in earlier.get("rows", [])}
     for name in names:
         fixed = microbatches or chosen.get(name)
-        entries.append(race.enter(name, (fixed,) if fixed else MICROBATCHES))
+        race.enter(name, (fixed,) if fixed else MICROBATCHES)
     for _ in range(rounds):
-        for entry in entries:
-            race.run(entry, steps)
-    peaks = arena.gather(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+        race.round(steps)
+    facts = {
+        "about": {
+            "machine": machine(),
+            "ranks": arena.size,
+            "workload": load.name,
+            "batch": load.batch_size,
+            "rounds": rounds,
+            "steps": steps,
+        },
+        "cuts": vars(cuts),
+        "gradient_differences": differences,
+        "peak_rss": arena.gather(
+            resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        ),
+        "rows": [entry.to_json() for entry in race.entries],
+    }
     if arena.leads:
-        facts = {
-            "about": {
-                "machine": machine(),
-                "ranks": arena.size,
-                "workload": load.name,
-                "batch": load.batch_size,
-                "rounds": rounds,
-                "steps": steps,
-            },
-            "cuts": vars(cuts),
-            "peak_rss": peaks,
-            "rows": [entry.to_json() for entry in entries],
-        }
         output.write_text(json.dumps(facts, indent=1) + "\n")
     arena.close()
+
+
+def _nothing(line: str) -> None:
+    """What the ranks above 0 say."""
 
 
 if __name__ == "__main__":

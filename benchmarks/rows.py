@@ -78,9 +78,13 @@ class Row(ABC):
 
     Attributes:
         apart: whether every rank trains a network of its own, so that their rates add up.
+        alone: whether a rank does a whole batch by itself, and half as many steps will do.
+        period: a block is a multiple of so many steps, for its kinds of steps to be in proportion.
     """
 
     apart = False
+    alone = False
+    period = 1
 
     @abstractmethod
     def block(self, steps: int) -> Share | None:

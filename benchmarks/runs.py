@@ -76,6 +76,23 @@ def launcher(workers: int) -> list[str]:
     return [*torchrun, f"--nproc_per_node={workers}"]
 
 
+def race(output: Path, *options: str, workers: int) -> dict[str, Any]:
+    """Runs ``benchmarks.race`` under torchrun and reads what it wrote.
+
+    Args:
+        output: the JSON file that it writes.
+        options: of its command line.
+        workers: processes.
+    """
+    output.parent.mkdir(parents=True, exist_ok=True)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    job = [f"--nproc_per_node={workers}", "-m", "benchmarks.race"]
+    command = [*launch, *job, f"--output={output}", *options]
+    subprocess.run(command, check=True, env={**os.environ, **ENVIRONMENT})
+    found: dict[str, Any] = json.loads(output.read_text())
+    return found
+
+
 def machine() -> str:
     """Where and when figures were taken, in one line."""
     return (

@@ -101,7 +101,7 @@ class Schedule(Loop):
         return self._sent
 
 
-def _body(track: Track, sizes: Sequence[int], index: int, copies: bool) -> nn.Module:
+def _body(track: Track, sizes: Sequence[int], index: int, copies: bool) -> Wired:
     """The layers of one stage between its two wires; names as in the uncut network."""
     part = slices(sizes)[index]
     layers = track.workload.layers

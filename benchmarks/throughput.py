@@ -1,154 +1,151 @@
-"""``make bench``: samples per second and memory, side by side, in one run.
+"""``make bench``: pglpipe beside what a user would pick instead, in one run.
 
-Rounds go A B C A B C, so that a disturbance of the machine meets every row; what counts is
-the ratio within a round. The plain loop is the network in PyTorch without pglpipe.
+ResNet-32 on two workers: one race of all rows in turns, then each row once more in a fresh
+process for its peak memory. ``--full`` (``make bench-full``) takes more rounds and steps, adds bursts, and
+races four workers, more than there are cores here. Writes results/throughput.json, .md and .svg.
 """
 
 from __future__ import annotations
 
 import json
-import os
-import shutil
 import statistics
-import subprocess
-import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.table import Table
 
-from benchmarks.runs import ENVIRONMENT, Summary, machine, train
-from pglpipe.metrics import WARMUP_STEPS
+from benchmarks.race import DEFAULT
+from benchmarks.runs import race
+from benchmarks.standings import (
+    COLUMNS,
+    CROWDED_TARGETS,
+    NOTE,
+    TARGETS,
+    TITLES,
+    Standings,
+    Target,
+)
+from benchmarks.tables import bars, markdown, screen
 
-FOLDER = Path("runs/throughput")
-RESULTS = Path(__file__).parent / "results" / "throughput.json"
-STEPS = 25
-COMMON = {
-    "dataset": "synthetic",
-    "train-limit": 1280,
-    "test-limit": 64,
-    "model": "resnet20",
-    "head": "1c2f",
-    "batch-size": 128,
-    "steps": STEPS,
-    "evaluate-every": STEPS,
-    "device": "cpu",
-    "threads": 1,
-    "quiet": True,
-}
-# name: workers, stages, guidance period, duration, microbatches
-ROWS: dict[str, tuple[int, int, int, int, int]] = {
-    "pglpipe end to end, 1 worker, K=1": (1, 1, 1, 1, 1),
-    "pglpipe local, 1 worker, K=2": (1, 2, 1, 0, 1),
-    "pglpipe local, 2 workers, K=2": (2, 2, 1, 0, 1),
-    "pglpipe PGL 10 %, 2 workers, K=2": (2, 2, 10, 1, 4),
-    "pglpipe end to end, 2 workers, K=2, M=4": (2, 2, 1, 1, 4),
-}
-PLAIN = "plain PyTorch loop, 1 process"
-
-
-def plain() -> Summary:
-    """The loop without pglpipe, in a process with the environment of the other rows."""
-    command = [sys.executable, "-m", "benchmarks.plain", str(STEPS), str(WARMUP_STEPS)]
-    done = subprocess.run(
-        command,
-        check=True,
-        capture_output=True,
-        text=True,
-        env={**os.environ, **ENVIRONMENT},
-    )
-    return {"samples_per_second": float(done.stdout), "workers": []}
-
-
-def measure(name: str, number: int, cut: str) -> Summary:
-    """One row of one round."""
-    if name == PLAIN:
-        return plain()
-    workers, stages, period, duration, microbatches = ROWS[name]
-    options = {
-        **COMMON,
-        "stages": stages,
-        "balance": cut if stages > 1 else "flops",
-        "guidance-period": period,
-        "guidance-duration": duration,
-        "microbatches": microbatches,
-    }
-    return train(
-        FOLDER / f"{number}-{name.replace(' ', '-')}", options, workers=workers
-    )
-
-
-def time_cut() -> str:
-    """The cut by measured time, taken once so that every round has the same."""
-    options = {
-        **COMMON,
-        "stages": 2,
-        "balance": "time",
-        "guidance-duration": 0,
-        "steps": 2,
-    }
-    summary = train(FOLDER / "cut", options, workers=1)
-    return str(summary["config"]["balance"])
+FOLDER = Path("runs/bench")
+RESULTS = Path(__file__).parent / "results"
+CROWDED_ROWS = ["local", "gpipe", "1f1b", "interleaved", "zero-bubble", "pgl"]
 
 
 def main(
-    rounds: Annotated[int, typer.Option(help="times that every row is measured")] = 3,
+    full: Annotated[
+        bool, typer.Option(help="more rounds, bursts, four workers")
+    ] = False,
+    workload: Annotated[str, typer.Option(help="as for benchmarks.race")] = "resnet32",
+    rounds: Annotated[int, typer.Option(help="0 for 3, or 7 if --full")] = 0,
+    steps: Annotated[int, typer.Option(help="0 for 10, or 50 if --full")] = 0,
+    results: Annotated[Path, typer.Option(help="where the results go")] = RESULTS,
 ) -> None:
-    """Measures every row in every round, prints the table and writes the JSON."""
-    shutil.rmtree(FOLDER, ignore_errors=True)
-    cut = time_cut()
-    found: dict[str, list[Summary]] = {name: [] for name in (PLAIN, *ROWS)}
-    for number in range(rounds):
-        for name, summaries in found.items():
-            summaries.append(measure(name, number, cut))
-    rows = [row(name, summaries, found[PLAIN]) for name, summaries in found.items()]
-    Console().print(table(rows))
-    about = (
-        f"resnet20, batch 128, cut {cut} by measured time, {rounds} rounds; {machine()}"
-    )
-    Console().print(about)
-    RESULTS.parent.mkdir(exist_ok=True)
-    RESULTS.write_text(json.dumps({"about": about, "rows": rows}, indent=1) + "\n")
+    """Races, measures memory, prints the table and writes the results."""
+    count = [
+        f"--rounds={rounds or (7 if full else 3)}",
+        f"--steps={steps or (50 if full else 10)}",
+    ]
+    rows = [*DEFAULT, "pgl-bursts"] if full else DEFAULT
+    two = Standings(run("two", workload, rows, 2, count))
+    _add_memory(two, workload)
+    parts = [Part("two workers", two, TARGETS)]
+    if full:
+        rows = [*CROWDED_ROWS, "pgl-bursts", "data-parallel", "independent"]
+        four = Standings(run("four", workload, rows, 4, count))
+        parts.append(Part("four workers", four, CROWDED_TARGETS))
+    console = Console()
+    for part in parts:
+        part.show(console)
+    results.mkdir(exist_ok=True)
+    command = "make bench-full" if full else "make bench"
+    texts = [f"`{command}`\n", *(part.markdown() for part in parts), NOTE]
+    (results / "throughput.md").write_text("\n".join(texts) + "\n")
+    facts = {part.title: part.facts() for part in parts}
+    (results / "throughput.json").write_text(json.dumps(facts, indent=1) + "\n")
+    (results / "throughput.svg").write_text(parts[0].chart())
 
 
-def row(name: str, summaries: list[Summary], plains: list[Summary]) -> dict[str, Any]:
-    """Medians over the rounds; ratios are taken within a round."""
-    rates = [summary["samples_per_second"] for summary in summaries]
-    ratios = [r / p["samples_per_second"] for r, p in zip(rates, plains, strict=True)]
-    workers = summaries[-1]["workers"]
-    return {
-        "name": name,
-        "samples_per_second": statistics.median(rates),
-        "lowest": min(rates),
-        "highest": max(rates),
-        "ratio_to_plain": statistics.median(ratios),
-        "kept_for_backward_bytes": [
-            max(w["peak_activation_bytes"].values()) for w in workers
-        ],
-        "peak_memory_bytes": [w["peak_memory_bytes"] for w in workers],
-        "waiting": [1 - w["busy_fraction"] for w in workers],
-    }
+def run(
+    name: str, workload: str, rows: Sequence[str], workers: int, options: Sequence[str]
+) -> Any:
+    """One race, its file under :data:`FOLDER`."""
+    words = [f"--workload={workload}", f"--rows={','.join(rows)}", *options]
+    return race(FOLDER / f"{name}.json", *words, workers=workers)
 
 
-def table(rows: list[dict[str, Any]]) -> Table:
-    """The rows for a person."""
-    shown = Table(box=SIMPLE_HEAD)
-    for column in ("", "samples/s", "range", "x plain", "kept, MiB", "waiting"):
-        shown.add_column(column, justify="right" if column else "left")
-    for r in rows:
-        shown.add_row(
-            r["name"],
-            f"{r['samples_per_second']:.0f}",
-            f"{r['lowest']:.0f}-{r['highest']:.0f}",
-            f"{r['ratio_to_plain']:.2f}",
-            " ".join(f"{kept / 2**20:.0f}" for kept in r["kept_for_backward_bytes"])
-            or "–",
-            " ".join(f"{100 * share:.0f} %" for share in r["waiting"]) or "–",
+def _add_memory(standings: Standings, workload: str) -> None:
+    """Each row's peak RSS, in processes that run nothing else."""
+    settings = f"--settings-from={FOLDER / 'two.json'}"
+    options = [settings, "--rounds=1", "--steps=1", "--no-gate"]
+    for name, row in standings.rows.items():
+        if not row["error"]:
+            row["peak_rss"] = run("memory", workload, [name], 2, options)["peak_rss"]
+
+
+class Part:
+    """A race and what it was to show.
+
+    Args:
+        title: what it is called.
+        standings: its rows.
+        targets: the ratios to be shown.
+    """
+
+    def __init__(
+        self, title: str, standings: Standings, targets: Sequence[Target]
+    ) -> None:
+        self.title = title
+        self._standings = standings
+        self._targets = standings.targets(targets)
+        about, cuts = standings.facts["about"], standings.facts["cuts"]
+        worst = [
+            d for d in standings.facts["gradient_differences"].values() if d != str(d)
+        ]
+        self._about = (
+            f"{about['workload']}, batch {about['batch']}, {title}, {about['rounds']} rounds of "
+            f"{about['steps']} steps; cuts by measured time: local {cuts['local']}, schedules "
+            f"{cuts['schedule']}, interleaved {cuts['interleaved']}; gradients of the exact rows "
+            f"within {max(worst, default=0.0):.1e} of a global step's; {about['machine']}"
         )
-    return shown
+
+    def show(self, console: Console) -> None:
+        """The table on the screen."""
+        console.print(screen(list(COLUMNS.values()), self._lines(lambda name: name)))
+        for line in self._verdicts():
+            console.print(line)
+        console.print(self._about)
+
+    def markdown(self) -> str:
+        """The table and what it shows."""
+        table = markdown(list(COLUMNS), self._lines(TITLES.__getitem__))
+        verdicts = "\n".join(f"- {line}" for line in self._verdicts())
+        return f"## {self.title}\n\n{self._about}\n\n{table}\n{verdicts}\n"
+
+    def facts(self) -> dict[str, Any]:
+        """What the JSON file says."""
+        return {**self._standings.facts, "targets": self._targets}
+
+    def chart(self) -> str:
+        """Samples per second of the rows that run, as SVG."""
+        rates = {TITLES[n]: self._standings.rates(n) for n in self._standings.rows}
+        medians = {
+            name: statistics.median(found) for name, found in rates.items() if found
+        }
+        return bars(f"samples per second, {self.title}", medians)
+
+    def _lines(self, title: Callable[[str], str]) -> list[list[str]]:
+        return [
+            [title(name), *self._standings.cells(name)] for name in self._standings.rows
+        ]
+
+    def _verdicts(self) -> list[str]:
+        return [
+            f"{TITLES[t['row']]} / {TITLES[t['over']]}: {t['ratio']:.2f}, goal {t['goal']:.2f}"
+            for t in self._targets
+        ]
 
 
 if __name__ == "__main__":

@@ -139,9 +139,3 @@ def _images(model: str, width: int, size: int, batch: int) -> Workload:
         head=lambda shape: build_head("1c2f", shape, 10),
         computing=time.thread_time,
     )
-
-
-WORKLOADS: dict[str, Callable[[int], Workload]] = {
-    "resnet32": lambda ranks: resnet32(),
-    "tiny": lambda ranks: tiny(),
-}

@@ -11,15 +11,13 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from benchmarks import demo, guidance, runs, throughput, transports
+from benchmarks import demo, guidance, runs, transports
 from pglpipe.config import RunConfig, resolve
 
 OPTIONS = {field.name for field in dataclasses.fields(RunConfig)}
 
 
-@pytest.mark.parametrize(
-    "options", [demo.COMMON, guidance.COMMON, throughput.COMMON, transports.COMMON]
-)
+@pytest.mark.parametrize("options", [demo.COMMON, guidance.COMMON, transports.COMMON])
 def test_every_option_of_a_benchmark_is_one_of_the_command_line(
     options: dict[str, Any],
 ) -> None:
@@ -72,14 +70,6 @@ def test_the_demo_reports_what_guidance_does_not_buy() -> None:
     console.print(demo.table(found))
     shown = console.export_text()
     assert "75.0 %" in shown and "2.0 MiB" in shown and "25 %" in shown
-
-
-def test_a_ratio_is_taken_within_its_round() -> None:
-    fast, slow = {"samples_per_second": 200.0, "workers": []}, {
-        "samples_per_second": 100.0,
-        "workers": [],
-    }
-    assert throughput.row("x", [fast, slow], [fast, slow])["ratio_to_plain"] == 1.0
 
 
 def test_a_ring_can_save_no_more_than_all_that_messages_cost() -> None:

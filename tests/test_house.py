@@ -72,6 +72,11 @@ def make(checkout: Path) -> Make:
         ("bench", ["python -m benchmarks.throughput"]),
         ("bench-links", ["python -m benchmarks.slow_links"]),
         (
+            "bench-full",
+            ["python -m benchmarks.throughput --full", "python -m benchmarks.emulated"],
+        ),
+        ("bench-emulated", ["python -m benchmarks.emulated"]),
+        (
             "check",
             [
                 "black --check pglpipe benchmarks tests",

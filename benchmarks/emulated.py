@@ -1,0 +1,120 @@
+"""``make bench-emulated``: 8 and 16 workers on emulated devices, beside what arithmetic allows.
+
+Every row's efficiency (1 is a pipeline that is never idle) stands beside its formula. What is
+missing is what the runtime wastes, and what this machine's cores cannot keep up with.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from benchmarks.devices import BACKWARD, FORWARD
+from benchmarks.formulas import efficiency
+from benchmarks.runs import race
+from benchmarks.standings import SCHEDULES, TITLES, Standings
+from benchmarks.tables import markdown, screen
+
+FOLDER = Path("runs/bench")
+RESULTS = Path(__file__).parent / "results"
+ROWS = ("local", "pgl", "pgl-bursts", *SCHEDULES)
+MICROBATCHES = 8
+COLUMNS = (
+    "",
+    "efficiency",
+    "range",
+    "formula",
+    "difference",
+    "x 1F1B",
+    "kept, MiB by rank",
+)
+# Efficiencies that are to be shown, by row and number of workers.
+GOALS = {
+    ("local", 8): 0.97,
+    ("local", 16): 0.95,
+    ("pgl", 8): 0.75,
+    ("pgl-bursts", 8): 0.87,
+}
+
+
+def main(
+    ranks: Annotated[
+        str, typer.Option(help="numbers of workers, commas between")
+    ] = "8,16",
+    rounds: Annotated[int, typer.Option(min=1)] = 3,
+    steps: Annotated[int, typer.Option(min=1, help="50, or bursts are not whole")] = 50,
+    rows: Annotated[str, typer.Option(help="names with commas between")] = ",".join(
+        ROWS
+    ),
+    results: Annotated[Path, typer.Option(help="where the results go")] = RESULTS,
+) -> None:
+    """Races on 8 and on 16 ranks, prints the tables and writes the results."""
+    console, facts, texts = Console(), {}, ["`make bench-emulated`\n"]
+    for size in map(int, ranks.split(",")):
+        options = [
+            "--workload=emulated",
+            f"--rows={rows}",
+            f"--rounds={rounds}",
+            f"--steps={steps}",
+            f"--microbatches={MICROBATCHES}",
+            "--no-gate",
+        ]
+        found = race(FOLDER / f"emulated-{size}.json", *options, workers=size)
+        lines, about = table(found), describe(found)
+        console.print(screen(COLUMNS, lines), about)
+        texts += [f"## {size} workers\n", about + "\n", markdown(COLUMNS, lines)]
+        facts[size] = found
+    results.mkdir(exist_ok=True)
+    (results / "emulated.json").write_text(json.dumps(facts, indent=1) + "\n")
+    (results / "emulated.md").write_text("\n".join(texts))
+
+
+def describe(facts: dict[str, Any]) -> str:
+    """What was raced, in one line."""
+    about = facts["about"]
+    return (
+        f"{about['ranks']} workers, one stage of {1000 * FORWARD:.0f} + {1000 * BACKWARD:.0f} ms each "
+        f"(schedules that interleave: two of half), {MICROBATCHES} microbatches, {about['rounds']} "
+        f"rounds of {about['steps']} steps; {about['machine']}"
+    )
+
+
+def table(facts: dict[str, Any]) -> list[list[str]]:
+    """One line per row: measured efficiency, its formula, the difference."""
+    standings = Standings(facts)
+    size, batch = facts["about"]["ranks"], facts["about"]["batch"]
+    ideal = batch / (FORWARD + BACKWARD)
+    lines = []
+    for name, row in standings.rows.items():
+        if row["error"]:
+            error = f"does not run: {row['error']}"
+            lines.append([TITLES[name], error, *["–"] * (len(COLUMNS) - 2)])
+            continue
+        reached = [rate / ideal for rate in standings.rates(name)]
+        median, formula = statistics.median(reached), efficiency(
+            name, size, MICROBATCHES
+        )
+        goal = GOALS.get((name, size))
+        over = standings.ratio(name, ["1f1b"])
+        kept = max(row["rounds"][-1]["saved_bytes"]) / 2**20
+        lines.append(
+            [
+                TITLES[name],
+                f"{median:.3f}" + (f" (goal {goal:.2f})" if goal else ""),
+                f"{min(reached):.3f}–{max(reached):.3f}",
+                f"{formula:.3f}",
+                f"{100 * (median / formula - 1):+.1f} %",
+                f"{over[0]:.2f}" if over else "–",
+                f"{kept:.1f}",
+            ]
+        )
+    return lines
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,332 @@
+"""The race: what it makes of its ranks' clocks, what arithmetic allows, and a small one run."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks import formulas, tables
+from benchmarks.arena import Arena
+from benchmarks.devices import (
+    BATCH,
+    FEATURES,
+    Device,
+    EmulatedLayer,
+    emulated,
+)
+from benchmarks.race import DEFAULT, ROWS, SEARCHED
+from benchmarks.rows import Share, merge
+from benchmarks.standings import COLUMNS, PEERS, TITLES, Standings, Target
+from benchmarks.workload import Stream, measure_cuts, tiny
+from pglpipe.timetable import clock, gpipe, one_forward_one_backward
+from tests.commands import run, torchrun
+
+# -- figures --------------------------------------------------------------------------
+
+
+def test_ranks_that_work_together_are_as_fast_as_the_slowest() -> None:
+    shares = [Share(100, 1.0, 0.0, 7), Share(100, 2.0, 0.5, 9)]
+    together = merge(shares, apart=False)
+    assert together.samples_per_second == 50
+    assert (together.waiting, together.saved_bytes) == ([0.0, 0.5], [7, 9])
+    assert merge(shares, apart=True).samples_per_second == 150
+
+
+def test_a_rank_that_took_no_part_counts_nowhere() -> None:
+    assert merge([Share(100, 1.0), None], apart=False).samples_per_second == 100
+
+
+def test_the_bytes_of_an_edge_are_those_of_both_ways() -> None:
+    shares = [
+        Share(1, 1, sent={1: 10.0}),
+        Share(1, 1, sent={0: 4.0, 2: 3.0}),
+        Share(1, 1, sent={0: 1.0}),
+    ]
+    edges = merge(shares, apart=False).edge_bytes
+    assert edges == {"0-1": 14.0, "1-2": 3.0, "0-2": 1.0}
+
+
+def test_a_share_survives_json() -> None:
+    share = Share(1, 2, 0.5, 3, {1: 2.5})
+    fields = json.loads(json.dumps(vars(share)))
+    assert Share.from_json(fields) == share
+
+
+def facts(**rates: list[float] | str) -> dict[str, Any]:
+    """What a race might have written: rates by row and round, or why it does not run."""
+    return {
+        "rows": [
+            {
+                "name": name,
+                "microbatches": None,
+                "error": rate if isinstance(rate, str) else "",
+                "rounds": [
+                    {
+                        "samples_per_second": value,
+                        "waiting": [0.0],
+                        "saved_bytes": [2**20],
+                        "edge_bytes": {"0-1": 1024.0},
+                    }
+                    for value in ([] if isinstance(rate, str) else rate)
+                ],
+            }
+            for name, rate in rates.items()
+        ]
+    }
+
+
+def test_a_ratio_is_taken_within_its_round() -> None:
+    standings = Standings(facts(local=[200.0, 100.0, 20.0], gpipe=[100.0, 50.0, 10.0]))
+    assert standings.ratio("local", PEERS) == (2.0, "gpipe")
+
+
+def test_the_best_peer_is_the_fastest_that_runs() -> None:
+    standings = Standings(
+        facts(local=[3.0], gpipe=[1.0], plain=[2.0], interleaved="RuntimeError: no")
+    )
+    assert standings.best(PEERS) == "plain"
+    assert standings.ratio("local", ["interleaved"]) is None
+    assert standings.targets([Target("local", ("gpipe", "plain"), 1.2)]) == [
+        {
+            "row": "local",
+            "over": "plain",
+            "of": ["gpipe", "plain"],
+            "goal": 1.2,
+            "ratio": 1.5,
+        }
+    ]
+
+
+def test_a_row_that_does_not_run_says_why_in_the_table() -> None:
+    standings = Standings(facts(local=[3.0], gpipe="RuntimeError: no"))
+    fails, runs = standings.cells("gpipe"), standings.cells("local")
+    assert fails[1] == "does not run: RuntimeError: no"
+    assert len(fails) == len(runs) == len(COLUMNS) - 1
+
+
+def test_every_row_has_a_title_and_every_peer_is_a_row() -> None:
+    assert {*ROWS, *SEARCHED} == set(TITLES)
+    assert set(PEERS) | set(DEFAULT) <= set(TITLES)
+
+
+def test_markdown_and_bars_show_every_row() -> None:
+    text = tables.markdown(["", "samples/s"], [["a", "1"], ["b", "2"]])
+    assert text.splitlines() == [
+        "|  | samples/s |",
+        "| --- | ---: |",
+        "| a | 1 |",
+        "| b | 2 |",
+    ]
+    drawn = tables.bars("x < y", {"pglpipe": 2.0, "other": 1.0})
+    assert (
+        drawn.count("<rect") == 3 and "x &lt; y" in drawn and 'width="420.0"' in drawn
+    )
+
+
+# -- the workloads --------------------------------------------------------------------
+
+
+def test_a_stream_gives_its_batches_in_turns() -> None:
+    workload = tiny()
+    stream = Stream(workload.batches, 6)
+    assert len(list(stream)) == len(stream) == 6
+    assert [x is workload.batches[0][0] for x, _ in stream] == [
+        True,
+        *[False] * 3,
+        True,
+        False,
+    ]
+
+
+def test_every_kind_of_row_has_a_cut_of_its_own() -> None:
+    cuts = measure_cuts(emulated(4), ranks=4)
+    assert (cuts.local, cuts.schedule, cuts.interleaved) == ([2] * 4, [2] * 4, [1] * 8)
+
+
+def test_an_emulated_layer_takes_the_time_of_its_share_of_a_batch(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    taken: list[float] = []
+    monkeypatch.setattr(
+        Device, "work", lambda self, seconds: taken.append(round(seconds, 6))
+    )
+    layer = EmulatedLayer(0.008, 0.016, batch=8)
+    layer(torch.ones(2, 3)).sum().backward()
+    assert taken == [0.002, 0.002, 0.002], "forward, then both halves of backward"
+    taken.clear()
+    x = torch.ones(8, 3, requires_grad=True)
+    y = layer(x)
+    torch.autograd.grad(y.sum(), x, retain_graph=True)
+    assert taken == [0.008, 0.008], "the half for the input stands alone"
+    torch.autograd.grad(y.sum(), layer.weight)
+    assert taken == [0.008, 0.008, 0.008], "and so does the one for the weight"
+
+
+def test_a_device_works_off_what_it_slept_too_long(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    now, slept = [0.0], []
+
+    def sleep(seconds: float) -> None:
+        slept.append(round(seconds, 6))
+        now[0] += seconds + 0.25
+
+    monkeypatch.setattr(time, "sleep", sleep)
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+    device = Device()
+    for _ in range(3):
+        device.work(1.0)
+    device.work(0.125)
+    assert slept == [1.0, 0.75, 0.75] and now[0] == 3.25 and device.worked == 3.125
+
+
+def test_the_emulated_network_learns_in_stages_of_any_size() -> None:
+    workload = emulated(ranks=2, head_share=0.1)
+    assert workload.batches[0][0].shape == (BATCH, FEATURES)
+    with torch.device("meta"):
+        assert workload.head((FEATURES,))(torch.ones(2, FEATURES)).shape == (2, 10)
+
+
+# -- arithmetic -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("timetable", [gpipe, one_forward_one_backward])
+def test_the_formula_of_a_schedule_counts_the_ticks_of_its_timetable(
+    timetable: Any,
+) -> None:
+    for ranks, microbatches in ((2, 4), (4, 8), (8, 8)):
+        ticks = max(max(row) for row in clock(timetable(ranks, microbatches))) + 1
+        assert formulas.schedule(ranks, microbatches) == 2 * microbatches / ticks
+
+
+def test_the_arithmetic_of_drain_and_refill() -> None:
+    assert formulas.pgl(8, 8, 10, 1) == pytest.approx(0.774, abs=5e-4)
+    assert formulas.pgl(8, 8, 50, 5) == pytest.approx(0.886, abs=5e-4)
+    assert formulas.pgl(1, 8, 10, 1) == formulas.pgl(8, 8, 10, 0) == 1.0
+
+
+def test_more_microbatches_and_chunks_leave_less_idle() -> None:
+    rows = ("1f1b", "interleaved", "zero-bubble")
+    few = [formulas.efficiency(row, 8, 4) for row in rows]
+    many = [formulas.efficiency(row, 8, 16) for row in rows]
+    assert few == sorted(few) and many == sorted(many)
+    assert all(less < more for less, more in zip(few, many, strict=True))
+
+
+def simulated_period(
+    ranks: int, microbatches: int, period: int, duration: int
+) -> float:
+    """Seconds of a period in units of t, every rank's every action played through."""
+    forward, backward = formulas.FORWARD_SHARE, formulas.BACKWARD_SHARE
+    free = [0.0] * ranks  # when each rank is done with what it has begun
+    ends = []
+    for step in range(3 * period):
+        if step % period >= duration:
+            arrived = 0.0
+            for rank in range(ranks):
+                begins = max(free[rank], arrived)
+                arrived = begins + forward
+                free[rank] = begins + forward + backward
+        else:
+            free = global_step(free, microbatches, forward, backward)
+        ends.append(free[-1])
+    return ends[-1] - ends[-1 - period]
+
+
+def global_step(
+    free: list[float], microbatches: int, forward: float, backward: float
+) -> list[float]:
+    """When each rank is done with a 1F1B step; ``free`` is when it can begin."""
+    rows = one_forward_one_backward(len(free), microbatches)
+    done: dict[tuple[int, str], float] = {}
+    free, at = list(free), [0] * len(free)
+    while any(at[rank] < len(row) for rank, row in enumerate(rows)):
+        for rank, row in enumerate(rows):
+            if at[rank] == len(row):
+                continue
+            action = row[at[rank]]
+            neighbour = rank - 1 if action.kind == "F" else rank + 1
+            ready = 0.0
+            if 0 <= neighbour < len(free):
+                if (neighbour, str(action)) not in done:
+                    continue
+                ready = done[neighbour, str(action)]
+            takes = (forward if action.kind == "F" else backward) / microbatches
+            free[rank] = max(free[rank], ready) + takes
+            done[rank, str(action)] = free[rank]
+            at[rank] += 1
+    return free
+
+
+@pytest.mark.parametrize(("period", "duration"), [(10, 1), (50, 5)])
+def test_the_formula_of_guidance_agrees_with_a_play_of_every_action(
+    period: int, duration: int
+) -> None:
+    for ranks, microbatches in ((2, 4), (8, 8), (16, 8)):
+        played = period / simulated_period(ranks, microbatches, period, duration)
+        formula = formulas.pgl(ranks, microbatches, period, duration)
+        assert played == pytest.approx(formula, rel=0.02)
+
+
+# -- races ----------------------------------------------------------------------------
+
+
+def race(folder: Path, *options: str) -> dict[str, Any]:
+    """What a race on two ranks writes."""
+    output = folder / "race.json"
+    command = torchrun(2, "-m", "benchmarks.race", f"--output={output}", *options)
+    run(command, cwd=folder).check()
+    found: dict[str, Any] = json.loads(output.read_text())
+    return found
+
+
+@pytest.mark.dist
+@pytest.mark.slow
+def test_peers_compute_our_gradients_and_every_row_runs(tmp_path: Path) -> None:
+    rows = f"{','.join(DEFAULT)}"
+    found = race(
+        tmp_path,
+        "--workload=tiny",
+        f"--rows={rows}",
+        "--rounds=1",
+        "--steps=2",
+        "--microbatches=4",
+    )
+    assert [row["name"] for row in found["rows"]] == DEFAULT
+    assert {row["error"] for row in found["rows"]} == {""}
+    assert max(found["gradient_differences"].values()) < 1e-4
+    assert len(found["gradient_differences"]) == 8
+    again = tmp_path / "race.json"
+    settings = [
+        f"--settings-from={again}",
+        "--workload=tiny",
+        "--rows=1f1b",
+        "--no-gate",
+    ]
+    later = race(tmp_path, *settings, "--rounds=1", "--steps=1")
+    assert later["cuts"] == found["cuts"] and later["rows"][0]["microbatches"] == 4
+
+
+@pytest.mark.dist
+@pytest.mark.slow
+def test_a_row_that_fails_is_told_and_the_others_run(tmp_path: Path) -> None:
+    options = [
+        "--workload=tiny",
+        "--rows=interleaved,local",
+        "--microbatches=5",
+        "--no-gate",
+    ]
+    failed, fine = race(tmp_path, *options, "--rounds=2", "--steps=1")["rows"]
+    assert failed["error"].startswith("ValueError: ") and not failed["rounds"]
+    assert not fine["error"] and len(fine["rounds"]) == 2
+
+
+def test_a_race_without_a_launcher_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RANK", raising=False)
+    with pytest.raises(SystemExit, match="started by torchrun"):
+        Arena()
