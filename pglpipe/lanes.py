@@ -30,7 +30,13 @@ class Signal(Protocol):
 
 
 class Lanes(Protocol):
-    """Some lanes, of which the first is where everything else of the worker happens."""
+    """Some lanes, of which the first is where everything else of the worker happens.
+
+    Attributes:
+        idle_bytes: memory held for what was recorded, beyond what counts as allocated.
+    """
+
+    idle_bytes: int
 
     def run(self, lane: int, work: Callable[[], None]) -> None:
         """Queues ``work`` in a lane."""
@@ -57,6 +63,7 @@ class CudaLanes:
         self._side, self._recording = _stream(device), _stream(device)
         # What is recorded for one lane shares memory: it is replayed in turns, in that order.
         self._pools = [torch.cuda.graph_pool_handle() for _ in range(number)]
+        self.idle_bytes = 0
 
     def run(self, lane: int, work: Callable[[], None]) -> None:
         """Queues ``work`` in a lane."""
@@ -73,8 +80,16 @@ class CudaLanes:
             stream=self._recording,
             capture_error_mode="thread_local",
         ):
+            before = self._idle()
             work()
+            self.idle_bytes += self._idle() - before
         return graph.replay
+
+    def _idle(self) -> int:
+        """Bytes that are reserved and hold no tensor; those of a graph stay its own."""
+        device = self._streams[0].device
+        reserved = torch.cuda.memory_reserved(device)
+        return reserved - torch.cuda.memory_allocated(device)
 
     def signal(self, *, given: bool) -> Signal:
         """An event; nobody waits for one that was not yet recorded."""

@@ -77,6 +77,11 @@ class Overlap:
         """Bytes kept for backward by all stages together."""
         return sum(track.saved.peak for track in self._tracks)
 
+    @property
+    def idle_bytes(self) -> int:
+        """Memory held for what was recorded, beyond what counts as allocated."""
+        return self._lanes.idle_bytes
+
     def takes(self, batch: Tensors) -> bool:
         """Whether a batch is as the first one was: what is recorded has one shape."""
         layout = [(t.shape, t.stride(), t.dtype) for t in batch]

@@ -33,14 +33,20 @@ class Reporter:
         rank: the worker's number.
         device: where its stages are.
         post: sends a report on its way without waiting for anyone.
+        idle_bytes: memory that is held, but not counted as allocated.
     """
 
     def __init__(
-        self, rank: int, device: torch.device, post: Callable[[Report], None]
+        self,
+        rank: int,
+        device: torch.device,
+        post: Callable[[Report], None],
+        idle_bytes: Callable[[], int] = lambda: 0,
     ) -> None:
         self._rank = rank
         self._device = device
         self._post = post
+        self._idle_bytes = idle_bytes
         self._clock = StepClock()
         self._unread: deque[Timing] = deque()
         self._last = time.perf_counter()
@@ -77,7 +83,7 @@ class Reporter:
                 samples=clock.samples,
                 wait_recv_fraction=clock.share(clock.waited_recv),
                 wait_send_fraction=clock.share(clock.waited_send),
-                peak_memory_bytes=devices.peak_memory_bytes(self._device),
+                peak_memory_bytes=self._memory(),
                 peak_activation_bytes=peak_activation_bytes,
                 bytes_sent_forward=sent_forward,
                 bytes_sent_backward=sent_backward,
@@ -91,6 +97,7 @@ class Reporter:
             self._clock.add(steps[-1])
         self._last = time.perf_counter()
         if steps:
-            self._post(
-                TrainReport(self._rank, steps, devices.peak_memory_bytes(self._device))
-            )
+            self._post(TrainReport(self._rank, steps, self._memory()))
+
+    def _memory(self) -> int:
+        return devices.peak_memory_bytes(self._device) + self._idle_bytes()

@@ -83,7 +83,7 @@ class Worker:
         self.doing: Command | None = None
         self._duty = duty
         self._stages = stages
-        self._reporter = Reporter(duty.rank, duty.device, post)
+        self._reporter = Reporter(duty.rank, duty.device, post, self._idle_bytes)
         self._stopwatch = Stopwatch(duty.device)
         self._saved = {kind: _saved_bytes(stages) for kind in ("local", "global")}
         self._training: bool | None = None
@@ -238,6 +238,9 @@ class Worker:
         """What comes next needs every stage as it is after the last local step."""
         if self._overlap:
             self._overlap.drain()
+
+    def _idle_bytes(self) -> int:
+        return self._overlap.idle_bytes if self._overlap else 0
 
     def _train(self, mode: bool) -> None:
         """Switches the stages between training and evaluation, when that is a change."""

@@ -27,6 +27,8 @@ Work = Callable[[], None]
 class Immediate:
     """Lanes whose work is done as soon as it is queued."""
 
+    idle_bytes = 0
+
     def __init__(self, number: int) -> None:
         self.recorded = [0] * number
         self.drained = 0

@@ -234,7 +234,7 @@ def peak(stages: int, **options: Any) -> int:
     x = x.contiguous(memory_format=torch.channels_last)
     batches = [(x, torch.arange(512) % 10)] * 8
     layers = build("resnet32", image_shape=(3, 32, 32), num_classes=10)
-    train(
+    summary = train(
         1,
         layers,
         batches,
@@ -243,8 +243,8 @@ def peak(stages: int, **options: Any) -> int:
         balance="memory" if stages > 1 else "flops",
         device="cuda",
         **options,
-    )
-    return torch.cuda.max_memory_allocated() - before
+    ).summary
+    return int(summary.workers[0]["peak_memory_bytes"]) - before
 
 
 def test_eight_stages_in_turns_take_half_of_end_to_end_at_most() -> None:

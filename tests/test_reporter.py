@@ -89,3 +89,14 @@ def test_a_loss_is_read_only_when_it_is_reported() -> None:
     finish(reporter)
     assert isinstance(posted[0], TrainReport)
     assert posted[0].steps[0].losses == {0: 2.0}
+
+
+def test_memory_that_is_held_idle_is_told_too() -> None:
+    posted: list[Report] = []
+    device, idle = torch.device("cpu"), 1 << 50
+    finish(Reporter(3, device, posted.append))
+    finish(Reporter(3, device, posted.append, lambda: idle))
+    without, with_idle = (
+        r.peak_memory_bytes for r in posted if isinstance(r, FinalReport)
+    )
+    assert with_idle >= without + idle
