@@ -24,6 +24,7 @@ from pglpipe.heads import HEADS
 from pglpipe.learning import PRECISIONS
 from pglpipe.learning_rate import LR_SCHEDULES
 from pglpipe.losses import LOSSES
+from pglpipe.memory import as_bytes
 from pglpipe.timetable import TIMETABLES
 from pglpipe.transport import TRANSPORTS
 from pglpipe.wire import WIRE_FORMATS
@@ -85,6 +86,18 @@ class RunConfig:
         1, "parts of a global step's batch, to keep several workers busy", at_least=1
     )
     timetable: str = _option("1f1b", "order of the microbatches", sorted(TIMETABLES))
+    # memory
+    recompute: bool = _option(
+        False, "in global steps keep the stages' inputs alone and run them again"
+    )
+    local_microbatches: int = _option(
+        1, "parts of a local step's batch, to keep less for backward", at_least=1
+    )
+    memory_budget: str = _option(
+        "",
+        "most bytes that a worker may keep for backward, such as 300MiB: picks --recompute and "
+        "the microbatches",
+    )
     # learning
     epochs: int = _option(
         0,
@@ -143,11 +156,14 @@ class RunConfig:
             raise ConfigError(
                 f"expected --epochs or --steps, got both ({self.epochs} and {self.steps}); drop one"
             )
-        if self.batch_size < self.microbatches:
-            raise ConfigError(
-                f"expected a batch of at least one image per microbatch, got --batch-size "
-                f"{self.batch_size} for --microbatches {self.microbatches}; lower --microbatches"
-            )
+        for option in ("microbatches", "local-microbatches"):
+            parts = getattr(self, option.replace("-", "_"))
+            if self.batch_size < parts:
+                raise ConfigError(
+                    f"expected a batch of at least one image per microbatch, got --batch-size "
+                    f"{self.batch_size} for --{option} {parts}; lower --{option}"
+                )
+        self.memory_budget_bytes()
         if self.nesterov and not self.momentum:
             raise ConfigError(
                 "expected momentum for --nesterov, got 0; add --no-nesterov"
@@ -162,6 +178,10 @@ class RunConfig:
             warmup=self.guidance_warmup,
             unit=self.guidance_unit,
         )
+
+    def memory_budget_bytes(self) -> int | None:
+        """The most bytes that a worker may keep for backward, if there is a limit."""
+        return as_bytes(self.memory_budget) if self.memory_budget else None
 
     def to_toml(self) -> str:
         """The whole configuration as a TOML document that :func:`read` accepts."""

@@ -112,7 +112,7 @@ class Coordinator:
         self._num_stages = num_stages
         self._num_workers = num_workers
         self._guidance = guidance
-        self._microbatches = microbatches
+        self.microbatches = microbatches
         self._mailbox = mailbox
         self._observer = observer
         self._device = device
@@ -165,7 +165,7 @@ class Coordinator:
             yield Message(LocalStep(step, epoch), (x, targets))
             return
         self._global_steps += 1
-        parts = min(self._microbatches, len(targets))
+        parts = min(self.microbatches, len(targets))
         yield Message(GlobalStep(step, epoch, len(targets), parts))
         chunks = zip(x.tensor_split(parts), targets.tensor_split(parts), strict=True)
         for index, chunk in enumerate(chunks):

@@ -16,6 +16,7 @@ loss that back-propagation through the uncut network would give.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import zip_longest
 
 import torch
 from torch import Tensor
@@ -23,7 +24,7 @@ from torch import Tensor
 from pglpipe.commands import Clip, Command, GlobalStep, Message, Microbatch
 from pglpipe.errors import ProtocolError
 from pglpipe.stage import Stage
-from pglpipe.timetable import Row
+from pglpipe.timetable import Action, Row
 from pglpipe.transport import Links
 from pglpipe.wire import Wire, beside
 
@@ -37,6 +38,8 @@ class GlobalPass:
         clips: whether the norm of the whole network's gradient is clipped.
         is_first: whether the worker holds the first stage.
         wire: the format of the activations between stages.
+        recompute: whether stages keep their inputs instead of their graphs, and run their
+            bodies again when their backward comes.
     """
 
     def __init__(
@@ -47,12 +50,14 @@ class GlobalPass:
         clips: bool,
         is_first: bool,
         wire: Wire,
+        recompute: bool = False,
     ) -> None:
         self._stages = stages
         self._row = row
         self._clips = clips
         self._is_first = is_first
         self._wire = wire
+        self._recompute = recompute
 
     def run(self, command: GlobalStep, links: Links) -> dict[int, Tensor]:
         """Does one global step; returns the loss by stage, on the worker where it is known."""
@@ -61,10 +66,11 @@ class GlobalPass:
         for stage in self._stages:
             stage.zero_grad()
         losses: list[Tensor] = []
-        for action in self._row(command.microbatches):
+        row = self._row(command.microbatches)
+        for action, following in zip_longest(row, row[1:]):
             expected = Microbatch(command.step, action.microbatch)
             if action.kind == "F":
-                self._forward(expected)
+                self._forward(expected, turns=following == Action("B", expected.index))
             else:
                 losses += self._backward(expected, command.samples)
         if self._clips:
@@ -73,8 +79,13 @@ class GlobalPass:
             stage.update(command.step)
         return {self._stages[-1].index: torch.stack(losses).sum()} if losses else {}
 
-    def _forward(self, expected: Microbatch) -> None:
-        """Takes one microbatch through all stages here and sends it on."""
+    def _forward(self, expected: Microbatch, *, turns: bool) -> None:
+        """Takes one microbatch through all stages here and sends it on.
+
+        Args:
+            turns: whether it comes straight back; the last stage here then loses nothing by
+                keeping its graph until then.
+        """
         x, targets, *scales = _only(expected, self._links.inbox.get())
         packed = (x, *scales)
         for stage in self._stages:
@@ -84,6 +95,7 @@ class GlobalPass:
                 expected.step,
                 microbatch=expected.index,
                 crossing=True,
+                recompute=self._recompute and not (turns and stage is self._stages[-1]),
             )
             packed = self._wire.pack(x)
         self._links.outbox.put(Message(expected, beside(targets, packed)))

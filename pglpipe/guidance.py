@@ -65,6 +65,15 @@ class Guidance:
                 f"expected a guidance warm-up of at least 0, got {self.warmup}"
             )
 
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """Of the steps that there may be: ``"local"``, ``"global"``, or both."""
+        always = self.duration == self.period and not self.warmup
+        return (
+            *(() if always else ("local",)),
+            *(("global",) if self.duration else ()),
+        )
+
     def is_global(self, step: int, epoch: int) -> bool:
         """Whether ``step`` of ``epoch``, both counted from 0 over the whole run, is global."""
         index = (step if self.unit == "step" else epoch) - self.warmup

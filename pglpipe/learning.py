@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -40,6 +41,13 @@ class Learning:
     seed: int
     bf16: bool = False
     compile: bool = False
+
+    def autocast(self, device: torch.device) -> AbstractContextManager[object]:
+        """Lets PyTorch choose the precision of each operation, where that is asked for."""
+        if not self.bf16:
+            return nullcontext()
+        # The cache of casts is one per process: it would mix the workers that are threads.
+        return torch.autocast(device.type, torch.bfloat16, cache_enabled=False)
 
 
 def compiled(module: nn.Module) -> Callable[[Tensor], Tensor]:

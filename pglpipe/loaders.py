@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence, Sized
 
 import torch
@@ -12,15 +13,16 @@ from pglpipe.plan import Sample
 
 
 def largest_batch(loaders: Sequence[Loader]) -> Sample:
-    """The largest of the loaders' first batches, as shapes."""
-    return max(map(_first_batch, loaders), key=lambda sample: len(sample.x))
+    """The largest of the loaders' first batches, as shapes; the first loader's is trained on."""
+    first, *others = map(_first_batch, loaders)
+    largest = max([first, *others], key=lambda sample: len(sample.x))
+    return dataclasses.replace(largest, trained=len(first.x))
 
 
 def _first_batch(loader: Loader) -> Sample:
     for x, targets in loader:
-        return Sample(
-            torch.as_tensor(x).to("meta"), torch.as_tensor(targets).to("meta")
-        )
+        x, targets = (torch.as_tensor(t).to("meta") for t in (x, targets))
+        return Sample(x, targets, len(x))
     raise DataError("expected at least one batch, got an empty loader")
 
 

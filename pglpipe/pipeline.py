@@ -54,6 +54,7 @@ class Pipeline:
             device=blueprint.device,
             wire=wire,
             overlaps=blueprint.overlap_stages,
+            recompute=plan.memory.recompute,
         )
         self.plan = plan
         self._stages = stages
@@ -83,7 +84,13 @@ def _stage(index: int, blueprint: Blueprint, plan: Plan, learning: Learning) -> 
     if blueprint.weights is not None:
         _load(blueprint.weights, index, body, head)
     body.to(blueprint.device)
-    return Stage(index, body, head.to(blueprint.device) if head else None, learning)
+    return Stage(
+        index,
+        body,
+        head.to(blueprint.device) if head else None,
+        learning,
+        plan.memory.local_microbatches,
+    )
 
 
 def _load(path: Path, index: int, body: nn.Module, head: nn.Module | None) -> None:

@@ -3,7 +3,7 @@
 ::
 
     Blueprint + Sample ─▶ draft ─▶ Plan
-    what is asked for              who holds what
+    what is asked for              who holds what, and what it keeps for backward
 
 All of it happens on the meta device and is the same on every worker, but for what worker 0
 measures, which it shares.
@@ -13,16 +13,20 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from pglpipe.body import dense
 from pglpipe.errors import PartitionError
 from pglpipe.heads import build_head
 from pglpipe.layer import Layer
+from pglpipe.losses import Loss
+from pglpipe.memory import Forecast, MemorySettings, fit
 from pglpipe.partition import (
     HeadBuilder,
     StageRow,
@@ -39,11 +43,21 @@ from pglpipe.partition import (
 from pglpipe.state import StateLayout
 from pglpipe.timetable import Timetable
 from pglpipe.transport import World
+from pglpipe.wire import Wire
+
+KINDS = ("local", "global")
+
+Skeleton = tuple[nn.Module, nn.Module | None]  # body and head, on the meta device
 
 
 @dataclass(frozen=True)
 class Blueprint:
-    """What is to be built, in the words of :class:`~pglpipe.trainer.Trainer`."""
+    """What is to be built, in the words of :class:`~pglpipe.trainer.Trainer`.
+
+    Attributes:
+        losses: the true one and that of the heads.
+        kinds: of the steps that will be taken.
+    """
 
     layers: Sequence[Layer]
     num_stages: int
@@ -58,31 +72,44 @@ class Blueprint:
     device: torch.device
     weights: Path | None
     edge_dtype: str
+    losses: tuple[Loss, Loss]
+    kinds: Sequence[str]
+    memory: MemorySettings
+    memory_budget: int | None
     overlap_stages: bool = False
 
 
 @dataclass(frozen=True)
 class Sample:
-    """The largest batch, on the meta device: inputs ``[B, ...]`` and targets ``[B, ...]``."""
+    """The largest batch, on the meta device: inputs ``[B, ...]`` and targets ``[B, ...]``.
+
+    Attributes:
+        trained: samples in the largest batch that is trained on.
+    """
 
     x: Tensor
     targets: Tensor
+    trained: int
 
     def to_json(self) -> list[Any]:
-        """Shapes and types, for the other workers."""
-        return [
-            [list(tensor.shape), str(tensor.dtype).removeprefix("torch.")]
-            for tensor in (self.x, self.targets)
+        """Shapes, strides and types, for the other workers."""
+        tensors = [
+            [t.shape, t.stride(), str(t.dtype).removeprefix("torch.")]
+            for t in (self.x, self.targets)
         ]
+        return [*tensors, self.trained]
 
     @staticmethod
     def from_json(described: list[Any]) -> Sample:
         """The sample that :meth:`to_json` described."""
+        *tensors, trained = described
         x, targets = (
-            torch.empty(shape, dtype=getattr(torch, dtype), device="meta")
-            for shape, dtype in described
+            torch.empty_strided(
+                shape, stride, dtype=getattr(torch, dtype), device="meta"
+            )
+            for shape, stride, dtype in tensors
         )
-        return Sample(x, targets)
+        return Sample(x, targets, trained)
 
 
 @dataclass(frozen=True)
@@ -96,6 +123,9 @@ class Plan:
         activations: the output of each stage for the largest batch, on the meta device.
         layouts: the weights of each stage.
         head: makes the head for an activation's shape.
+        memory: what is done to keep less for backward.
+        predicted: bytes kept for backward at their peak, by rank and kind of step; 0 for a
+            kind that no step will have.
     """
 
     balance: list[int]
@@ -104,6 +134,8 @@ class Plan:
     activations: list[Tensor]
     layouts: list[StateLayout]
     head: HeadBuilder
+    memory: MemorySettings = MemorySettings()
+    predicted: Sequence[dict[str, int]] = ()
 
     def name(self, rank: int) -> str:
         """What to call a worker in messages: ``rank 2 (stages 4-5)``."""
@@ -126,6 +158,7 @@ def draft(
 
     Raises:
         PartitionError: the chain cannot be cut as asked.
+        ConfigError: it cannot be trained within the memory budget.
     """
     layers = blueprint.layers
     outputs = activations(layers, sample.x)
@@ -147,13 +180,18 @@ def draft(
     rows = describe(balance, *costs)
     loads = agree(lambda: [row.seconds or float(row.macs) for row in rows])
     ends = slices(group(loads, world.size))
+    stages_of = [range(part.start, part.stop) for part in ends]
+    skeletons = _skeletons(layers, balance, head, outputs)
+    memory, predicted = agree(lambda: _weigh(blueprint, sample, skeletons, stages_of))
     return Plan(
         balance=balance,
         rows=rows,
-        stages_of=[range(part.start, part.stop) for part in ends],
+        stages_of=stages_of,
         activations=[outputs[part.stop - 1] for part in slices(balance)],
-        layouts=_layouts(layers, balance, head, outputs),
+        layouts=[StateLayout.of(*skeleton) for skeleton in skeletons],
         head=head,
+        memory=MemorySettings(**memory),
+        predicted=predicted,
     )
 
 
@@ -170,14 +208,14 @@ def _head_builder(blueprint: Blueprint, output: Tensor) -> HeadBuilder:
     return lambda shape: build_head(name, shape, output.shape[-1])
 
 
-def _layouts(
+def _skeletons(
     layers: Sequence[Layer],
     balance: Sequence[int],
     head: HeadBuilder,
     outputs: Sequence[Tensor],
-) -> list[StateLayout]:
+) -> list[Skeleton]:
     return [
-        StateLayout.of(
+        (
             nn.Sequential(
                 OrderedDict((layer.name, layer.skeleton()) for layer in layers[part])
             ),
@@ -195,3 +233,41 @@ def _head_skeleton(head: HeadBuilder, output: Tensor) -> nn.Module:
     return Layer(
         "head", lambda: head(tuple(output.shape[1:])).to(output.dtype)
     ).skeleton()
+
+
+def _weigh(
+    blueprint: Blueprint,
+    sample: Sample,
+    skeletons: Sequence[Skeleton],
+    stages_of: Sequence[range],
+) -> tuple[dict[str, Any], list[dict[str, int]]]:
+    """What is done to keep less for backward, and what is kept, by rank; JSON can hold both."""
+    for module in chain.from_iterable(skeletons):
+        if module is not None:
+            module.train()
+    x, targets = (t[: sample.trained].clone() for t in (sample.x, sample.targets))
+    forecast = Forecast(
+        skeletons,
+        blueprint.losses,
+        x,
+        targets,
+        stages_of,
+        blueprint.timetable,
+        lambda y: Wire(blueprint.edge_dtype, y.dtype).rounded(dense(y)),
+        blueprint.overlap_stages,
+    )
+    memory = blueprint.memory
+    if blueprint.memory_budget is not None:
+        memory = fit(
+            memory,
+            blueprint.memory_budget,
+            blueprint.kinds,
+            sample.trained,
+            forecast.peaks,
+        )
+    peaks = {kind: forecast.peaks(kind, memory) for kind in blueprint.kinds}
+    predicted = [
+        {kind: peaks[kind][rank] if kind in peaks else 0 for kind in KINDS}
+        for rank in range(len(stages_of))
+    ]
+    return asdict(memory), predicted

@@ -95,6 +95,7 @@ def _train(config: RunConfig, world: World) -> Summary:
         balance=",".join(map(str, plan.balance)),
         threads=torch.get_num_threads(),
         device=devices.pick(config.device, world.local_rank).type,
+        **dataclasses.asdict(plan.memory),
     )
     total_steps = config.steps or config.epochs * material.steps_per_epoch
     screen = display.screen(plan, total_steps, quiet=config.quiet or not leads)
@@ -194,6 +195,9 @@ def _trainer(
         learning_rate=_learning_rate(config, material.steps_per_epoch),
         balance=config.balance,
         microbatches=config.microbatches,
+        recompute=config.recompute,
+        local_microbatches=config.local_microbatches,
+        memory_budget=config.memory_budget_bytes(),
         timetable=config.timetable,
         clip_norm=config.clip_norm or math.inf,
         transport=config.transport,

@@ -1,12 +1,14 @@
 """How many bytes autograd keeps for backward: the memory that local learning saves.
 
 Counted exactly, by hooks on every tensor that an operation saves: each storage once, while
-it is held, parameters and buffers left out. It works on the meta device too, where nothing is
-computed and nothing allocated.
+it is held, parameters and buffers left out. What is kept beside the graph, such as the input
+of a stage that is computed again, is counted where it is :class:`Held`. It works on the meta
+device too, where nothing is computed and nothing allocated.
 """
 
 from __future__ import annotations
 
+import threading
 from collections import Counter
 from collections.abc import Iterable
 from types import TracebackType
@@ -42,6 +44,7 @@ class SavedBytes:
 
     def __enter__(self) -> SavedBytes:
         self._hooks.__enter__()
+        self._outer, _on_this_thread.counter = _counter(), self
         return self
 
     def __exit__(
@@ -50,12 +53,13 @@ class SavedBytes:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
+        _on_this_thread.counter = self._outer
         self._hooks.__exit__(kind, error, traceback)
 
-    def _pack(self, tensor: Tensor) -> Tensor | _Kept:
+    def _pack(self, tensor: Tensor) -> Tensor | Held:
         if _identity(tensor) in self._excluded:
             return tensor
-        return _Kept(tensor.detach(), self)
+        return Held(tensor.detach(), self)
 
     def hold(self, tensor: Tensor) -> None:
         """One more holder of the tensor's storage."""
@@ -73,20 +77,38 @@ class SavedBytes:
             self._current -= tensor.untyped_storage().nbytes()
 
 
-class _Kept:
-    """What autograd holds in place of a saved tensor; dies with the graph."""
+class Held:
+    """A tensor that is kept for backward, counted as long as this lives.
 
-    def __init__(self, tensor: Tensor, saved: SavedBytes) -> None:
+    Autograd holds one in place of each tensor that it saves; it dies with the graph.
+
+    Args:
+        tensor: what is kept.
+        counter: who counts it; whoever counts on this thread if None.
+    """
+
+    def __init__(self, tensor: Tensor, counter: SavedBytes | None = None) -> None:
         self.tensor = tensor
-        self._saved = saved
-        saved.hold(tensor)
+        self._counter = counter or _counter()
+        if self._counter:
+            self._counter.hold(tensor)
 
     def __del__(self) -> None:
-        self._saved.release(self.tensor)
+        if self._counter:
+            self._counter.release(self.tensor)
 
 
-def _unpack(kept: Tensor | _Kept) -> Tensor:
-    return kept.tensor if isinstance(kept, _Kept) else kept
+# As the hooks themselves, a counter is in force on the thread that entered it.
+_on_this_thread = threading.local()
+
+
+def _counter() -> SavedBytes | None:
+    counter: SavedBytes | None = getattr(_on_this_thread, "counter", None)
+    return counter
+
+
+def _unpack(kept: Tensor | Held) -> Tensor:
+    return kept.tensor if isinstance(kept, Held) else kept
 
 
 def _identity(tensor: Tensor) -> int:

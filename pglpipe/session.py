@@ -79,6 +79,8 @@ class Session:
                 self.agree(lambda: largest_batch().to_json())
             )
             self._plan = draft(self._blueprint, self._sample, self._world, self.agree)
+            if self._coordinator is not None:
+                self._coordinator.microbatches = self._plan.memory.microbatches
         return self._plan
 
     def build(self, learning: Learning) -> Pipeline:
@@ -128,7 +130,13 @@ class Session:
 
     def _summary(self) -> dict[str, Any]:
         assert self._coordinator is not None, "asked on worker 0 only"
-        return dataclasses.asdict(self._coordinator.finish())
+        assert self._plan is not None, "plan comes first"
+        summary = self._coordinator.finish()
+        for worker, predicted in zip(
+            summary.workers, self._plan.predicted, strict=True
+        ):
+            worker["predicted_activation_bytes"] = predicted
+        return dataclasses.asdict(summary)
 
     def _backend(self) -> str:
         backend, notice = pick_backend(

@@ -10,32 +10,27 @@ A stage learns in one of two ways from the same parameters::
 
 It knows neither where it runs nor who its neighbours are. The last stage has no head: its
 body ends in the network's own classifier, and its local loss is the true one.
+
+A local step may take its batch through in parts, of which one at a time has a graph::
+
+    x ─┬▶ part 0 ─▶ forward, local loss, backward ─┬▶ y, sent on whole
+       ├▶ part 1 ─▶ forward, local loss, backward ─┤
+       └▶ part 2 ─▶ forward ───────────────────────┘  local loss, backward, optimizer step
 """
 
 from __future__ import annotations
 
 import math
-from collections import deque
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from pglpipe.body import Body, Kept, dense, starts_in_place
 from pglpipe.commands import ExitCount
 from pglpipe.learning import Learning, compiled
 from pglpipe.metrics import add_counts, count_correct
 from pglpipe.seeding import derive, seeded
-from pglpipe.transport import is_dense
-
-
-class _Kept(NamedTuple):
-    """One microbatch between its forward and its backward."""
-
-    input: Tensor
-    output: Tensor
-    targets: Tensor
 
 
 class Stage:
@@ -46,13 +41,19 @@ class Stage:
         body: its layers, in order.
         head: its auxiliary network; None for the last stage.
         learning: how it learns.
+        local_microbatches: into how many parts a local step's batch is cut, at most.
 
     Attributes:
         total_steps: steps of the whole run, which the learning rate depends on.
     """
 
     def __init__(
-        self, index: int, body: nn.Module, head: nn.Module | None, learning: Learning
+        self,
+        index: int,
+        body: nn.Module,
+        head: nn.Module | None,
+        learning: Learning,
+        local_microbatches: int = 1,
     ) -> None:
         self.index = index
         self.total_steps = 1
@@ -69,10 +70,11 @@ class Stage:
             compiled(body) if learning.compile else body
         )
         self._run_head = compiled(head) if learning.compile and head else head
-        self._kept: deque[_Kept] = deque()
-        self._counted = ExitCount(samples=0, correct=0, loss_sum=0.0)
-        self._copies_input = _starts_in_place(body)
-        self._head_copies = head is not None and _starts_in_place(head)
+        self._local_microbatches = local_microbatches
+        self._runs = Body(body, self._forward_body, index, learning.seed)
+        self._learned: list[Tensor] = []
+        self._counted = ExitCount(0, 0, 0.0)
+        self._head_copies = head is not None and starts_in_place(head)
 
     @property
     def is_last(self) -> bool:
@@ -106,6 +108,7 @@ class Stage:
         *,
         microbatch: int = 0,
         crossing: bool = False,
+        recompute: bool = False,
     ) -> Tensor:
         """Runs the body and keeps its graph for the backward that follows.
 
@@ -114,6 +117,7 @@ class Stage:
             targets: ``[B, ...]``.
             step: number of the step; with ``microbatch`` it keys what is random here.
             crossing: whether a gradient is to flow back to ``x``.
+            recompute: whether to keep ``x`` instead of the graph; backward runs the body again.
 
         Returns:
             The activation ``[B, ...]`` for the next stage, detached and dense.
@@ -121,10 +125,11 @@ class Stage:
         x = x.detach()
         if crossing and self.index > 0:
             x.requires_grad_()
-        with self._seeded("body", step, microbatch), self._autocast():
-            output: Tensor = self._run_body(x.clone() if self._copies_input else x)
-        self._kept.append(_Kept(x, output, targets))
-        return _dense(output.detach())
+        parts = 1 if crossing else min(self._local_microbatches, len(targets))
+        if parts > 1:
+            return self._in_parts(x, targets, step, parts)
+        y = self._runs.forward(x, targets, step, microbatch, recompute=recompute)
+        return dense(y)
 
     def zero_grad(self) -> None:
         """Forgets the gradients of the last step."""
@@ -142,6 +147,18 @@ class Stage:
 
     # -- local step -------------------------------------------------------------------
 
+    def _in_parts(self, x: Tensor, targets: Tensor, step: int, parts: int) -> Tensor:
+        """Learns from every part but the last, whose graph stays for :meth:`learn`."""
+        self.zero_grad()
+        outputs: list[Tensor] = []
+        pieces = zip(x.tensor_split(parts), targets.tensor_split(parts), strict=True)
+        for index, piece in enumerate(pieces):
+            if outputs:
+                self._learned.append(self._learn_part())
+            share = len(piece[1]) / len(targets)
+            outputs.append(self._runs.forward(*piece, step, index, share=share))
+        return dense(torch.cat(outputs))
+
     def learn(self, step: int) -> Tensor:
         """Backward of the local loss of the last forward, and an optimizer step.
 
@@ -154,20 +171,32 @@ class Stage:
 
     def backward_locally(self, step: int) -> Tensor:
         """Backward of the local loss of the last forward; returns the loss, a detached scalar."""
-        _, output, targets = self._kept.popleft()
-        self.zero_grad()
-        loss = self._local_loss(output, targets, step)
-        if not loss.requires_grad:
-            return loss  # a last stage without parameters has nothing to learn
-        loss.backward()  # type: ignore[no-untyped-call]
+        if not self._learned:
+            self.zero_grad()
+        loss = sum(self._learned, self._learn_part())
+        self._learned.clear()
         if math.isfinite(self._learning.clip_norm):
             nn.utils.clip_grad_norm_(self.parameters(), self._learning.clip_norm)
+        return loss
+
+    def _learn_part(self) -> Tensor:
+        """Adds the gradient of what was kept first; returns its share of the local loss."""
+        _, output, kept = self._runs.take()
+        loss = self._local_loss(output, kept)
+        if kept.share < 1:
+            loss = loss * kept.share
+        if loss.requires_grad:  # a last stage without parameters has nothing to learn
+            loss.backward()  # type: ignore[no-untyped-call]
         return loss.detach()
 
-    def _local_loss(self, output: Tensor, targets: Tensor, step: int) -> Tensor:
+    def _local_loss(self, output: Tensor, kept: Kept) -> Tensor:
+        targets = kept.targets.tensor
         if self.head is None:
             return self._true_loss(output, targets)
-        with self._seeded("head", step, 0), self._autocast():
+        names = "head", self.index, kept.step, kept.microbatch
+        with seeded(derive(self._learning.seed, *names)), self._learning.autocast(
+            self._device
+        ):
             return self._learning.local_loss(self._exit(output), targets)
 
     # -- global step ------------------------------------------------------------------
@@ -182,7 +211,8 @@ class Stage:
         Returns:
             The gradient for the stage before ``[B, ...]``, and the microbatch's part of the loss.
         """
-        x, output, targets = self._kept.popleft()
+        x, output, kept = self._runs.take()
+        targets = kept.targets.tensor
         loss = self._true_loss(output, targets) * (len(targets) / samples)
         loss.backward()  # type: ignore[no-untyped-call]
         return self._gradient_of(x), loss.detach()
@@ -196,7 +226,7 @@ class Stage:
         Returns:
             The gradient for the stage before ``[B, ...]``; None on the first stage.
         """
-        x, output, _ = self._kept.popleft()
+        x, output, _kept = self._runs.take()
         if output.requires_grad:
             output.backward(gradient)  # type: ignore[no-untyped-call]
         return self._gradient_of(x)
@@ -225,8 +255,8 @@ class Stage:
         Returns:
             The activation ``[B, ...]`` for the next stage.
         """
-        with self._autocast():
-            output: Tensor = self._run_body(x)
+        output = self._forward_body(x)
+        with self._learning.autocast(self._device):
             logits = self._exit(output)
             of = self._learning.loss if self.head is None else self._learning.local_loss
             loss = of(logits, targets)
@@ -236,28 +266,22 @@ class Stage:
             correct=add_counts(self._counted.correct, count_correct(logits, targets)),
             loss_sum=self._counted.loss_sum + float(loss) * samples,
         )
-        return _dense(output)
+        return dense(output)
 
     def conclude(self) -> ExitCount:
         """Returns the counts of the evaluation and forgets them."""
-        counted, self._counted = self._counted, ExitCount(
-            samples=0, correct=0, loss_sum=0.0
-        )
+        counted, self._counted = self._counted, ExitCount(0, 0, 0.0)
         return counted
 
     # -- private ----------------------------------------------------------------------
 
-    def _true_loss(self, output: Tensor, targets: Tensor) -> Tensor:
-        with self._autocast():
-            return self._learning.loss(output, targets)
+    def _forward_body(self, x: Tensor) -> Tensor:
+        with self._learning.autocast(self._device):
+            return self._run_body(x)
 
-    def _autocast(self) -> AbstractContextManager[object]:
-        """Lets PyTorch choose the precision of each operation, where that is asked for."""
-        if not self._learning.bf16:
-            return nullcontext()
-        # The cache of casts is one per process: it would mix the workers that are threads.
-        device = self._device.type
-        return torch.autocast(device, torch.bfloat16, cache_enabled=False)
+    def _true_loss(self, output: Tensor, targets: Tensor) -> Tensor:
+        with self._learning.autocast(self._device):
+            return self._learning.loss(output, targets)
 
     def _exit(self, output: Tensor) -> Tensor:
         """What this stage's classifier says ``[B, N]``; the output stays as it is."""
@@ -274,23 +298,3 @@ class Stage:
 
     def _modules(self) -> list[nn.Module]:
         return [self.body] if self.head is None else [self.body, self.head]
-
-    def _seeded(
-        self, part: str, step: int, microbatch: int
-    ) -> AbstractContextManager[None]:
-        return seeded(derive(self._learning.seed, part, self.index, step, microbatch))
-
-
-def _dense(tensor: Tensor) -> Tensor:
-    """The tensor in a layout that an edge keeps, whether or not it will cross one."""
-    return tensor if is_dense(tensor) else tensor.contiguous()
-
-
-def _starts_in_place(body: nn.Module) -> bool:
-    """Whether the first operation would overwrite its input.
-
-    In one piece with the layer before this is fine; across a cut, or in a head beside the next
-    stage, it would destroy a tensor that is still needed, so it then works on a copy.
-    """
-    leaves = (module for module in body.modules() if not list(module.children()))
-    return bool(getattr(next(leaves, None), "inplace", False))

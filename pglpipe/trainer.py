@@ -15,7 +15,7 @@ others before anything is built.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -23,13 +23,15 @@ from torch import nn
 
 from pglpipe import device as devices
 from pglpipe import state
+from pglpipe.checks import check_choice, check_numbers, check_overlap
 from pglpipe.coordinator import Coordinator, Loader, Observer, Span
-from pglpipe.errors import ConfigError, nearest
+from pglpipe.errors import ConfigError
 from pglpipe.guidance import Guidance
 from pglpipe.learning import PRECISIONS, Learning, OptimizerFactory
 from pglpipe.learning_rate import LearningRate, constant
 from pglpipe.loaders import largest_batch, span_of
 from pglpipe.losses import Loss
+from pglpipe.memory import MemorySettings
 from pglpipe.metrics import EvaluationRecord, StepRecord, Summary
 from pglpipe.models import as_layers
 from pglpipe.overlap import check_device
@@ -56,6 +58,11 @@ class Trainer:
         balance: where to cut: ``flops``, ``params``, ``memory``, ``time``, ``published``, or the
             numbers of layers, ``"2,3,3"``.
         microbatches: into how many parts a global step's batch is cut, at most.
+        recompute: whether a global step keeps the stages' inputs instead of their graphs, and runs
+            their bodies once more: the same numbers for less memory and more time.
+        local_microbatches: into how many parts a local step's batch is cut, at most.
+        memory_budget: bytes that any worker may keep for backward; what is needed of
+            ``recompute``, and of more microbatches, is then chosen. None for no limit.
         timetable: the order of a global step's microbatches, ``1f1b`` or ``gpipe``.
         clip_norm: largest gradient norm: of a stage in local steps, of the network in global ones.
         transport: what several workers talk over: ``p2p`` (which ``auto`` picks), or ``rpc``.
@@ -91,6 +98,9 @@ class Trainer:
         learning_rate: LearningRate = constant,
         balance: str = "flops",
         microbatches: int = 1,
+        recompute: bool = False,
+        local_microbatches: int = 1,
+        memory_budget: int | None = None,
         timetable: str = "1f1b",
         clip_norm: float = math.inf,
         transport: str = "auto",
@@ -108,11 +118,16 @@ class Trainer:
         world: World | None = None,
     ) -> None:
         world = world or join(edge_timeout)
-        _check(num_stages, microbatches, queue_depth, clip_norm, world.size)
-        _check_choice("timetable", timetable, TIMETABLES)
-        _check_choice("edge-dtype", edge_dtype, WIRE_FORMATS)
-        _check_choice("precision", precision, PRECISIONS)
-        _check_choice("transport", transport, TRANSPORTS)
+        memory = MemorySettings(recompute, microbatches, local_microbatches)
+        check_numbers(
+            num_stages, memory, memory_budget, queue_depth, clip_norm, world.size
+        )
+        check_choice("timetable", timetable, TIMETABLES)
+        check_choice("edge-dtype", edge_dtype, WIRE_FORMATS)
+        check_choice("precision", precision, PRECISIONS)
+        check_choice("transport", transport, TRANSPORTS)
+        on_device = devices.pick(device, world.local_rank)
+        losses = _on(on_device, loss), _on(on_device, local_loss or loss)
         blueprint = Blueprint(
             layers=as_layers(layers),
             num_stages=num_stages,
@@ -124,16 +139,21 @@ class Trainer:
             transport=transport,
             queue_depth=queue_depth,
             edge_timeout=edge_timeout,
-            device=devices.pick(device, world.local_rank),
+            device=on_device,
             weights=weights,
+            losses=losses,
+            kinds=guidance.kinds,
+            memory=memory,
+            memory_budget=memory_budget,
             edge_dtype=edge_dtype,
             overlap_stages=overlap_stages,
         )
         if overlap_stages:
             check_device(blueprint.device)
+            check_overlap(memory, memory_budget)
         self._learning = Learning(
-            loss=_on(blueprint.device, loss),
-            local_loss=_on(blueprint.device, local_loss or loss),
+            loss=losses[0],
+            local_loss=losses[1],
             optimizer=optimizer,
             learning_rate=learning_rate,
             clip_norm=clip_norm,
@@ -262,31 +282,3 @@ class _Silent:
 def _on(device: torch.device, loss: Loss) -> Loss:
     """The loss, with the weights that it may have on the device."""
     return loss.to(device) if isinstance(loss, nn.Module) else loss
-
-
-def _check(
-    num_stages: int,
-    microbatches: int,
-    queue_depth: int,
-    clip_norm: float,
-    num_workers: int,
-) -> None:
-    for name, value in (
-        ("stages", num_stages),
-        ("microbatches", microbatches),
-        ("queue-depth", queue_depth),
-    ):
-        if value < 1:
-            raise ConfigError(f"expected --{name} of at least 1, got {value}")
-    if not clip_norm > 0:
-        raise ConfigError(f"expected a --clip-norm above 0, got {clip_norm:g}")
-    if num_workers > num_stages:
-        raise ConfigError(
-            f"expected at most one worker per stage, got {num_workers} workers for {num_stages} "
-            f"stages; start {num_stages} (--nproc_per_node={num_stages}) or raise --stages"
-        )
-
-
-def _check_choice(option: str, value: str, valid: Iterable[str]) -> None:
-    if value not in valid:
-        raise ConfigError(f"unknown --{option} {value!r}: {nearest(value, valid)}")

@@ -60,6 +60,7 @@ class Duty:
         device: where its stages are.
         wire: the format of the activations between stages.
         overlaps: whether its stages take local steps side by side.
+        recompute: whether global steps run the stages' bodies again instead of keeping graphs.
     """
 
     rank: int
@@ -71,6 +72,7 @@ class Duty:
     device: torch.device
     wire: Wire = Wire()
     overlaps: bool = False
+    recompute: bool = False
 
 
 class Worker:
@@ -97,6 +99,7 @@ class Worker:
             clips=duty.clips,
             is_first=duty.rank == 0,
             wire=duty.wire,
+            recompute=duty.recompute,
         )
 
     def run(self, links: Links) -> None:

@@ -100,13 +100,20 @@ def assert_same_bits(got: Traces, expected: Traces) -> None:
             assert all(torch.equal(a, b) for a, b in zip(mine, theirs)), f"step {step}"
 
 
+@pytest.mark.parametrize("recompute", [False, True], ids=["graphs", "recomputed"])
 @pytest.mark.parametrize("clip_norm", [math.inf, 0.7], ids=["unclipped", "clipped"])
 @pytest.mark.parametrize("size", [1, 2, 4])
 def test_with_one_microbatch_every_bit_is_that_of_a_plain_loop(
-    size: int, clip_norm: float
+    size: int, clip_norm: float, recompute: bool
 ) -> None:
     expected, network = plain(small_resnet("resnet8"), BATCHES, clip_norm)
-    got, body = piped(size, small_resnet("resnet8"), BATCHES, clip_norm=clip_norm)
+    got, body = piped(
+        size,
+        small_resnet("resnet8"),
+        BATCHES,
+        clip_norm=clip_norm,
+        recompute=recompute,
+    )
     assert_same_bits(got, expected)
     state = network.state_dict()
     assert list(body) == list(state)
@@ -149,11 +156,12 @@ def double_batches(*sizes: int) -> list[Batch]:
     return [(x.double(), targets) for x, targets in image_batches(*sizes)]
 
 
+@pytest.mark.parametrize("recompute", [False, True], ids=["graphs", "recomputed"])
 @pytest.mark.parametrize("timetable", ["gpipe", "1f1b"])
 @pytest.mark.parametrize("size", [1, 2, 4])
 @pytest.mark.parametrize("microbatches", [3, 4])
 def test_microbatches_of_any_sizes_sum_to_the_gradient_of_the_batch(
-    microbatches: int, size: int, timetable: str
+    microbatches: int, size: int, timetable: str, recompute: bool
 ) -> None:
     # 8 and 7 samples do not divide evenly, and 2 are fewer than there are microbatches.
     loader = double_batches(8, 7, 2)
@@ -164,6 +172,7 @@ def test_microbatches_of_any_sizes_sum_to_the_gradient_of_the_batch(
         loader,
         microbatches=microbatches,
         timetable=timetable,
+        recompute=recompute,
         head="0c1f",
     )
     assert got.losses == pytest.approx(expected.losses, rel=1e-12)

@@ -38,6 +38,9 @@ VALUES: dict[str, tuple[Any, Any]] = {
     "guidance_unit": ("epoch", "step"),
     "microbatches": (2, 4),
     "timetable": ("gpipe", "1f1b"),
+    "recompute": (True, False),
+    "local_microbatches": (2, 4),
+    "memory_budget": ("300MiB", "1.5 GiB"),
     "epochs": (3, 4),
     "steps": (9, 11),
     "evaluate_every": (2, 3),
@@ -67,6 +70,7 @@ VALUES: dict[str, tuple[Any, Any]] = {
 PROMISED = """
     dataset data-root download train-limit test-limit model stages balance head local-loss
     guidance-period guidance-duration guidance-warmup guidance-unit microbatches timetable
+    recompute local-microbatches memory-budget
     epochs steps batch-size lr momentum weight-decay lr-schedule warmup-epochs seed device
     precision compile overlap-stages transport queue-depth edge-dtype run-dir quiet
 """.split()

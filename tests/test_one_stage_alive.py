@@ -45,8 +45,10 @@ def peaks(stages: int, balance: str = "flops") -> dict[str, int]:
     return counted
 
 
-def bytes_kept(compute: Callable[[], Tensor], modules: list[nn.Module]) -> int:
-    """Bytes of the storages that a graph holds, each once, without parameters and buffers."""
+def bytes_kept(
+    compute: Callable[[], tuple[Tensor, ...]], modules: list[nn.Module]
+) -> int:
+    """Bytes of the storages that a graph and its results hold, each once, without parameters."""
     own = {t.data_ptr() for m in modules for t in m.state_dict().values()}
     kept: dict[int, Tensor] = {}
 
@@ -56,7 +58,8 @@ def bytes_kept(compute: Callable[[], Tensor], modules: list[nn.Module]) -> int:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        compute()
+        for result in compute():
+            pack(result)
     return sum(
         t.untyped_storage().nbytes()
         for pointer, t in kept.items()
@@ -78,8 +81,10 @@ def counted_by_hand(sizes: list[int]) -> list[int]:
 
         def compute(
             body: nn.Module = body, head: nn.Module = head, x: Tensor = x
-        ) -> Tensor:
-            return nn.functional.cross_entropy(head(body(x)), targets)
+        ) -> tuple[Tensor, ...]:
+            y = body(x)
+            nn.functional.cross_entropy(head(y), targets)
+            return x, y, targets
 
         parts.append(bytes_kept(compute, [body, head]))
         x = y

@@ -157,6 +157,32 @@ def test_rounding_belongs_to_the_stage_not_to_the_edge(
     assert math.isfinite(expected[1])
 
 
+@pytest.mark.parametrize("clip_norm", [math.inf, 0.5])
+@pytest.mark.parametrize("microbatches", [1, 3])
+def test_recomputation_changes_no_bit(microbatches: int, clip_norm: float) -> None:
+    options: dict[str, Any] = dict(microbatches=microbatches, clip_norm=clip_norm)
+    expected = run(1, 4, "pgl", **options)
+    for size, timetable in ((1, "gpipe"), (2, "1f1b"), (4, "gpipe")):
+        got = run(size, 4, "pgl", recompute=True, timetable=timetable, **options)
+        assert results(got) == results(expected), (size, timetable)
+        assert same(got.body, expected.body)
+
+
+def test_parts_of_a_local_step_change_no_bit_from_worker_to_worker() -> None:
+    expected = run(1, 4, "pgl", local_microbatches=3)
+    got = run(4, 4, "pgl", local_microbatches=3, queue_depth=1)
+    assert results(got) == results(expected)
+    assert results(expected)[0] != results(alone(4, "pgl"))[0]
+
+
+def test_a_memory_budget_is_met_alike_by_all() -> None:
+    expected = run(4, 4, "pgl", recompute=True, microbatches=2, local_microbatches=4)
+    kept = [w["peak_activation_bytes"] for w in expected.summary.workers]
+    got = run(4, 4, "pgl", memory_budget=max(max(by.values()) for by in kept))
+    assert results(got) == results(expected)
+    assert [w["peak_activation_bytes"] for w in got.summary.workers] == kept
+
+
 def noisy_mlp() -> list[Layer]:
     """Dropout at either side of every cut."""
     return [
@@ -191,6 +217,7 @@ def test_dropout_belongs_to_the_stage_and_the_step(guidance: str) -> None:
 
     expected = noisy(1)
     assert noisy(2) == noisy(4) == expected
+    assert noisy(1, recompute=True) == noisy(4, recompute=True) == expected
     assert noisy(1, seed=1)[0] != expected[0]
 
 

@@ -10,7 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from pglpipe.commands import ExitCount
+from pglpipe.errors import ConfigError
 from pglpipe.learning import Learning
+from pglpipe.saved_bytes import SavedBytes
 from pglpipe.stage import Stage
 
 X, TARGETS = torch.randn(6, 4), torch.tensor([0, 1, 2, 0, 1, 2])
@@ -29,10 +31,15 @@ def learning(**changes: Any) -> Learning:
 
 
 def stage(
-    body: nn.Module, *, index: int = 1, last: bool = False, **changes: Any
+    body: nn.Module,
+    *,
+    index: int = 1,
+    last: bool = False,
+    local_microbatches: int = 1,
+    **changes: Any,
 ) -> Stage:
     head = None if last else nn.Linear(3, 3)
-    return Stage(index, body, head, learning(**changes))
+    return Stage(index, body, head, learning(**changes), local_microbatches)
 
 
 def snapshot(made: Stage) -> list[Tensor]:
@@ -206,3 +213,105 @@ def test_an_evaluation_counts_every_sample_once_and_then_forgets() -> None:
     assert counted.loss_sum / 6 == pytest.approx(expected)
     assert made.conclude() == ExitCount(0, 0, 0.0)
     assert all(p.grad is None for p in body.parameters())
+
+
+# -- less kept for backward -----------------------------------------------------------
+
+
+@pytest.mark.parametrize("parts", [2, 4, 6, 7])
+def test_parts_of_a_local_step_sum_to_the_step_of_the_whole_batch(parts: int) -> None:
+    def learned(parts: int) -> tuple[list[Tensor], Tensor, Tensor]:
+        torch.manual_seed(1)
+        body = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)).double()
+        made = Stage(1, body, nn.Linear(3, 3).double(), learning(clip_norm=0.3), parts)
+        for step in range(3):
+            output = made.forward(X.double(), TARGETS, step)
+            loss = made.learn(step)
+        return snapshot(made), output, loss
+
+    expected, output, loss = learned(1)
+    got, output_of_parts, loss_of_parts = learned(parts)
+    assert all(torch.allclose(*pair, rtol=0, atol=1e-12) for pair in zip(got, expected))
+    assert torch.allclose(output_of_parts, output, rtol=0, atol=1e-12)
+    assert loss_of_parts.ndim == 0 and not loss_of_parts.requires_grad
+    assert float(loss_of_parts) == pytest.approx(float(loss), rel=1e-12)
+
+
+def test_a_part_has_random_numbers_of_its_own() -> None:
+    made = stage(nn.Dropout(0.5), last=True, local_microbatches=2)
+    output = made.forward(torch.ones(2, 64), TARGETS[:2], step=0)
+    made.learn(step=0)
+    assert not torch.equal(output[0], output[1])
+
+
+def noisy_body() -> nn.Module:
+    torch.manual_seed(2)
+    return nn.Sequential(
+        nn.ReLU(inplace=True),
+        nn.Linear(4, 8),
+        nn.BatchNorm1d(8),
+        nn.Dropout(0.5),
+        nn.BatchNorm1d(8, momentum=None),
+        nn.Linear(8, 3),
+    )
+
+
+@pytest.mark.parametrize("last", [False, True])
+def test_a_recomputed_stage_ends_with_the_same_bits(last: bool) -> None:
+    def learned(recompute: bool) -> list[Tensor]:
+        made, seen = stage(noisy_body(), last=last), []
+        for step in range(2):
+            made.zero_grad()
+            for part, x in enumerate(X.clone().split(3)):
+                options = dict(microbatch=part, crossing=True, recompute=recompute)
+                seen.append(made.forward(x, TARGETS[:3], step, **options))
+            for _ in range(2):
+                gradient = (
+                    made.backward_from_loss(samples=6)[0]
+                    if last
+                    else made.backward(torch.ones(3, 3))
+                )
+                assert gradient is not None
+                seen.append(gradient)
+            made.update(step)
+        return [*seen, *snapshot(made)]
+
+    expected, got = learned(False), learned(True)
+    assert len(got) == len(expected) > 20
+    assert all(map(torch.equal, got, expected))
+
+
+def test_batchnorm_hears_of_a_recomputed_batch_once_and_of_the_next_ones_too() -> None:
+    norm = nn.BatchNorm1d(4)
+    silent = nn.BatchNorm1d(4, track_running_stats=False)
+    made = stage(nn.Sequential(norm, silent, nn.Linear(4, 3)))
+    for step in range(3):
+        made.forward(X, TARGETS, step, crossing=True, recompute=True)
+        made.backward(torch.ones(6, 3))
+    assert norm.num_batches_tracked is not None
+    assert int(norm.num_batches_tracked) == 3
+    assert (norm.track_running_stats, silent.track_running_stats) == (True, False)
+
+
+def test_a_recomputed_stage_keeps_its_input_until_its_backward_has_come() -> None:
+    made = stage(nn.Sequential(nn.Linear(4, 50), nn.Tanh(), nn.Linear(50, 3)))
+    with SavedBytes(made.tensors()) as saved:
+        for part in range(3):
+            made.forward(
+                X.clone(), TARGETS, 0, microbatch=part, crossing=True, recompute=True
+            )
+        waiting = saved.peak
+        for _ in range(3):
+            made.backward(torch.ones(6, 3))
+    assert waiting == 3 * X.nbytes + TARGETS.nbytes
+    assert saved.peak == waiting + 6 * 50 * 4 + 6 * 3 * 4, "hidden layer and output"
+
+
+def test_an_input_that_is_gone_when_it_is_needed_again_is_refused() -> None:
+    class Overwrites(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return nn.functional.relu(x, inplace=True)
+
+    made = stage(Overwrites(), index=0)
+    with pytest.raises(ConfigError, match="stage 0 .* in place; .* drop --recompute"):
+        made.forward(X.clone(), TARGETS, 0, crossing=True, recompute=True)

@@ -1,0 +1,147 @@
+"""A stage's layers between their forward and their backward.
+
+What is kept in between is the graph, or the input alone, from which backward then makes the
+graph again: a second forward for the memory of a graph::
+
+    forward     x ─▶ layers ─▶ y, graph          x ─▶ layers ─▶ y     under no_grad
+    kept        x, graph, y                      x
+    backward    graph ─▶ gradients               x ─▶ layers ─▶ graph ─▶ gradients
+
+Both runs give the same bits: they draw the same random numbers, and BatchNorm uses the
+statistics of the batch, which are told to the running ones the first time only.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+
+from pglpipe.errors import ConfigError
+from pglpipe.saved_bytes import Held
+from pglpipe.seeding import derive, seeded
+from pglpipe.transport import is_dense
+
+
+class Kept(NamedTuple):
+    """A batch, or a part of it, between its forward and its backward.
+
+    Attributes:
+        input, output: of the layers; no output where it is to be computed again.
+        step, microbatch: what random numbers are keyed by.
+        share: its share of a local step's batch.
+    """
+
+    input: Held
+    output: Held | None
+    targets: Held
+    step: int
+    microbatch: int
+    share: float
+
+
+class Body:
+    """The layers of one stage, and the batches whose backward is to come, in their order.
+
+    Args:
+        layers: those whose BatchNorms must not hear of a batch twice.
+        run: runs them as one.
+        index: the stage's.
+        seed: where the run's randomness starts.
+    """
+
+    def __init__(
+        self, layers: nn.Module, run: Callable[[Tensor], Tensor], index: int, seed: int
+    ) -> None:
+        self._layers = layers
+        self._forward = run
+        self._index = index
+        self._seed = seed
+        self._copies_input = starts_in_place(layers)
+        self._kept: deque[Kept] = deque()
+
+    def forward(
+        self,
+        x: Tensor,
+        targets: Tensor,
+        step: int,
+        microbatch: int,
+        *,
+        recompute: bool = False,
+        share: float = 1.0,
+    ) -> Tensor:
+        """Runs the layers on ``x`` ``[B, ...]`` and keeps what backward will need.
+
+        Raises:
+            ConfigError: the layers change their input, from which they are to be run again.
+        """
+        if recompute:
+            output, kept = self._run_without_graph(x, step, microbatch), None
+        else:
+            output = self._run(x, step, microbatch)
+            kept = Held(output)
+        self._kept.append(Kept(Held(x), kept, Held(targets), step, microbatch, share))
+        return output.detach()
+
+    def take(self) -> tuple[Tensor, Tensor, Kept]:
+        """Input and output of what was kept first, with the graph between them."""
+        kept = self._kept.popleft()
+        x = kept.input.tensor
+        if kept.output is None:
+            with _statistics_untold(self._layers):
+                output = Held(self._run(x, kept.step, kept.microbatch))
+            kept = kept._replace(output=output)
+        assert kept.output is not None
+        return x, kept.output.tensor, kept
+
+    def _run(self, x: Tensor, step: int, microbatch: int) -> Tensor:
+        with seeded(derive(self._seed, "body", self._index, step, microbatch)):
+            return self._forward(x.clone() if self._copies_input else x)
+
+    @torch.no_grad()
+    def _run_without_graph(self, x: Tensor, step: int, microbatch: int) -> Tensor:
+        version = x._version
+        output = self._run(x, step, microbatch)
+        if x._version != version:
+            raise ConfigError(
+                f"expected stage {self._index} to leave its input as it is, but it changes it in "
+                "place; use an operation that does not, or drop --recompute"
+            )
+        return output
+
+
+@contextmanager
+def _statistics_untold(layers: nn.Module) -> Iterator[None]:
+    """Has BatchNorm use the statistics of its batch without adding them to the running ones."""
+    norms = [
+        module
+        for module in layers.modules()
+        if isinstance(module, _NormBase) and module.track_running_stats
+    ]
+    for norm in norms:
+        norm.track_running_stats = False
+    try:
+        yield
+    finally:
+        for norm in norms:
+            norm.track_running_stats = True
+
+
+def starts_in_place(layers: nn.Module) -> bool:
+    """Whether the first operation would overwrite its input.
+
+    In one piece with the layer before this is fine; across a cut, or in a head beside the next
+    stage, it would destroy a tensor that is still needed, so it then works on a copy.
+    """
+    leaves = (module for module in layers.modules() if not list(module.children()))
+    return bool(getattr(next(leaves, None), "inplace", False))
+
+
+def dense(tensor: Tensor) -> Tensor:
+    """The tensor in a layout that an edge keeps, whether or not it will cross one."""
+    return tensor if is_dense(tensor) else tensor.contiguous()

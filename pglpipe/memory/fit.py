@@ -1,0 +1,130 @@
+"""Settings that keep less for backward, and the cheapest of them that fit a budget."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+from pglpipe.errors import ConfigError, PartitionError
+
+_UNITS = {"": 1, "B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
+
+
+@dataclass(frozen=True)
+class MemorySettings:
+    """What is done so that less is kept for backward.
+
+    Attributes:
+        recompute: global steps keep the stages' inputs and run their bodies again.
+        microbatches: into how many parts a global step's batch is cut, at most.
+        local_microbatches: the same for a local step.
+    """
+
+    recompute: bool = False
+    microbatches: int = 1
+    local_microbatches: int = 1
+
+
+# Of a step of this kind under these settings, by rank.
+Peaks = Callable[[str, MemorySettings], Sequence[int]]
+
+
+def fit(
+    asked: MemorySettings,
+    budget: int,
+    kinds: Sequence[str],
+    samples: int,
+    peaks: Peaks,
+) -> MemorySettings:
+    """The cheapest settings with which no worker keeps more than the budget.
+
+    As asked for, if that will do. Else a global step recomputes, which changes no number, and
+    after that its microbatches are doubled; a local step has its parts doubled.
+
+    Args:
+        asked: where to begin.
+        budget: bytes.
+        kinds: of the steps that will be taken, ``"local"`` and ``"global"``.
+        samples: in a batch.
+        peaks: foretells them, in bytes.
+
+    Raises:
+        ConfigError: nothing fits; names what comes closest, and what to change.
+    """
+    for kind in kinds:
+        asked = _fit(asked, budget, kind, samples, peaks)
+    return asked
+
+
+def _fit(
+    asked: MemorySettings, budget: int, kind: str, samples: int, peaks: Peaks
+) -> MemorySettings:
+    tried: list[tuple[int, int, MemorySettings]] = []
+    for settings in _ladder(kind, asked, samples):
+        try:
+            by_rank = list(peaks(kind, settings))
+        except PartitionError:
+            if not tried:
+                raise
+            break  # a stage cannot take fewer samples at once
+        worst = max(by_rank)
+        if worst <= budget:
+            return settings
+        tried.append((worst, by_rank.index(worst), settings))
+    least, rank, settings = min(tried, key=lambda attempt: attempt[0])
+    raise ConfigError(
+        f"expected a --memory-budget of at least {as_text(least)}, got {as_text(budget)}: rank "
+        f"{rank} keeps as much in a {kind} step {_described(kind, settings)}; raise the budget, "
+        "choose more --stages, --balance memory or more workers, or lower --batch-size"
+    )
+
+
+def _ladder(
+    kind: str, settings: MemorySettings, samples: int
+) -> Iterator[MemorySettings]:
+    """From the cheapest settings of a step of this kind to those that keep least."""
+    yield settings
+    if kind == "global" and not settings.recompute:
+        settings = dataclasses.replace(settings, recompute=True)
+        yield settings
+    name = "microbatches" if kind == "global" else "local_microbatches"
+    while (parts := getattr(settings, name)) < samples:
+        settings = dataclasses.replace(settings, **{name: min(2 * parts, samples)})
+        yield settings
+
+
+def _described(kind: str, settings: MemorySettings) -> str:
+    if kind == "local":
+        return f"even with --local-microbatches {settings.local_microbatches}"
+    return f"even with --recompute and --microbatches {settings.microbatches}"
+
+
+def as_bytes(text: str) -> int:
+    """A number of bytes.
+
+    Raises:
+        ConfigError: the text is no number above 0, or its unit is unknown.
+
+    >>> as_bytes("1.5GiB")
+    1610612736
+    """
+    match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([A-Za-z]*)\s*", text)
+    units = {unit.lower(): factor for unit, factor in _UNITS.items()}
+    if match is None or match[2].lower() not in units or not float(match[1]):
+        raise ConfigError(
+            f"expected bytes for --memory-budget, such as 300MiB, 1.5GiB or 500000000, got {text!r}"
+        )
+    return int(float(match[1]) * units[match[2].lower()])
+
+
+def as_text(num_bytes: int) -> str:
+    """Bytes in MiB, or KiB where there are few, rounded up: enough for them.
+
+    >>> as_text(5 * 2**20)
+    '5.0 MiB'
+    """
+    unit = "KiB" if num_bytes < 2**20 else "MiB"
+    return f"{math.ceil(10 * num_bytes / _UNITS[unit]) / 10:.1f} {unit}"

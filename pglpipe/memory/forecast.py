@@ -1,0 +1,133 @@
+"""The peaks of all workers, before anything runs."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from pglpipe.errors import PartitionError
+from pglpipe.losses import Loss
+from pglpipe.memory.fit import MemorySettings
+from pglpipe.memory.weigh import StageBytes, global_peak, local_peak, weigh
+from pglpipe.timetable import Timetable
+
+
+class Forecast:
+    """The peaks of every worker, for any settings; what was weighed once is remembered.
+
+    Args:
+        stages: body and head of each stage on the meta device, in training mode.
+        losses: the true loss and that of the heads.
+        x, targets: a training batch on the meta device, ``[B, ...]`` each.
+        stages_of: the stages of each worker, by rank.
+        timetable: ``(num_workers, num_microbatches) -> Timetable``.
+        carry: what the next stage makes of an output.
+        overlaps: whether a worker's stages take local steps side by side.
+    """
+
+    def __init__(
+        self,
+        stages: Sequence[tuple[nn.Module, nn.Module | None]],
+        losses: tuple[Loss, Loss],
+        x: Tensor,
+        targets: Tensor,
+        stages_of: Sequence[range],
+        timetable: Callable[[int, int], Timetable],
+        carry: Callable[[Tensor], Tensor] = lambda output: output,
+        overlaps: bool = False,
+    ) -> None:
+        self._stages = stages
+        # A loss that is a module may have weights, and those have to be where its inputs are.
+        self._losses = [
+            copy.deepcopy(loss).to("meta") if isinstance(loss, nn.Module) else loss
+            for loss in losses
+        ]
+        self._batch = x, targets
+        self._stages_of = stages_of
+        self._timetable = timetable
+        self._carry = carry
+        self._overlaps = overlaps
+        self._weights: dict[tuple[int, bool], list[StageBytes]] = {}
+
+    @property
+    def samples(self) -> int:
+        """In a training batch."""
+        return len(self._batch[0])
+
+    def peaks(self, kind: str, settings: MemorySettings) -> list[int]:
+        """Bytes kept for backward at their peak in a step of a kind, by rank.
+
+        Raises:
+            PartitionError: a stage cannot take so few samples at once.
+        """
+        if kind == "local":
+            return self._local(settings.local_microbatches)
+        return self._global(settings.microbatches, settings.recompute)
+
+    def _local(self, microbatches: int) -> list[int]:
+        whole = self._weigh(self.samples, crossing=False)
+        part = self._weigh(-(-self.samples // microbatches), crossing=False)
+        together = sum if self._overlaps else max
+        return [
+            together(local_peak(whole[index], part[index]) for index in own)
+            for own in self._stages_of
+        ]
+
+    def _global(self, microbatches: int, recompute: bool) -> list[int]:
+        parts = min(microbatches, self.samples)
+        sizes = [len(part) for part in torch.arange(self.samples).tensor_split(parts)]
+        weights = [self._weigh(size, crossing=True) for size in sizes]
+        batch = sum(_nbytes(tensor) for tensor in self._batch)
+        # The first worker's microbatches are views of the batch.
+        views = [
+            [dataclasses.replace(first, input=0, targets=0), *others]
+            for first, *others in weights
+        ]
+        workers = len(self._stages_of)
+        peaks = [
+            global_peak(
+                row,
+                [part[own.start : own.stop] for part in (weights if rank else views)],
+                recompute=recompute,
+                ends=rank == workers - 1,
+            )
+            for rank, (row, own) in enumerate(
+                zip(self._timetable(workers, parts), self._stages_of, strict=True)
+            )
+        ]
+        return [batch + peaks[0], *peaks[1:]]
+
+    def _weigh(self, size: int, *, crossing: bool) -> list[StageBytes]:
+        if (size, crossing) not in self._weights:
+            self._weights[size, crossing] = list(self._weighed(size, crossing))
+        return self._weights[size, crossing]
+
+    def _weighed(self, size: int, crossing: bool) -> Iterator[StageBytes]:
+        x, targets = (t[:size].clone() for t in self._batch)
+        copied = False
+        for index, (body, head) in enumerate(self._stages):
+            x.requires_grad_(crossing and index > 0 and x.is_floating_point())
+            loss = self._losses[0 if head is None else 1]
+            try:
+                stage, output = weigh(body, head, loss, x, targets)
+            except Exception as error:
+                reason = (str(error).splitlines() or [""])[0]
+                raise PartitionError(
+                    f"stage {index} cannot take {size} samples at once: {reason}; take fewer "
+                    "--microbatches or --local-microbatches"
+                ) from error
+            yield dataclasses.replace(stage, copied=copied)
+            x = self._carry(output)
+            copied = _memory(x) != _memory(output)
+
+
+def _memory(tensor: Tensor) -> int:
+    return int(tensor.untyped_storage()._cdata)
+
+
+def _nbytes(tensor: Tensor) -> int:
+    return tensor.untyped_storage().nbytes()

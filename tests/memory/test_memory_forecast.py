@@ -1,0 +1,151 @@
+"""What is foretold on the meta device is what real runs keep, to the byte."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from worlds import Trained, image_batches, small_resnet, train
+
+from pglpipe import ALWAYS, NEVER, Guidance
+from pglpipe.errors import ConfigError, PartitionError
+from pglpipe.layer import Layer
+from pglpipe.memory import as_bytes
+from pglpipe.models import build
+
+BATCHES = image_batches(13, 13)
+SETTINGS: list[dict[str, Any]] = [
+    {},
+    {"recompute": True},
+    {"microbatches": 4},
+    {"microbatches": 5, "recompute": True},
+    {"microbatches": 5, "timetable": "gpipe"},
+    {"microbatches": 5, "timetable": "gpipe", "recompute": True},
+    {"local_microbatches": 3},
+]
+
+
+def kept(trained: Trained, which: str = "peak") -> list[dict[str, int]]:
+    """Bytes by rank and kind of step, counted or foretold."""
+    name = f"{which}_activation_bytes"
+    return [worker[name] for worker in trained.summary.workers]
+
+
+def mixed_layers() -> list[Layer]:
+    """Stages that begin in place, give their input on, end unsaved, or have no parameters."""
+    parts = [
+        nn.Flatten,
+        lambda: nn.Linear(192, 24),
+        lambda: nn.Sequential(nn.ReLU(inplace=True), nn.Linear(24, 20)),
+        lambda: nn.Sequential(nn.BatchNorm1d(20), nn.Dropout(0.5)),
+        nn.Tanh,
+        lambda: nn.Linear(20, 10),
+    ]
+    return [Layer(f"part{index}", part) for index, part in enumerate(parts)]
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+@pytest.mark.parametrize("size", [1, 3])
+def test_what_is_foretold_is_what_is_kept(size: int, settings: dict[str, Any]) -> None:
+    options = dict(num_stages=6, head="0c1f", guidance=Guidance(period=2), **settings)
+    trained = train(size, mixed_layers(), BATCHES, **options)
+    assert kept(trained) == kept(trained, "predicted")
+    assert min(min(by.values()) for by in kept(trained)) > 0
+
+
+ROUNDED = {"edge_dtype": "int8", "microbatches": 3}
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        *(SETTINGS[index] for index in (0, 3, 5, 6)),
+        ROUNDED,
+        {**ROUNDED, "recompute": True},
+    ],
+    ids=str,
+)
+def test_a_residual_network_keeps_what_is_foretold(settings: dict[str, Any]) -> None:
+    options = dict(guidance=Guidance(period=2), **settings)
+    trained = train(2, small_resnet("resnet8"), BATCHES, **options)
+    assert kept(trained) == kept(trained, "predicted")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["resnet20", "resnet32"])
+def test_the_published_networks_keep_what_is_foretold(name: str) -> None:
+    images = torch.zeros(4, 3, 32, 32).contiguous(memory_format=torch.channels_last)
+    trained = train(
+        2,
+        build(name, image_shape=(3, 32, 32), num_classes=10),
+        [(images, torch.zeros(4, dtype=torch.int64))] * 2,
+        num_stages=8,
+        balance="memory",
+        guidance=Guidance(period=2),
+        recompute=True,
+        microbatches=2,
+        local_microbatches=2,
+    )
+    assert kept(trained) == kept(trained, "predicted")
+
+
+def test_a_loss_that_meta_tensors_do_not_suit_is_estimated() -> None:
+    def looks(logits: Tensor, targets: Tensor) -> Tensor:
+        loss = nn.functional.cross_entropy(logits, targets)
+        return loss if float(loss) < 1e9 else loss * 0
+
+    trained = train(1, small_resnet("resnet8"), BATCHES, loss=looks, guidance=NEVER)
+    (counted,), (foretold,) = kept(trained), kept(trained, "predicted")
+    assert foretold["local"] == pytest.approx(counted["local"], rel=0.01)
+
+
+def test_a_loss_with_weights_is_foretold_too() -> None:
+    loss = nn.CrossEntropyLoss(weight=torch.ones(10))
+    trained = train(1, small_resnet("resnet8"), BATCHES, loss=loss, guidance=ALWAYS)
+    (counted,), (foretold,) = kept(trained), kept(trained, "predicted")
+    assert foretold["global"] == pytest.approx(counted["global"], rel=0.001)
+    assert foretold["local"] == counted["local"] == 0
+
+
+def test_the_batch_that_counts_is_that_of_training() -> None:
+    small, large = image_batches(4), image_batches(16)
+    layers = small_resnet("resnet8")
+    trained = train(2, layers, small, evaluate=large, guidance=NEVER)
+    assert kept(trained) == kept(trained, "predicted")
+
+
+# -- a budget -------------------------------------------------------------------------
+
+
+def budgeted(budget: int, **options: Any) -> Trained:
+    return train(
+        2,
+        small_resnet("resnet8"),
+        BATCHES,
+        guidance=Guidance(period=2),
+        memory_budget=budget,
+        **options,
+    )
+
+
+def test_no_worker_keeps_more_than_the_budget() -> None:
+    free = budgeted(2**30)
+    most = max(max(by.values()) for by in kept(free))
+    assert budgeted(most).summary.parameters_sha256 == free.summary.parameters_sha256
+    tight = budgeted(most // 4)
+    assert max(max(by.values()) for by in kept(tight)) <= most // 4
+
+
+def test_a_budget_that_cannot_be_met_is_refused_with_one_that_can() -> None:
+    with pytest.raises(ConfigError, match="at least .* KiB, got 0.1 KiB") as caught:
+        budgeted(100)
+    words = str(caught.value).split()
+    least = as_bytes("".join(words[words.index("least") + 1 :][:2]).rstrip(","))
+    assert budgeted(least)
+
+
+def test_parts_that_no_batchnorm_can_take_are_refused_before_training() -> None:
+    with pytest.raises(PartitionError, match="stage 3 cannot take 1 samples at once"):
+        train(1, mixed_layers(), BATCHES, num_stages=6, head="0c1f", microbatches=13)
