@@ -45,6 +45,9 @@ bench-full: .venv/installed  ## the same with more rounds, bursts and four worke
 bench-emulated: .venv/installed  ## 8 and 16 workers on emulated devices, beside what arithmetic allows
 	@$(BIN)/python -m benchmarks.emulated
 
+bench-gpu: .venv/installed  ## stages in turns and side by side on one GPU, beside end to end
+	@$(BIN)/python -m benchmarks.gpu
+
 bench-links: .venv/installed  ## the same over slow links between two network namespaces; needs root
 	@$(BIN)/python -m benchmarks.slow_links
 
