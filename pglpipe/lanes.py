@@ -12,11 +12,15 @@ https://docs.pytorch.org/docs/stable/notes/cuda.html.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Protocol
 
 import torch
+
+# PyTorch captures one graph at a time in a process, where workers may be threads.
+_one_at_a_time = threading.Lock()
 
 
 class Signal(Protocol):
@@ -74,7 +78,7 @@ class CudaLanes:
         """Captures ``work`` in a CUDA graph, without doing it."""
         graph = torch.cuda.CUDAGraph()
         # Other threads go on receiving and asking for events meanwhile: hence thread_local.
-        with torch.cuda.graph(
+        with _one_at_a_time, torch.cuda.graph(
             graph,
             pool=self._pools[lane],
             stream=self._recording,

@@ -119,8 +119,9 @@ class Stopwatch:
         self._began: torch.cuda.Event | None = None
         self._ended: torch.cuda.Event | None = None
 
-    def begin(self) -> None:
-        """A command is awaited, in the current stream."""
+    def begin(self, stalls: Stalls) -> None:
+        """A command is awaited, in the current stream; what stalled others is of no interest."""
+        stalls.take()
         self._began = _now() if self._device.type == "cuda" else None
 
     def end(

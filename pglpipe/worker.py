@@ -109,7 +109,7 @@ class Worker:
         # about them included, add up to the time on the wall.
         ended, waited = time.perf_counter(), self._waits()
         while True:
-            self._stopwatch.begin()
+            self._stopwatch.begin(links.stalls)
             self.doing = None
             message = links.inbox.get()
             self.doing = message.command

@@ -53,8 +53,8 @@ def step(number: int = 0) -> StepReport:
 
 def test_on_the_cpu_the_hosts_seconds_stand() -> None:
     timer = Stopwatch(CPU)
-    timer.begin()
     stalls = Stalls()
+    timer.begin(stalls)
     with stalling(CPU, stalls.received):
         pass
     timing = timer.end(step(), {3: torch.tensor(0.5)}, stalls)
@@ -66,7 +66,7 @@ def test_on_the_cpu_the_hosts_seconds_stand() -> None:
 def test_on_a_gpu_step_and_waits_are_the_queues(gpu: Queue) -> None:
     timer, stalls = Stopwatch(CUDA), Stalls()
     for number in range(2):
-        timer.begin()
+        timer.begin(stalls)
         with stalling(CUDA, stalls.received):
             gpu.queued += 2.0
         gpu.queued += 5.0
@@ -83,11 +83,11 @@ def test_on_a_gpu_step_and_waits_are_the_queues(gpu: Queue) -> None:
 
 def test_steps_that_overlap_count_from_the_end_of_the_one_before(gpu: Queue) -> None:
     timer, stalls = Stopwatch(CUDA), Stalls()
-    timer.begin()
+    timer.begin(stalls)
     gpu.queued = 4.0
     first = timer.end(step(0), {}, stalls)
     gpu.queued = 1.0  # another stream is that far
-    timer.begin()
+    timer.begin(stalls)
     gpu.queued = 6.0
     second = timer.end(step(1), {}, stalls)
     assert [first.read().seconds, second.read().seconds] == [4.0, 2.0]
@@ -101,7 +101,7 @@ def test_what_has_not_passed_is_reported_later_and_in_order(
     monkeypatch.setattr("pglpipe.device.peak_memory_bytes", lambda device: 0)
     reporter, timer = Reporter(0, CUDA, posted.append), Stopwatch(CUDA)
     for number in range(4):
-        timer.begin()
+        timer.begin(Stalls())
         gpu.queued += 1.0
         gpu.done = max(0.0, gpu.queued - 2.0)  # the queue is two steps long
         reporter.stepped(timer.end(step(number), {0: torch.ones(())}, Stalls()))
@@ -109,3 +109,14 @@ def test_what_has_not_passed_is_reported_later_and_in_order(
     steps = [r.steps for r in posted if isinstance(r, TrainReport)]
     assert [[s.step for s in some] for some in steps] == [[0], [1], [2, 3]]
     assert {s.seconds for some in steps for s in some} == {1.0}
+
+
+def test_waiting_that_belongs_to_no_step_is_forgotten(gpu: Queue) -> None:
+    timer, stalls = Stopwatch(CUDA), Stalls()
+    for waited in (100.0, 1.0):  # an evaluation, then a step
+        timer.begin(stalls)
+        with stalling(CUDA, stalls.received):
+            gpu.queued += waited
+    gpu.queued += 1.0
+    read = timer.end(step(), {}, stalls).read()
+    assert (read.seconds, read.waited_recv) == (2.0, 1.0)
