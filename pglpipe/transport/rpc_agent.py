@@ -37,6 +37,9 @@ Reply = Future[None]
 Deliver = Callable[[Tensor, Tensor], Reply]
 
 _THREADS = 4  # as many as a worker has ends of edges
+# TCP alone: TensorPipe's shared-memory transport keeps some 250 bytes of every message for ever.
+# Large tensors are still copied from process to process directly where a host allows that.
+_TRANSPORTS = ["uv"]
 _CHECK_SECONDS = 0.05
 _GOODBYE_SECONDS = 10.0
 _NEVER = 0.0  # a call's time-out: who waits for a reply watches the clock
@@ -164,6 +167,7 @@ def _start(world: World, timeout: float) -> None:
                 num_worker_threads=_THREADS,
                 rpc_timeout=timeout,
                 init_method=f"{_SCHEME}://",
+                _transports=_TRANSPORTS,
             ),
         )
 
