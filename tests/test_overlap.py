@@ -151,6 +151,20 @@ def test_global_steps_evaluations_and_ragged_batches_change_no_bit(
     assert all(set(lanes.recorded) == {recorded} for lanes in here)
 
 
+@pytest.mark.parametrize(
+    "options",
+    [{"precision": "bf16"}, {"edge_dtype": "int8"}, {"recompute": True}],
+    ids=str,
+)
+def test_other_options_overlap_alike(
+    here: list[Immediate], options: dict[str, Any]
+) -> None:
+    expected = run(1, Guidance(period=5), **options)
+    got = run(1, Guidance(period=5), overlap_stages=True, **options)
+    assert got.summary.parameters_sha256 == expected.summary.parameters_sha256
+    assert got.summary.test_loss == expected.summary.test_loss
+
+
 def test_every_command_but_a_local_step_waits_for_all_lanes(
     here: list[Immediate],
 ) -> None:
