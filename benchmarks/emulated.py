@@ -30,6 +30,7 @@ COLUMNS = (
     "range",
     "formula",
     "difference",
+    "lost per batch, ms",
     "x 1F1B",
     "kept, MiB by rank",
 )
@@ -47,7 +48,7 @@ def main(
         str, typer.Option(help="numbers of workers, commas between")
     ] = "8,16",
     rounds: Annotated[int, typer.Option(min=1)] = 3,
-    steps: Annotated[int, typer.Option(min=1, help="50, or bursts are not whole")] = 50,
+    steps: Annotated[int, typer.Option(min=1, help="bursts take at least 50")] = 10,
     rows: Annotated[str, typer.Option(help="names with commas between")] = ",".join(
         ROWS
     ),
@@ -109,6 +110,7 @@ def table(facts: dict[str, Any]) -> list[list[str]]:
                 f"{min(reached):.3f}–{max(reached):.3f}",
                 f"{formula:.3f}",
                 f"{100 * (median / formula - 1):+.1f} %",
+                f"{1000 * (FORWARD + BACKWARD) * (1 / median - 1 / formula):.1f}",
                 f"{over[0]:.2f}" if over else "–",
                 f"{kept:.1f}",
             ]
