@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import statistics
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -27,12 +28,12 @@ MICROBATCHES = 8
 COLUMNS = (
     "",
     "efficiency",
+    "goal",
     "range",
     "formula",
-    "difference",
-    "lost per batch, ms",
+    "differs, %",
+    "lost, ms",
     "x 1F1B",
-    "kept, MiB by rank",
 )
 # Efficiencies that are to be shown, by row and number of workers.
 GOALS = {
@@ -66,8 +67,8 @@ def main(
             "--no-gate",
         ]
         found = race(FOLDER / f"emulated-{size}.json", *options, workers=size)
-        lines, about = table(found), describe(found)
-        console.print(screen(COLUMNS, lines), about)
+        about, lines = describe(found), table(found, TITLES)
+        console.print(screen(COLUMNS, table(found, {})), about)
         texts += [f"## {size} workers\n", about + "\n", markdown(COLUMNS, lines)]
         facts[size] = found
     results.mkdir(exist_ok=True)
@@ -81,38 +82,41 @@ def describe(facts: dict[str, Any]) -> str:
     return (
         f"{about['ranks']} workers, one stage of {1000 * FORWARD:.0f} + {1000 * BACKWARD:.0f} ms each "
         f"(schedules that interleave: two of half), {MICROBATCHES} microbatches, {about['rounds']} "
-        f"rounds of {about['steps']} steps; {about['machine']}"
+        f"rounds of {about['steps']} steps; lost is a batch's time beyond its formula; {about['machine']}"
     )
 
 
-def table(facts: dict[str, Any]) -> list[list[str]]:
-    """One line per row: measured efficiency, its formula, the difference."""
+def table(facts: dict[str, Any], titles: Mapping[str, str]) -> list[list[str]]:
+    """One line per row: measured efficiency, its formula, the difference.
+
+    Args:
+        titles: of rows by name; a row without one goes by its name.
+    """
     standings = Standings(facts)
     size, batch = facts["about"]["ranks"], facts["about"]["batch"]
-    ideal = batch / (FORWARD + BACKWARD)
+    stage = FORWARD + BACKWARD
     lines = []
     for name, row in standings.rows.items():
+        title = titles.get(name, name)
         if row["error"]:
             error = f"does not run: {row['error']}"
-            lines.append([TITLES[name], error, *["–"] * (len(COLUMNS) - 2)])
+            lines.append([title, error, *["–"] * (len(COLUMNS) - 2)])
             continue
-        reached = [rate / ideal for rate in standings.rates(name)]
+        reached = [rate * stage / batch for rate in standings.rates(name)]
         median, formula = statistics.median(reached), efficiency(
             name, size, MICROBATCHES
         )
-        goal = GOALS.get((name, size))
-        over = standings.ratio(name, ["1f1b"])
-        kept = max(row["rounds"][-1]["saved_bytes"]) / 2**20
+        goal, over = GOALS.get((name, size)), standings.ratio(name, ["1f1b"])
         lines.append(
             [
-                TITLES[name],
-                f"{median:.3f}" + (f" (goal {goal:.2f})" if goal else ""),
+                title,
+                f"{median:.3f}",
+                f"{goal:.2f}" if goal else "–",
                 f"{min(reached):.3f}–{max(reached):.3f}",
                 f"{formula:.3f}",
-                f"{100 * (median / formula - 1):+.1f} %",
-                f"{1000 * (FORWARD + BACKWARD) * (1 / median - 1 / formula):.1f}",
+                f"{100 * (median / formula - 1):+.1f}",
+                f"{1000 * stage * (1 / median - 1 / formula):.1f}",
                 f"{over[0]:.2f}" if over else "–",
-                f"{kept:.1f}",
             ]
         )
     return lines

@@ -40,13 +40,13 @@ def main(
     ] = False,
     workload: Annotated[str, typer.Option(help="as for benchmarks.race")] = "resnet32",
     rounds: Annotated[int, typer.Option(help="0 for 3, or 7 if --full")] = 0,
-    steps: Annotated[int, typer.Option(help="0 for 10, or 50 if --full")] = 0,
+    steps: Annotated[int, typer.Option(help="0 for 10, or 20 if --full")] = 0,
     results: Annotated[Path, typer.Option(help="where the results go")] = RESULTS,
 ) -> None:
     """Races, measures memory, prints the table and writes the results."""
     count = [
         f"--rounds={rounds or (7 if full else 3)}",
-        f"--steps={steps or (50 if full else 10)}",
+        f"--steps={steps or (20 if full else 10)}",
     ]
     rows = [*DEFAULT, "pgl-bursts"] if full else DEFAULT
     two = Standings(run("two", workload, rows, 2, count))

@@ -13,12 +13,15 @@ import torch
 from benchmarks import formulas, tables
 from benchmarks.arena import Arena
 from benchmarks.devices import (
+    BACKWARD,
     BATCH,
     FEATURES,
+    FORWARD,
     Device,
     EmulatedLayer,
     emulated,
 )
+from benchmarks.emulated import table as emulated_table
 from benchmarks.race import DEFAULT, ROWS, SEARCHED
 from benchmarks.rows import Share, merge
 from benchmarks.standings import COLUMNS, PEERS, TITLES, Standings, Target
@@ -107,6 +110,20 @@ def test_a_row_that_does_not_run_says_why_in_the_table() -> None:
     fails, runs = standings.cells("gpipe"), standings.cells("local")
     assert fails[1] == "does not run: RuntimeError: no"
     assert len(fails) == len(runs) == len(COLUMNS) - 1
+
+
+def test_the_emulated_table_sets_a_row_beside_its_formula() -> None:
+    ideal = BATCH / (FORWARD + BACKWARD)
+    found = facts(
+        **{"local": [0.98 * ideal], "1f1b": [0.5 * ideal], "gpipe": "RuntimeError: no"}
+    )
+    local, schedule, fails = emulated_table(
+        {**found, "about": {"ranks": 8, "batch": BATCH}}, {}
+    )
+    assert local[:4] == ["local", "0.980", "0.97", "0.980–0.980"]
+    assert (local[4], local[5], local[7]) == ("1.000", "-2.0", "1.96")
+    assert (schedule[4], schedule[5]) == ("0.533", "-6.2")
+    assert fails[1] == "does not run: RuntimeError: no" and len(fails) == len(local)
 
 
 def test_every_row_has_a_title_and_every_peer_is_a_row() -> None:
