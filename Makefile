@@ -8,7 +8,7 @@ CODE := pglpipe benchmarks tests
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow test-gpu check format bench bench-full bench-emulated bench-links clean
+.PHONY: help demo test test-slow test-gpu check format bench bench-full bench-emulated bench-gpu bench-links clean
 
 help:  ## list the verbs
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-14s %s\n", $$1, $$2 }' Makefile
