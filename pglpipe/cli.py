@@ -18,7 +18,7 @@ from typing import Annotated, Any, Optional
 
 import typer
 
-from pglpipe import display, run
+from pglpipe import run, tables
 from pglpipe.config import RunConfig, resolve
 from pglpipe.errors import UserError, WorkerError
 
@@ -80,13 +80,13 @@ def plan(
     **options: Any,
 ) -> None:
     """Shows where the network is cut and what each stage holds; trains nothing."""
-    display.show_plan(run.plan(_resolve(config, options), workers))
+    tables.show_plan(run.plan(_resolve(config, options), workers))
 
 
 @app.command()
 def evaluate(run_dir: RunDir) -> None:
     """Evaluates every exit of a finished run on its test images."""
-    display.show_exits(*run.evaluate(run_dir))
+    tables.show_exits(*run.evaluate(run_dir))
 
 
 @app.command()

@@ -6,7 +6,6 @@ Fed by records alone; it may lag a little behind the training, and never holds i
 from __future__ import annotations
 
 import time
-from pathlib import Path
 from types import TracebackType
 from typing import Protocol
 
@@ -22,7 +21,7 @@ from rich.progress import (
 )
 from rich.table import Table
 
-from pglpipe.metrics import EvaluationRecord, StepRecord, Summary
+from pglpipe.metrics import EvaluationRecord, StepRecord
 from pglpipe.partition import StageRow
 from pglpipe.plan import Plan
 
@@ -189,73 +188,6 @@ class LiveTable(Blank):
                 f"{latest.memory_bytes[rank] / _MIB:.0f} MiB" if latest else "–",
             )
         return table
-
-
-def show_plan(plan: Plan) -> None:
-    """Prints what each stage holds and costs."""
-    table = Table(
-        "stage",
-        "worker",
-        "layers",
-        "parameters",
-        "+ head",
-        "MMAC",
-        "KiB",
-        "ms",
-        "share",
-        box=SIMPLE_HEAD,
-    )
-    for row in plan.rows:
-        table.add_row(
-            str(row.index),
-            str(worker_of(plan, row.index)),
-            layers_of(row),
-            f"{row.parameters:,}",
-            f"{row.head_parameters:,}",
-            f"{row.macs / 1e6:.2f}",
-            f"{row.saved_bytes / 1024:.0f}",
-            f"{row.seconds * 1e3:.1f}" if row.seconds else "–",
-            percent(row.share),
-        )
-    console = Console()
-    console.print(table)
-    console.print(
-        "Heads included. MMAC (forward) and KiB (saved for backward) are per image, ms per batch. "
-        "Repeat this cut with "
-        f"--balance {','.join(map(str, plan.balance))}"
-    )
-
-
-def show_exits(plan: Plan, summary: Summary, folder: Path | None = None) -> None:
-    """Prints how a run ended: every exit, and what it took."""
-    table = Table(
-        "exit",
-        "after",
-        "test accuracy",
-        "worker",
-        "waiting",
-        "peak memory",
-        box=SIMPLE_HEAD,
-    )
-    for row, accuracy in zip(plan.rows, summary.exit_accuracy, strict=True):
-        worker = summary.workers[worker_of(plan, row.index)]
-        table.add_row(
-            str(row.index),
-            row.last,
-            percent(accuracy),
-            str(worker["rank"]),
-            percent(1 - worker["busy_fraction"]),
-            f"{worker['peak_memory_bytes'] / _MIB:.0f} MiB",
-        )
-    console = Console()
-    console.print(table)
-    if summary.steps:
-        console.print(
-            f"{summary.steps} steps, {summary.global_steps} of them global, at "
-            f"{summary.samples_per_second:.0f} samples/s; {clock(summary.wall_seconds)} in all"
-        )
-    if folder:
-        console.print(f"written to {folder}", soft_wrap=True)
 
 
 def layers_of(row: StageRow) -> str:

@@ -21,7 +21,7 @@ from torch import nn
 
 from pglpipe import data
 from pglpipe import device as devices
-from pglpipe import display, models, state
+from pglpipe import display, models, state, tables
 from pglpipe.config import RunConfig, resolve
 from pglpipe.coordinator import Loader, Observer
 from pglpipe.data import Batches
@@ -116,7 +116,7 @@ def _train(config: RunConfig, world: World) -> Summary:
     if folder:
         state.save(folder.weights, body, heads)
         folder.finish(config, summary)
-        display.show_exits(plan, summary, folder.path)
+        tables.show_exits(plan, summary, folder.path)
     return summary
 
 

@@ -71,8 +71,9 @@ def failing(error: BaseException) -> Callable[..., NoReturn]:
 
 
 def rows(ended: Ended) -> list[list[str]]:
-    """The cells of the table's rows, which begin with a number."""
-    lines = [re.split(r"\s{2,}", line.strip()) for line in ended.out.splitlines()]
+    """The cells of the first table's rows, which begin with a number."""
+    first, _, _ = ended.out.partition("Heads included")
+    lines = [re.split(r"\s{2,}", line.strip()) for line in first.splitlines()]
     return [line for line in lines if line[0].isdecimal()]
 
 
@@ -169,6 +170,14 @@ def test_plan_shows_every_stage_with_its_worker_and_trains_nothing(
         ["2", "1", "classifier"],
     ]
     assert not list(tmp_path.iterdir())
+
+
+def test_plan_picks_what_fits_a_memory_budget(plan: Plan) -> None:
+    free, tight = plan("--batch-size", "16"), plan("--memory-budget", "40KiB")
+    assert "--microbatches 1 --local-microbatches 1" in free.out
+    assert re.search(r"--recompute --microbatches \d+ --local-micro", tight.out)
+    kept = [float(kib) for kib in re.findall(r"([\d.]+) KiB", tight.out)]
+    assert len(kept) == 2 and max(kept) <= 40
 
 
 @pytest.mark.parametrize("balance", ["flops", "memory", "params", "time"])

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import io
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 from rich.console import Console
 from torch import nn
 
-from pglpipe import EvaluationRecord, StepRecord, Summary, display
+from pglpipe import EvaluationRecord, StepRecord, display
 from pglpipe.display import Blank, Lines, LiveTable
 from pglpipe.partition import StageRow
 from pglpipe.plan import Plan
@@ -41,24 +40,6 @@ STEP = StepRecord(
 )
 EVALUATION = EvaluationRecord(
     step=10, epoch=1, losses=[1.0, 0.5, 0.2], accuracies=[0.25, 0.5, 1.0]
-)
-SUMMARY = Summary(
-    num_stages=3,
-    num_workers=2,
-    steps=20,
-    global_steps=4,
-    wall_seconds=75.0,
-    train_seconds=60.0,
-    samples_per_second=321.0,
-    step_seconds={"local": 0.1},
-    test_loss=0.5,
-    test_accuracy=1.0,
-    exit_accuracy=[None, 0.5, 1.0],
-    workers=[
-        {"rank": 0, "busy_fraction": 0.875, "peak_memory_bytes": 3 * 2**20},
-        {"rank": 1, "busy_fraction": 1.0, "peak_memory_bytes": 5 * 2**20},
-    ],
-    parameters_sha256="0" * 64,
 )
 
 
@@ -238,48 +219,6 @@ def test_the_screen_suits_where_the_output_goes(
     assert screen(terminal=False, quiet=False) is Lines
     assert screen(terminal=True, quiet=True) is Blank
     assert screen(terminal=False, quiet=True) is Blank
-
-
-# -- before and after -----------------------------------------------------------------
-
-
-def test_the_plan_shows_what_each_stage_holds_and_how_to_repeat_it(
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    display.show_plan(PLAN)
-    text = printed(capsys)
-    assert "0 0 stem … block1 1,000 200 3.00 4 – 25.0 %" in text
-    assert "1 0 block2 2,000 0 9.00 2 – 75.0 %" in text
-    assert "2 1 block3 … classifier 7 0 1.00 1 – 0.0 %" in text
-    assert "--balance 2,1,2" in " ".join(text)
-
-
-def test_the_plan_shows_the_milliseconds_that_were_measured(
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    timed = [dataclasses.replace(row, seconds=0.0125) for row in ROWS]
-    display.show_plan(dataclasses.replace(PLAN, rows=timed))
-    assert sum(" 12.5 " in line for line in printed(capsys)) == 3
-
-
-def test_the_end_shows_every_exit_and_what_it_took(
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    display.show_exits(PLAN, SUMMARY, Path("runs/one"))
-    text = printed(capsys)
-    assert "0 block1 – 0 12.5 % 3 MiB" in text
-    assert "1 block2 50.0 % 0 12.5 % 3 MiB" in text
-    assert "2 classifier 100.0 % 1 0.0 % 5 MiB" in text
-    assert "20 steps, 4 of them global, at 321 samples/s; 1:15 in all" in text
-    assert "written to runs/one" in text
-
-
-def test_an_evaluation_alone_speaks_neither_of_steps_nor_of_a_folder(
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    display.show_exits(PLAN, dataclasses.replace(SUMMARY, steps=0))
-    text = " ".join(printed(capsys))
-    assert "100.0 %" in text and "steps" not in text and "written" not in text
 
 
 # -- words ----------------------------------------------------------------------------

@@ -29,7 +29,7 @@ LEVELS = [
     ["session"],
     ["trainer"],
     ["config", "display"],
-    ["run_directory"],
+    ["run_directory", "tables"],
     ["run"],
     ["cli"],
     ["train", "__main__"],
@@ -42,7 +42,7 @@ RESERVED = {
     "os.environ": {"transport", "cli", "config"},
     "os.environb": {"transport", "cli", "config"},
     "os.getenv": {"transport", "cli", "config"},
-    "rich": {"display", "cli"},
+    "rich": {"display", "tables", "cli"},
     "typer": {"cli"},
 }
 

@@ -21,7 +21,7 @@ SUMMARY_KEYS = """
 """.split()
 WORKER_KEYS = """
     rank stages busy_fraction wait_recv_fraction wait_send_fraction peak_memory_bytes
-    peak_activation_bytes bytes_sent_forward bytes_sent_backward
+    peak_activation_bytes bytes_sent_forward bytes_sent_backward predicted_activation_bytes
 """.split()
 TRAIN_KEYS = """
     event step epoch kind samples loss samples_per_second waited_fraction memory_bytes
@@ -121,6 +121,8 @@ def test_the_summary_has_exactly_its_keys(finished: Path) -> None:
     assert [list(worker) for worker in summary["workers"]] == [WORKER_KEYS]
     assert set(summary["step_seconds"]) == {"local", "global"}
     assert set(summary["workers"][0]["peak_activation_bytes"]) == {"local", "global"}
+    for worker in summary["workers"]:
+        assert worker["peak_activation_bytes"] == worker["predicted_activation_bytes"]
 
 
 def test_the_summary_agrees_with_itself_and_with_the_metrics(finished: Path) -> None:

@@ -1,0 +1,130 @@
+"""The pages before and after a run."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+from torch import nn
+
+from pglpipe import Summary, tables
+from pglpipe.memory import MemorySettings
+from pglpipe.partition import StageRow
+from pglpipe.plan import Plan
+
+ROWS = [
+    StageRow(0, "stem", "block1", 2, 1000, 200, 3_000_000, 4096, (4, 8, 8), 0.0, 0.25),
+    StageRow(1, "block2", "block2", 1, 2000, 0, 9_000_000, 2048, (8, 4, 4), 0.0, 0.75),
+    StageRow(2, "block3", "classifier", 2, 7, 0, 1_000_000, 1024, (4,), 0.0, 0.0),
+]
+PLAN = Plan(
+    balance=[2, 1, 2],
+    rows=ROWS,
+    stages_of=[range(0, 2), range(2, 3)],
+    activations=[],
+    layouts=[],
+    head=lambda shape: nn.Identity(),
+    memory=MemorySettings(recompute=True, microbatches=8),
+    predicted=[{"local": 2**21, "global": 2**11}, {"local": 2**20, "global": 0}],
+)
+SUMMARY = Summary(
+    num_stages=3,
+    num_workers=2,
+    steps=20,
+    global_steps=4,
+    wall_seconds=75.0,
+    train_seconds=60.0,
+    samples_per_second=321.0,
+    step_seconds={"local": 0.1},
+    test_loss=0.5,
+    test_accuracy=1.0,
+    exit_accuracy=[None, 0.5, 1.0],
+    workers=[
+        {
+            "rank": 0,
+            "busy_fraction": 0.875,
+            "peak_memory_bytes": 3 * 2**20,
+            "peak_activation_bytes": {"local": 2**21, "global": 2**10},
+        },
+        {
+            "rank": 1,
+            "busy_fraction": 1.0,
+            "peak_memory_bytes": 5 * 2**20,
+            "peak_activation_bytes": {"local": 2**20, "global": 0},
+        },
+    ],
+    parameters_sha256="0" * 64,
+)
+
+
+@pytest.fixture(autouse=True)
+def wide(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A page on which no table has to break its words."""
+    monkeypatch.setattr(
+        tables, "Console", lambda: Console(width=120, force_terminal=False)
+    )
+
+
+def printed(capsys: pytest.CaptureFixture[str]) -> list[str]:
+    """The lines since the last look, each with single spaces."""
+    return [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
+
+
+def test_the_plan_shows_what_each_stage_holds_and_how_to_repeat_it(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    tables.show_plan(PLAN)
+    text = printed(capsys)
+    assert "0 0 stem … block1 1,000 200 3.00 4 – 25.0 %" in text
+    assert "1 0 block2 2,000 0 9.00 2 – 75.0 %" in text
+    assert "2 1 block3 … classifier 7 0 1.00 1 – 0.0 %" in text
+    assert "--balance 2,1,2" in " ".join(text)
+
+
+def test_the_plan_shows_the_milliseconds_that_were_measured(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    timed = [dataclasses.replace(row, seconds=0.0125) for row in ROWS]
+    tables.show_plan(dataclasses.replace(PLAN, rows=timed))
+    assert sum(" 12.5 " in line for line in printed(capsys)) == 3
+
+
+def test_the_end_shows_every_exit_and_what_it_took(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    tables.show_exits(PLAN, SUMMARY, Path("runs/one"))
+    text = printed(capsys)
+    assert "0 block1 – 0 12.5 % 3 MiB" in text
+    assert "1 block2 50.0 % 0 12.5 % 3 MiB" in text
+    assert "2 classifier 100.0 % 1 0.0 % 5 MiB" in text
+    assert "20 steps, 4 of them global, at 321 samples/s; 1:15 in all" in text
+    assert "written to runs/one" in text
+
+
+def test_an_evaluation_alone_speaks_neither_of_steps_nor_of_a_folder(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    tables.show_exits(PLAN, dataclasses.replace(SUMMARY, steps=0))
+    text = " ".join(printed(capsys))
+    assert "100.0 %" in text and "steps" not in text and "written" not in text
+
+
+def test_the_plan_foretells_what_every_worker_will_keep(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    tables.show_plan(PLAN)
+    text = printed(capsys)
+    assert "0 0, 1 2.0 MiB 2.0 KiB" in text
+    assert "1 2 1.0 MiB –" in text
+    assert "--recompute --microbatches 8 --local-microbatches 1" in text[-1]
+
+
+def test_the_end_shows_what_was_kept_beside_what_was_foretold(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    tables.show_exits(PLAN, SUMMARY)
+    text = printed(capsys)
+    assert "0 0, 1 2.0 MiB 2.0 MiB 2.0 KiB 1.0 KiB" in text
+    assert "1 2 1.0 MiB 1.0 MiB – –" in text
