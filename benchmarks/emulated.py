@@ -1,7 +1,8 @@
 """``make bench-emulated``: 8 and 16 workers on emulated devices, beside what arithmetic allows.
 
 Every row's efficiency (1 is a pipeline that is never idle) stands beside its formula. What is
-missing is what the runtime wastes, and what this machine's cores cannot keep up with.
+missing is what the runtime wastes, and what this machine's cores cannot keep up with. There are as
+many microbatches as workers, the least with which torch's 1F1B runs.
 """
 
 from __future__ import annotations
@@ -24,7 +25,6 @@ from benchmarks.tables import markdown, screen
 FOLDER = Path("runs/bench")
 RESULTS = Path(__file__).parent / "results"
 ROWS = ("local", "pgl", "pgl-bursts", *SCHEDULES)
-MICROBATCHES = 8
 COLUMNS = (
     "",
     "efficiency",
@@ -63,13 +63,15 @@ def main(
             f"--rows={rows}",
             f"--rounds={rounds}",
             f"--steps={steps}",
-            f"--microbatches={MICROBATCHES}",
+            f"--microbatches={size}",
             "--no-gate",
         ]
         found = race(FOLDER / f"emulated-{size}.json", *options, workers=size)
         about, lines = describe(found), table(found, TITLES)
-        console.print(screen(COLUMNS, table(found, {})), about)
+        errors = Standings(found).errors()
+        console.print(screen(COLUMNS, table(found, {})), *errors, about, sep="\n")
         texts += [f"## {size} workers\n", about + "\n", markdown(COLUMNS, lines)]
+        texts += [f"- {line}" for line in errors]
         facts[size] = found
     results.mkdir(exist_ok=True)
     (results / "emulated.json").write_text(json.dumps(facts, indent=1) + "\n")
@@ -81,7 +83,7 @@ def describe(facts: dict[str, Any]) -> str:
     about = facts["about"]
     return (
         f"{about['ranks']} workers, one stage of {1000 * FORWARD:.0f} + {1000 * BACKWARD:.0f} ms each "
-        f"(schedules that interleave: two of half), {MICROBATCHES} microbatches, {about['rounds']} "
+        f"(schedules that interleave: two of half), {about['ranks']} microbatches, {about['rounds']} "
         f"rounds of {about['steps']} steps; lost is a batch's time beyond its formula; {about['machine']}"
     )
 
@@ -99,13 +101,10 @@ def table(facts: dict[str, Any], titles: Mapping[str, str]) -> list[list[str]]:
     for name, row in standings.rows.items():
         title = titles.get(name, name)
         if row["error"]:
-            error = f"does not run: {row['error']}"
-            lines.append([title, error, *["–"] * (len(COLUMNS) - 2)])
+            lines.append([title, "does not run", *["–"] * (len(COLUMNS) - 2)])
             continue
         reached = [rate * stage / batch for rate in standings.rates(name)]
-        median, formula = statistics.median(reached), efficiency(
-            name, size, MICROBATCHES
-        )
+        median, formula = statistics.median(reached), efficiency(name, size, size)
         goal, over = GOALS.get((name, size)), standings.ratio(name, ["1f1b"])
         lines.append(
             [

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import resource
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -249,6 +250,7 @@ def main(
     facts = {
         "about": {
             "machine": machine(),
+            "cores": os.cpu_count(),
             "ranks": arena.size,
             "workload": load.name,
             "batch": load.batch_size,

@@ -17,6 +17,11 @@ PEERS = (
     "checkpointed",
     "accumulated",
 )
+# Rows whose waiting pglpipe itself counts.
+COUNTED = (
+    *("local", "local-bf16", "local-rpc", "pgl", "pgl-bf16", "pgl-bursts"),
+    *("unconnected", "one-worker"),
+)
 TITLES = {
     "local": "pglpipe local",
     "local-bf16": "pglpipe local, bf16 edges",
@@ -106,8 +111,7 @@ class Standings:
         row = self.rows[name]
         microbatches = str(row["microbatches"] or "–")
         if row["error"]:
-            rest = ["–"] * (len(COLUMNS) - 3)
-            return [microbatches, f"does not run: {row['error']}", *rest]
+            return [microbatches, "does not run", *["–"] * (len(COLUMNS) - 3)]
         rates, last = self.rates(name), row["rounds"][-1]
         ratios = [self.ratio(name, SCHEDULES), self.ratio(name, PEERS)]
         return [
@@ -116,10 +120,22 @@ class Standings:
             f"{min(rates):.0f}–{max(rates):.0f}",
             *(f"{found[0]:.2f}" if found else "–" for found in ratios),
             _each(f"{nbytes / 2**20:.0f}" for nbytes in last["saved_bytes"]),
-            _each(f"{100 * share:.0f}" for share in last["waiting"]),
+            self._waiting(name, last),
             _each(f"{nbytes / 1024:.1f}" for nbytes in last["edge_bytes"].values()),
             _each(f"{nbytes / 2**20:.0f}" for nbytes in row.get("peak_rss", [])),
         ]
+
+    def _waiting(self, name: str, measured: dict[str, Any]) -> str:
+        """By rank; a thread that shares its core does not compute, but does not wait either."""
+        about = self.facts["about"]
+        if about["ranks"] > about["cores"] and name not in COUNTED:
+            return "–"
+        return _each(f"{100 * share:.0f}" for share in measured["waiting"])
+
+    def errors(self) -> list[str]:
+        """Why rows do not run, one line each."""
+        rows = self.rows.items()
+        return [f"{n} does not run: {r['error']}" for n, r in rows if r["error"]]
 
     def targets(self, targets: Sequence[Target]) -> list[dict[str, Any]]:
         """What was to be shown, and what came out."""
@@ -147,7 +163,7 @@ COLUMNS = {
 }
 NOTE = (
     "Ratios are medians of the ratios within a round. Waiting is what pglpipe counts on its edges; for "
-    "the other rows it is the part of the time in which a rank's thread did not compute. Edges of pglpipe "
+    "the other rows it is the part of the time in which a rank's thread did not compute, which says nothing where ranks share cores. Edges of pglpipe "
     "are counted, those of the other rows computed from shapes."
 )
 

@@ -142,7 +142,7 @@ class Part:
         ]
 
     def _verdicts(self) -> list[str]:
-        return [
+        return self._standings.errors() + [
             f"{TITLES[t['row']]} / {TITLES[t['over']]}: {t['ratio']:.2f}, goal {t['goal']:.2f}"
             for t in self._targets
         ]

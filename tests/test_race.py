@@ -63,6 +63,7 @@ def test_a_share_survives_json() -> None:
 def facts(**rates: list[float] | str) -> dict[str, Any]:
     """What a race might have written: rates by row and round, or why it does not run."""
     return {
+        "about": {"ranks": 2, "cores": 2},
         "rows": [
             {
                 "name": name,
@@ -79,7 +80,7 @@ def facts(**rates: list[float] | str) -> dict[str, Any]:
                 ],
             }
             for name, rate in rates.items()
-        ]
+        ],
     }
 
 
@@ -108,7 +109,8 @@ def test_the_best_peer_is_the_fastest_that_runs() -> None:
 def test_a_row_that_does_not_run_says_why_in_the_table() -> None:
     standings = Standings(facts(local=[3.0], gpipe="RuntimeError: no"))
     fails, runs = standings.cells("gpipe"), standings.cells("local")
-    assert fails[1] == "does not run: RuntimeError: no"
+    assert fails[1] == "does not run"
+    assert standings.errors() == ["gpipe does not run: RuntimeError: no"]
     assert len(fails) == len(runs) == len(COLUMNS) - 1
 
 
@@ -123,7 +125,16 @@ def test_the_emulated_table_sets_a_row_beside_its_formula() -> None:
     assert local[:4] == ["local", "0.980", "0.97", "0.980–0.980"]
     assert (local[4], local[5], local[7]) == ("1.000", "-2.0", "1.96")
     assert (schedule[4], schedule[5]) == ("0.533", "-6.2")
-    assert fails[1] == "does not run: RuntimeError: no" and len(fails) == len(local)
+    assert fails[1] == "does not run" and len(fails) == len(local)
+
+
+def test_waiting_is_not_guessed_where_ranks_share_cores() -> None:
+    found = facts(local=[1.0], gpipe=[1.0])
+    shown = list(COLUMNS).index("waiting, % by rank") - 1
+    for cores, expected in ((2, ["0", "0"]), (1, ["0", "–"])):
+        found["about"]["cores"] = cores
+        standings = Standings(found)
+        assert [standings.cells(name)[shown] for name in ("local", "gpipe")] == expected
 
 
 def test_every_row_has_a_title_and_every_peer_is_a_row() -> None:
