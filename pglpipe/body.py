@@ -8,7 +8,8 @@ graph again: a second forward for the memory of a graph::
     backward    graph ─▶ gradients               x ─▶ layers ─▶ graph ─▶ gradients
 
 Both runs give the same bits: they draw the same random numbers, and BatchNorm uses the
-statistics of the batch, which are told to the running ones the first time only.
+statistics of the batch, which are told to the running ones the first time only. (Compiled
+stages agree to rounding: ``torch.compile`` makes other kernels where no graph is kept.)
 """
 
 from __future__ import annotations

@@ -77,6 +77,7 @@ class Blueprint:
     memory: MemorySettings
     memory_budget: int | None
     overlap_stages: bool = False
+    bf16: bool = False
 
 
 @dataclass(frozen=True)
@@ -255,6 +256,7 @@ def _weigh(
         blueprint.timetable,
         lambda y: Wire(blueprint.edge_dtype, y.dtype).rounded(dense(y)),
         blueprint.overlap_stages,
+        blueprint.device.type if blueprint.bf16 else None,
     )
     memory = blueprint.memory
     if blueprint.memory_budget is not None:

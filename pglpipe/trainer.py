@@ -147,6 +147,7 @@ class Trainer:
             memory_budget=memory_budget,
             edge_dtype=edge_dtype,
             overlap_stages=overlap_stages,
+            bf16=precision == "bf16",
         )
         if overlap_stages:
             check_device(blueprint.device)

@@ -148,12 +148,12 @@ def test_the_timetable_and_the_workers_change_no_bit_of_microbatches(
 def test_rounding_belongs_to_the_stage_not_to_the_edge(
     precision: str, edge_dtype: str
 ) -> None:
-    def rounded(size: int) -> tuple[Any, ...]:
+    def rounded(size: int, **more: Any) -> tuple[Any, ...]:
         options = dict(precision=precision, edge_dtype=edge_dtype, microbatches=2)
-        return results(run(size, 4, "pgl", **options))
+        return results(run(size, 4, "pgl", **options, **more))
 
     expected = rounded(1)
-    assert rounded(2) == rounded(4) == expected
+    assert rounded(2) == rounded(4) == rounded(1, recompute=True) == expected
     assert math.isfinite(expected[1])
 
 

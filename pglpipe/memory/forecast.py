@@ -5,9 +5,12 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from itertools import chain
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from pglpipe.errors import PartitionError
 from pglpipe.losses import Loss
@@ -27,6 +30,7 @@ class Forecast:
         timetable: ``(num_workers, num_microbatches) -> Timetable``.
         carry: what the next stage makes of an output.
         overlaps: whether a worker's stages take local steps side by side.
+        autocast: the type of device whose choice of precision counts; None for none.
     """
 
     def __init__(
@@ -39,14 +43,18 @@ class Forecast:
         timetable: Callable[[int, int], Timetable],
         carry: Callable[[Tensor], Tensor] = lambda output: output,
         overlaps: bool = False,
+        autocast: str | None = None,
     ) -> None:
-        self._stages = stages
         # A loss that is a module may have weights, and those have to be where its inputs are.
         self._losses = [
             copy.deepcopy(loss).to("meta") if isinstance(loss, nn.Module) else loss
             for loss in losses
         ]
+        self._stages = list(stages)
         self._batch = x, targets
+        self._precision: Callable[[], AbstractContextManager[object]] = nullcontext
+        if autocast:
+            self._pretend(autocast)
         self._stages_of = stages_of
         self._timetable = timetable
         self._carry = carry
@@ -67,6 +75,29 @@ class Forecast:
         if kind == "local":
             return self._local(settings.local_microbatches)
         return self._global(settings.microbatches, settings.recompute)
+
+    def _pretend(self, device: str) -> None:
+        """Has everything seem to be on a device, for autocast knows none called meta."""
+        mode = FakeTensorMode()
+
+        def there(tensor: Tensor) -> Tensor:
+            shape, stride = tensor.shape, tensor.stride()
+            return torch.empty_strided(shape, stride, dtype=tensor.dtype, device=device)
+
+        @contextmanager
+        def precision() -> Iterator[None]:
+            with mode, torch.autocast(device, torch.bfloat16, cache_enabled=False):
+                yield
+
+        self._stages = copy.deepcopy(self._stages)
+        modules = [*chain.from_iterable(self._stages), *self._losses]
+        with mode:
+            for module in modules:
+                if isinstance(module, nn.Module):
+                    module._apply(there)  # type: ignore[no-untyped-call]
+            x, targets = self._batch
+            self._batch = there(x), there(targets)
+        self._precision = precision
 
     def _local(self, microbatches: int) -> list[int]:
         whole = self._weigh(self.samples, crossing=False)
@@ -103,7 +134,8 @@ class Forecast:
 
     def _weigh(self, size: int, *, crossing: bool) -> list[StageBytes]:
         if (size, crossing) not in self._weights:
-            self._weights[size, crossing] = list(self._weighed(size, crossing))
+            with self._precision():
+                self._weights[size, crossing] = list(self._weighed(size, crossing))
         return self._weights[size, crossing]
 
     def _weighed(self, size: int, crossing: bool) -> Iterator[StageBytes]:

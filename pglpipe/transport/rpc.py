@@ -72,7 +72,9 @@ class RpcSender:
         index = self._sequence % len(self._slots)
         size = min(packing.payload_bytes(message.tensors), self._line.capacity)
         if size == 0:
-            return _bytes(0)  # a command: the slot keeps its memory for the next payload
+            return _bytes(
+                0
+            )  # a command: the slot keeps its memory for the next payload
         if self._slots[index].numel() != size:
             self._slots[index] = _bytes(size)
         return self._slots[index]

@@ -91,6 +91,14 @@ def test_the_published_networks_keep_what_is_foretold(name: str) -> None:
     assert kept(trained) == kept(trained, "predicted")
 
 
+def test_under_autocast_what_is_foretold_is_close() -> None:
+    options = dict(precision="bf16", guidance=Guidance(period=2), microbatches=2)
+    trained = train(2, small_resnet("resnet8"), BATCHES, **options)
+    for counted, foretold in zip(kept(trained), kept(trained, "predicted")):
+        for kind in counted:
+            assert foretold[kind] == pytest.approx(counted[kind], rel=0.02)
+
+
 def test_a_loss_that_meta_tensors_do_not_suit_is_estimated() -> None:
     def looks(logits: Tensor, targets: Tensor) -> Tensor:
         loss = nn.functional.cross_entropy(logits, targets)
