@@ -8,7 +8,7 @@ CODE := pglpipe benchmarks tests
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow test-gpu check format bench bench-full bench-emulated bench-gpu bench-links clean
+.PHONY: help demo test test-slow test-gpu check format bench bench-full bench-emulated bench-gpu bench-links bench-memory clean
 
 help:  ## list the verbs
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-14s %s\n", $$1, $$2 }' Makefile
@@ -50,6 +50,9 @@ bench-gpu: .venv/installed  ## stages in turns and side by side on one GPU, besi
 
 bench-links: .venv/installed  ## the same over slow links between two network namespaces; needs root
 	@$(BIN)/python -m benchmarks.slow_links
+
+bench-memory: .venv/installed  ## what each way to train keeps for backward, counted
+	@$(BIN)/python -m benchmarks.memory
 
 clean:  ## remove .venv, caches, build outputs and the demo's run
 	rm -rf .venv .pytest_cache .mypy_cache build dist *.egg-info runs/demo

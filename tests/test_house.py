@@ -71,6 +71,7 @@ def make(checkout: Path) -> Make:
         ("demo", ["python -m benchmarks.demo"]),
         ("bench", ["python -m benchmarks.throughput"]),
         ("bench-links", ["python -m benchmarks.slow_links"]),
+        ("bench-memory", ["python -m benchmarks.memory"]),
         (
             "bench-full",
             ["python -m benchmarks.throughput --full", "python -m benchmarks.emulated"],
