@@ -7,8 +7,7 @@ row has processes of its own::
     python -m benchmarks.memory            all rows, in about five minutes on one core
     python -m benchmarks.memory ROW        one row: a JSON line from each of its processes
 
-Checkpointing is torch's reentrant one, whose inputs and recomputed segments the hooks see; like
-``torch.utils.checkpoint.checkpoint_sequential`` it leaves the last segment as it is.
+Checkpointing is that of :mod:`benchmarks.checkpointing`.
 """
 
 from __future__ import annotations
@@ -27,10 +26,10 @@ import typer
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch import nn
 
 import pglpipe
+from benchmarks.checkpointing import even_segments, forward_in_segments
 from benchmarks.runs import launcher, machine
 from pglpipe.layer import assemble
 from pglpipe.models import build
@@ -144,14 +143,7 @@ def plain(row: Row) -> Callable[[list[Any]], Measured]:
     network = assemble(LAYERS, seed=0)
     optimizer = sgd(network.parameters())
     saved = SavedBytes(network.state_dict(keep_vars=True).values())
-    *parts, last = (network[part] for part in slices(cut(row)))
-
-    def forward(x: Tensor) -> Tensor:
-        x = x.detach().requires_grad_(bool(parts))  # or no gradient comes of a segment
-        for part in parts:
-            x = checkpoint(part, x, use_reentrant=True)
-        logits: Tensor = last(x)
-        return logits
+    segments = [network[part] for part in slices(cut(row))]
 
     def train(batches: list[Any]) -> Measured:
         for x, targets in batches:
@@ -159,7 +151,8 @@ def plain(row: Row) -> Callable[[list[Any]], Measured]:
             for part in torch.arange(BATCH).tensor_split(row.microbatches):
                 own = slice(int(part[0]), int(part[-1]) + 1)
                 with saved:
-                    loss = nn.functional.cross_entropy(forward(x[own]), targets[own])
+                    logits = forward_in_segments(segments, x[own])
+                    loss = nn.functional.cross_entropy(logits, targets[own])
                     (loss * len(part) / BATCH).backward()  # type: ignore[no-untyped-call]
             optimizer.step()
         return {"rank": 0, "kept": saved.peak}
@@ -170,8 +163,7 @@ def plain(row: Row) -> Callable[[list[Any]], Measured]:
 def cut(row: Row) -> list[int]:
     """Layers of each segment: as many in each, as torch would have it, or as many bytes."""
     if not row.even:
-        size = len(LAYERS) // row.segments
-        return [size] * (row.segments - 1) + [len(LAYERS) - size * (row.segments - 1)]
+        return even_segments(len(LAYERS), row.segments)
     costs, _ = analyse(LAYERS, torch.empty(2, 3, 32, 32), lambda shape: nn.Identity())
     return balance_by_cost(
         [c.saved_bytes for c in costs], [0] * len(costs), row.segments

@@ -8,11 +8,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.checkpoint import checkpoint_sequential
 
+from benchmarks.checkpointing import even_segments, forward_in_segments
 from benchmarks.rows import Loop, Share, Track
 from benchmarks.workload import SEED
 from pglpipe.layer import assemble
+from pglpipe.partition import slices
 
 SEGMENTS = 4  # of checkpointing
 PARTS = 4  # of accumulation
@@ -72,11 +73,14 @@ class EndToEnd(Loop):
 class Checkpointed(EndToEnd):
     """With activation checkpointing: segments are computed again in backward."""
 
+    def __init__(self, track: Track) -> None:
+        super().__init__(track)
+        cut = slices(even_segments(len(self.network), SEGMENTS))
+        self._segments = [self.network[part] for part in cut]
+
     def gradients(self, x: Tensor, targets: Tensor) -> None:
         """Adds the gradients of a batch."""
-        outputs = checkpoint_sequential(  # type: ignore[no-untyped-call]
-            self.network, SEGMENTS, x, use_reentrant=False
-        )
+        outputs = forward_in_segments(self._segments, x)
         self._workload.loss(outputs, targets).backward()  # type: ignore[no-untyped-call]
 
 
