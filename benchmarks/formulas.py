@@ -65,6 +65,7 @@ def efficiency(row: str, ranks: int, microbatches: int) -> float:
         "local": 1.0,
         "pgl": pgl(ranks, microbatches, 10, 1),
         "pgl-bursts": pgl(ranks, microbatches, 50, 5),
+        "pgl-short-bursts": pgl(ranks, microbatches, 20, 2),
         "gpipe": schedule(ranks, microbatches),
         "1f1b": schedule(ranks, microbatches),
         "interleaved": schedule(ranks, microbatches, chunks=2),

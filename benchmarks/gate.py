@@ -44,6 +44,15 @@ def differences(track: Track) -> dict[str, float | str]:
     return found
 
 
+def fault(difference: float | str) -> str:
+    """Why a row must not be raced as exact; empty for a finite difference within the tolerance."""
+    if isinstance(difference, str):
+        return f"its gradients could not be compared: {difference}"
+    if difference <= TOLERANCE:
+        return ""
+    return f"its gradients differ from pglpipe's by {difference:.1e}"
+
+
 def small_track(track: Track) -> Track:
     """The same ranks, with the gate's own network."""
     ranks = track.arena.size
@@ -185,6 +194,8 @@ def _everywhere(
 def _difference(theirs: Gradients, ours: Gradients) -> float | str:
     if theirs.keys() != ours.keys():
         return f"expected gradients of {len(ours)} parameters, got {len(theirs)}"
+    if not all(g.isfinite().all() for g in theirs.values()):
+        return "expected finite gradients, got some that are not"
     return max(
         float((theirs[name] - g).abs().max() / g.abs().max())
         for name, g in ours.items()

@@ -4,9 +4,10 @@
     torchrun --nproc_per_node=2 -m benchmarks.race --rows local,1f1b --workload tiny --output race.json
 
 A disturbance of the machine meets every row of a round, so what counts is the ratio of two rows
-within a round. A row that can choose its number of microbatches is tried with each of
-:data:`MICROBATCHES` before the first round, and the best stays. A row that fails is no longer
-run; the file says why. Works over several machines (``--nnodes``): only RANK, WORLD_SIZE
+within a round. A row that can choose its number of microbatches is tried before the first round: a
+short block with each number, then another with the best two, and the better median stays. A row
+that fails is no longer run; the file says why. Rows whose gradients are not exact are not run
+either (:mod:`benchmarks.gate`). Works over several machines (``--nnodes``): only RANK, WORLD_SIZE
 and the launcher's store count, and rank 0 writes.
 """
 
@@ -16,6 +17,7 @@ import dataclasses
 import json
 import os
 import resource
+import statistics
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -25,79 +27,14 @@ import torch
 import typer
 
 from benchmarks.arena import Arena
-from benchmarks.devices import emulated
-from benchmarks.gate import TOLERANCE
 from benchmarks.gate import differences as gate_differences
-from benchmarks.gate import small_track
-from benchmarks.pglpipe_rows import Alone, Pipeline, Unconnected
-from benchmarks.plain_rows import Accumulated, Checkpointed, DataParallel, EndToEnd
+from benchmarks.gate import fault, small_track
+from benchmarks.lineup import DEFAULT, GROUPED, ROWS, SEARCHED, WORKLOADS, candidates
 from benchmarks.rows import Measured, Row, Share, Track, merge
-from benchmarks.runs import machine
-from benchmarks.schedule_rows import SCHEDULES, Schedule
-from benchmarks.workload import Cuts, Workload, measure_cuts, resnet32, tiny
-from pglpipe import NEVER, Guidance
+from benchmarks.runs import machine, one_of
+from benchmarks.workload import Cuts, measure_cuts
 
-# By the number of ranks.
-WORKLOADS: dict[str, Callable[[int], Workload]] = {
-    "resnet32": lambda ranks: resnet32(),
-    "emulated": emulated,
-    "tiny": lambda ranks: tiny(),
-}
-MICROBATCHES = (2, 4, 8, 16)
 SEARCH_STEPS = 4
-
-Maker = Callable[[Track], Row]
-Searched = Callable[[Track, int], Row]
-
-# Rows as they are; their number of microbatches is nothing to choose.
-ROWS: dict[str, Maker] = {
-    "local": lambda track: Pipeline(track, NEVER),
-    "local-bf16": lambda track: Pipeline(track, NEVER, edge_dtype="bf16"),
-    "local-rpc": lambda track: Pipeline(track, NEVER, transport="rpc"),
-    "unconnected": Unconnected,
-    "one-worker": Alone,
-    "plain": EndToEnd,
-    "plain-threads": lambda track: EndToEnd(track, threads=track.arena.size),
-    "checkpointed": Checkpointed,
-    "accumulated": Accumulated,
-    "data-parallel": DataParallel,
-    "independent": lambda track: EndToEnd(track, everywhere=True),
-}
-
-
-def _pgl(period: int, duration: int, **options: Any) -> Searched:
-    return lambda track, microbatches: Pipeline(
-        track,
-        Guidance(period=period, duration=duration),
-        microbatches=microbatches,
-        **options,
-    )
-
-
-def _schedule(name: str) -> Searched:
-    return lambda track, microbatches: Schedule(track, name, microbatches)
-
-
-# Rows whose number of microbatches is searched.
-SEARCHED: dict[str, Searched] = {
-    "pgl": _pgl(10, 1),
-    "pgl-bf16": _pgl(10, 1, edge_dtype="bf16"),
-    "pgl-bursts": _pgl(50, 5),
-    **{name: _schedule(name) for name in SCHEDULES},
-}
-# In this order in every round; bursts take 50 steps and are asked for by name.
-DEFAULT = [
-    *("local", "gpipe", "1f1b", "interleaved", "zero-bubble", "pgl", "data-parallel"),
-    *(
-        "local-rpc",
-        "independent",
-        "unconnected",
-        "plain",
-        "one-worker",
-        "plain-threads",
-    ),
-    *("checkpointed", "accumulated"),
-]
 
 
 @dataclasses.dataclass
@@ -146,37 +83,44 @@ class Race:
         self._differences = differences
         self._say = say
 
-    def enter(self, name: str, candidates: Sequence[int]) -> None:
-        """Makes a row, with the best number of microbatches where it has a choice."""
-        difference = self._differences.get(name, 0.0)
-        if isinstance(difference, float) and difference > TOLERANCE:
-            error = f"its gradients differ from pglpipe's by {difference:.1e}"
+    def enter(self, name: str, counts: Sequence[int]) -> None:
+        """Makes a row, with the best of these numbers of microbatches where it has a choice."""
+        if error := fault(self._differences.get(name, 0.0)):
+            self._say(f"{name} does not run: {error}")
             self.entries.append(Entry(name, error=error))
         elif name in ROWS:
             self.entries.append(
                 self._made(Entry(name), lambda: ROWS[name](self._track))
             )
         else:
-            self.entries.append(self._best(name, candidates))
+            self.entries.append(self._best(name, counts))
 
     def round(self, steps: int) -> None:
         """A block of every row that runs."""
         for entry in self.entries:
             self._run(entry, steps)
 
-    def _best(self, name: str, candidates: Sequence[int]) -> Entry:
-        tried: list[tuple[float, Entry]] = []
-        for count in candidates:
+    def _best(self, name: str, counts: Sequence[int]) -> Entry:
+        """The entry with the best count: a block each, then another of the best two."""
+        tried = []
+        for count in counts:
             make = partial(SEARCHED[name], self._track, count)
-            entry = self._made(Entry(name, microbatches=count), make)
-            if len(candidates) == 1:
-                return entry
+            tried.append(self._made(Entry(name, microbatches=count), make))
+        if len(tried) == 1:
+            return tried[0]
+        for entry in tried:
             self._run(entry, SEARCH_STEPS)
-            speed = entry.rounds.pop().samples_per_second if entry.rounds else 0.0
-            tried.append((speed, entry))
-        return max(tried, key=lambda pair: pair[0])[1]
+        tried = sorted(tried, key=_speed, reverse=True)[:2]
+        for entry in tried:
+            self._run(entry, SEARCH_STEPS)
+        best = max(tried, key=_speed)
+        best.rounds.clear()
+        return best
 
     def _made(self, entry: Entry, make: Callable[[], Row]) -> Entry:
+        if entry.name in GROUPED:
+            # Of its own: a failure in the middle of a step is then nobody else's.
+            self._track.arena.renew_group()
         entry.row, entry.error = self._track.arena.attempt(make)
         return entry
 
@@ -224,8 +168,8 @@ def main(
 ) -> None:
     """Runs the race; every rank alike."""
     names = rows.split(",")
-    if unknown := set(names) - {*ROWS, *SEARCHED}:
-        raise SystemExit(f"unknown rows {sorted(unknown)}; known: {[*ROWS, *SEARCHED]}")
+    one_of("row", names, [*ROWS, *SEARCHED])
+    one_of("workload", [workload], WORKLOADS)
     torch.set_num_threads(1)
     arena = Arena()
     load = WORKLOADS[workload](arena.size)
@@ -244,7 +188,7 @@ def main(
     chosen = {row["name"]: row["microbatches"] for row in earlier.get("rows", [])}
     for name in names:
         fixed = microbatches or chosen.get(name)
-        race.enter(name, (fixed,) if fixed else MICROBATCHES)
+        race.enter(name, (fixed,) if fixed else candidates(name))
     for _ in range(rounds):
         race.round(steps)
     facts = {
@@ -267,6 +211,12 @@ def main(
     if arena.leads:
         output.write_text(json.dumps(facts, indent=1) + "\n")
     arena.close()
+
+
+def _speed(entry: Entry) -> float:
+    """Of a search: the median; below all others where it does not run."""
+    rates = [measured.samples_per_second for measured in entry.rounds]
+    return statistics.median(rates) if rates and not entry.error else -1.0
 
 
 def _nothing(line: str) -> None:

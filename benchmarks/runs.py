@@ -9,9 +9,9 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
@@ -91,6 +91,21 @@ def race(output: Path, *options: str, workers: int) -> dict[str, Any]:
     subprocess.run(command, check=True, env={**os.environ, **ENVIRONMENT})
     found: dict[str, Any] = json.loads(output.read_text())
     return found
+
+
+def refuse(line: str) -> NoReturn:
+    """Ends the command with one line about its input, said by one rank, and status 2."""
+    if os.environ.get("RANK", "0") == "0":
+        print(line, file=sys.stderr)
+    raise SystemExit(2)
+
+
+def one_of(what: str, asked: Iterable[str], known: Iterable[str]) -> None:
+    """Refuses what nobody knows."""
+    known = list(known)
+    for name in asked:
+        if name not in known:
+            refuse(f"expected a {what} out of {', '.join(known)}; got {name!r}")
 
 
 def machine() -> str:

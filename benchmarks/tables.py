@@ -1,9 +1,11 @@
-"""Shows figures: a table for the screen, the same in Markdown, bars as SVG."""
+"""Shows figures: a table for the screen, the same in Markdown, bars as SVG, and goals met or missed."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from html import escape
+from typing import Any
 
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
@@ -11,6 +13,45 @@ from rich.table import Table
 Lines = Sequence[Sequence[str]]
 
 _LABEL, _BAR, _STEP = 380, 420, 26  # pixels
+
+
+@dataclass(frozen=True)
+class Goal:
+    """A figure that is to be shown, and what came out.
+
+    Attributes:
+        what: the figure.
+        limit: what it is to reach.
+        value: what was measured; None if nothing was.
+        at_most: whether it is to stay below the limit instead.
+    """
+
+    what: str
+    limit: float
+    value: float | None
+    at_most: bool = False
+
+    @property
+    def met(self) -> bool | None:
+        """Whether it was reached; None if not measured.
+
+        >>> Goal("speed", 1.2, 1.25).met, Goal("waiting", 5, 7, at_most=True).met
+        (True, False)
+        """
+        if self.value is None:
+            return None
+        return self.value <= self.limit if self.at_most else self.value >= self.limit
+
+    def __str__(self) -> str:
+        wanted = f"goal at {'most' if self.at_most else 'least'} {self.limit:g}"
+        if self.value is None:
+            return f"{self.what}: not measured, {wanted}"
+        verdict = "met" if self.met else "missed"
+        return f"{self.what}: {self.value:.3f}, {wanted}: {verdict}"
+
+    def to_json(self) -> dict[str, Any]:
+        """What a file says of it."""
+        return asdict(self) | {"met": self.met}
 
 
 def screen(columns: Sequence[str], lines: Lines) -> Table:

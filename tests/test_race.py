@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import formulas, tables
+from benchmarks import formulas, gate, tables
 from benchmarks.arena import Arena
 from benchmarks.devices import (
     BACKWARD,
@@ -22,10 +22,11 @@ from benchmarks.devices import (
     emulated,
 )
 from benchmarks.emulated import table as emulated_table
-from benchmarks.race import DEFAULT, ROWS, SEARCHED
-from benchmarks.rows import Share, merge
+from benchmarks.lineup import DEFAULT, ROWS, SEARCHED
+from benchmarks.race import Race
+from benchmarks.rows import Row, Share, Track, merge
 from benchmarks.standings import COLUMNS, PEERS, TITLES, Standings, Target
-from benchmarks.workload import Stream, measure_cuts, tiny
+from benchmarks.workload import Cuts, Stream, measure_cuts, tiny
 from pglpipe.timetable import clock, gpipe, one_forward_one_backward
 from tests.commands import run, torchrun
 
@@ -95,15 +96,16 @@ def test_the_best_peer_is_the_fastest_that_runs() -> None:
     )
     assert standings.best(PEERS) == "plain"
     assert standings.ratio("local", ["interleaved"]) is None
-    assert standings.targets([Target("local", ("gpipe", "plain"), 1.2)]) == [
-        {
-            "row": "local",
-            "over": "plain",
-            "of": ["gpipe", "plain"],
-            "goal": 1.2,
-            "ratio": 1.5,
-        }
-    ]
+    fast, lost = standings.goals(
+        [
+            Target("local", ("gpipe", "plain"), 1.2),
+            Target("local", ("interleaved",), 1.2),
+        ]
+    )
+    assert str(fast) == (
+        "pglpipe local / best of gpipe, plain (plain): 1.500, goal at least 1.2: met"
+    )
+    assert lost.met is None and "not measured" in str(lost)
 
 
 def test_a_row_that_does_not_run_says_why_in_the_table() -> None:
@@ -126,6 +128,18 @@ def test_the_emulated_table_sets_a_row_beside_its_formula() -> None:
     assert (local[4], local[5], local[7]) == ("1.000", "-2.0", "1.96")
     assert (schedule[4], schedule[5]) == ("0.533", "-6.2")
     assert fails[1] == "does not run" and len(fails) == len(local)
+
+
+def test_waiting_is_the_median_over_the_rounds() -> None:
+    found = facts(local=[1.0, 1.0, 1.0])
+    for measured, share in zip(
+        found["rows"][0]["rounds"], (0.9, 0.02, 0.04), strict=True
+    ):
+        measured["waiting"] = [share, None]
+    standings = Standings(found)
+    assert standings.waiting("local") == [0.04, None]
+    assert standings.waiting_goal().met
+    assert Standings(facts(gpipe=[1.0])).waiting_goal().met is None
 
 
 def test_waiting_is_not_guessed_where_ranks_share_cores() -> None:
@@ -299,6 +313,93 @@ def test_the_formula_of_guidance_agrees_with_a_play_of_every_action(
         played = period / simulated_period(ranks, microbatches, period, duration)
         formula = formulas.pgl(ranks, microbatches, period, duration)
         assert played == pytest.approx(formula, rel=0.02)
+
+
+# -- the gate -------------------------------------------------------------------------
+
+
+class Lonely(Arena):
+    """An arena of one rank in this process, without groups."""
+
+    def __init__(self) -> None:
+        self.rank, self.size = 0, 1
+
+    def renew_group(self) -> None:
+        """There is none."""
+
+    def gather(self, value: Any) -> list[Any]:
+        return [json.loads(json.dumps(value))]
+
+
+def test_only_a_small_finite_difference_passes_the_gate(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    ours = {"a": torch.tensor([1.0, 2.0]), "b": torch.tensor([4.0])}
+
+    def raising() -> dict[str, torch.Tensor]:
+        raise RuntimeError("no such schedule")
+
+    peers = {
+        "gpipe": lambda: {**ours, "b": torch.tensor([4.0001])},
+        "1f1b": lambda: {"a": ours["a"]},
+        "interleaved": lambda: {**ours, "b": torch.tensor([float("nan")])},
+        "plain": lambda: {**ours, "a": torch.tensor([float("inf"), 2.0])},
+        "accumulated": lambda: {**ours, "b": torch.tensor([4.1])},
+        "zero-bubble": raising,
+    }
+    monkeypatch.setattr(gate, "_ours", lambda track: ours)
+    monkeypatch.setattr(gate, "_peers", lambda track: peers)
+    track = Track(Lonely(), tiny(), Cuts([], [], []))
+    found = gate.differences(track)
+    faults = {name: gate.fault(difference) for name, difference in found.items()}
+    assert not faults.pop("gpipe") and all(faults.values())
+    assert "no such schedule" in faults["zero-bubble"]
+    assert gate.fault(float("nan")) and gate.fault(float("inf"))
+    told: list[str] = []
+    contest = Race(track, found, told.append)
+    for name in faults:
+        contest.enter(name, (2,))
+    contest.round(1)
+    assert all(entry.error and not entry.rounds for entry in contest.entries)
+    assert len(told) == len(faults)
+
+
+# -- entries --------------------------------------------------------------------------
+
+
+class Paced(Row):
+    """A row whose blocks take what they are told to, or fail."""
+
+    def __init__(self, seconds: list[float]) -> None:
+        self.seconds = seconds
+
+    def block(self, steps: int) -> Share:
+        return Share(steps, steps * self.seconds.pop(0))
+
+
+def test_the_best_two_numbers_of_microbatches_are_tried_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # The first look is lucky for 4; 16 fails.
+    times = {2: [9.0], 4: [1.0, 5.0], 8: [1.2, 1.2, 2.0], 16: []}
+    monkeypatch.setitem(SEARCHED, "pgl", lambda track, count: Paced(list(times[count])))
+    contest = Race(Track(Lonely(), tiny(), Cuts([], [], [])), {}, lambda line: None)
+    contest.enter("pgl", tuple(times))
+    contest.round(1)
+    (entry,) = contest.entries
+    assert (entry.title, entry.error) == ("pgl M=8", "")
+    assert [measured.samples_per_second for measured in entry.rounds] == [0.5]
+
+
+def test_checkpointing_keeps_its_inputs_and_what_is_computed_again() -> None:
+    contest = Race(Track(Lonely(), tiny(), Cuts([], [], [])), {}, lambda line: None)
+    for name in ("plain", "checkpointed"):
+        contest.enter(name, ())
+    contest.round(1)
+    assert not any(entry.error for entry in contest.entries)
+    (plain,), (segments,) = (entry.rounds[0].saved_bytes for entry in contest.entries)
+    # A segment is computed again while those before it are kept as their inputs alone.
+    assert 0.25 * plain < segments < 0.9 * plain
 
 
 # -- races ----------------------------------------------------------------------------

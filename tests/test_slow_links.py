@@ -13,7 +13,7 @@ from rich.console import Console
 
 from benchmarks import slow_links
 from benchmarks.link import Link, Unavailable
-from benchmarks.race import ROWS, SEARCHED
+from benchmarks.lineup import ROWS, SEARCHED
 from benchmarks.slow_links_table import Job, lines, markdown, rich_table
 
 ABOUT = "how"

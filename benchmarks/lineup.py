@@ -1,0 +1,75 @@
+"""The rows that a race may have, by name, and the workloads that it may be about."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from benchmarks.devices import emulated
+from benchmarks.pglpipe_rows import Alone, Pipeline, Unconnected
+from benchmarks.plain_rows import Accumulated, Checkpointed, DataParallel, EndToEnd
+from benchmarks.rows import Row, Track
+from benchmarks.schedule_rows import SCHEDULES, Schedule
+from benchmarks.workload import Workload, resnet32, tiny
+from pglpipe import NEVER, Guidance
+
+# By the number of ranks.
+WORKLOADS: dict[str, Callable[[int], Workload]] = {
+    "resnet32": lambda ranks: resnet32(),
+    "emulated": emulated,
+    "tiny": lambda ranks: tiny(),
+}
+
+Maker = Callable[[Track], Row]
+Searched = Callable[[Track, int], Row]
+
+# Rows as they are; their number of microbatches is nothing to choose.
+ROWS: dict[str, Maker] = {
+    "local": lambda track: Pipeline(track, NEVER),
+    "local-bf16": lambda track: Pipeline(track, NEVER, edge_dtype="bf16"),
+    "local-rpc": lambda track: Pipeline(track, NEVER, transport="rpc"),
+    "unconnected": Unconnected,
+    "one-worker": Alone,
+    "plain": EndToEnd,
+    "plain-threads": lambda track: EndToEnd(track, threads=track.arena.size),
+    "checkpointed": Checkpointed,
+    "accumulated": Accumulated,
+    "data-parallel": DataParallel,
+    "independent": lambda track: EndToEnd(track, everywhere=True),
+}
+
+
+def _pgl(period: int, duration: int, **options: Any) -> Searched:
+    return lambda track, microbatches: Pipeline(
+        track,
+        Guidance(period=period, duration=duration),
+        microbatches=microbatches,
+        **options,
+    )
+
+
+def _schedule(name: str) -> Searched:
+    return lambda track, microbatches: Schedule(track, name, microbatches)
+
+
+# Rows whose number of microbatches is searched.
+SEARCHED: dict[str, Searched] = {
+    "pgl": _pgl(10, 1),
+    "pgl-bf16": _pgl(10, 1, edge_dtype="bf16"),
+    "pgl-bursts": _pgl(50, 5),
+    "pgl-short-bursts": _pgl(20, 2),
+    **{name: _schedule(name) for name in SCHEDULES},
+}
+# Peers that exchange tensors in a group of all ranks.
+GROUPED = {*SCHEDULES, "data-parallel"}
+# In this order in every round; bursts of 5 take 50 steps and are asked for by name.
+DEFAULT = [
+    *("local", "gpipe", "1f1b", "interleaved", "zero-bubble", "pgl"),
+    *("pgl-short-bursts", "data-parallel", "local-rpc", "independent", "unconnected"),
+    *("plain", "one-worker", "plain-threads", "checkpointed", "accumulated"),
+]
+
+
+def candidates(name: str) -> tuple[int, ...]:
+    """The numbers of microbatches to try; guided rows are tried for a whole period each."""
+    return (2, 4, 8) if name.startswith("pgl") else (2, 4, 8, 16)
