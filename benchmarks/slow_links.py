@@ -2,7 +2,8 @@
 
 The same job, :mod:`benchmarks.race`, runs over loopback and over each link, round after round, so that
 a disturbance of the machine meets all of them; what counts are ratios within a round. Each link has its
-own search for the best number of microbatches. Needs root; says so and does nothing otherwise.
+own search for the best number of microbatches, of schedules and of guided rows (a whole period for each
+number). A job that fails is told in the table, and the others go on. Needs root; says so and does nothing otherwise.
 
 ::
 
@@ -27,24 +28,26 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
+from benchmarks.lineup import ROWS as PLAIN_ROWS
+from benchmarks.lineup import SEARCHED, WORKLOADS
 from benchmarks.link import ADDRESSES, INTERFACE, Link, Unavailable, dying_with_parent
 from benchmarks.link_check import check
-from benchmarks.runs import ENVIRONMENT, machine
+from benchmarks.runs import ENVIRONMENT, machine, one_of
 from benchmarks.slow_links_table import (
     LOOPBACK,
-    SCHEDULES,
     Job,
     Jobs,
+    failures,
+    goals,
     lines,
     markdown,
     rich_table,
 )
+from benchmarks.standings import SCHEDULES
 
 FOLDER = Path("runs/slow-links")
 RESULTS = Path(__file__).parent / "results"
 ROWS = ("local", "local-bf16", "pgl", "pgl-bf16", *SCHEDULES, "data-parallel")
-# A search in blocks shorter than a period would not meet the global steps.
-CHOSEN = [{"name": name, "microbatches": 4} for name in ("pgl", "pgl-bf16")]
 PORT = 29500  # nobody else is in these namespaces
 
 
@@ -76,6 +79,10 @@ PLACES = (
 )
 
 
+class JobFailed(Exception):
+    """A torchrun that ended with an error."""
+
+
 def start(
     link: Link, place: Place, words: Sequence[str]
 ) -> list[subprocess.Popen[bytes]]:
@@ -100,10 +107,12 @@ def start(
 def finish(torchruns: Sequence[subprocess.Popen[bytes]]) -> None:
     """Waits for both; when one fails, or we are interrupted, the other is ended."""
     try:
-        while any(torchrun.poll() is None for torchrun in torchruns):
-            if any(torchrun.poll() for torchrun in torchruns):
-                raise SystemExit("a job has failed; its own message stands above")
+        while None in (codes := [torchrun.poll() for torchrun in torchruns]):
+            if any(codes):
+                break
             time.sleep(0.1)
+        if any(codes):
+            raise JobFailed("its own message stands above")
     finally:
         for torchrun in torchruns:
             torchrun.terminate()
@@ -119,14 +128,25 @@ def race(link: Link, place: Place, options: Mapping[str, Any], settings: Job) ->
         settings: cuts and numbers of microbatches that are settled already.
 
     Returns:
-        What the job wrote, and the forwarder's CPU seconds per second.
+        What the job wrote, and the forwarder's CPU seconds per second; of a job that fails,
+        rows that say so.
     """
     given, output = FOLDER / "settings.json", FOLDER / "output.json"
     given.write_text(json.dumps(settings))
     files = {"settings-from": given, "output": output}
     words = [f"--{key}={value}" for key, value in {**options, **files}.items()]
     began, spent = time.monotonic(), link.usage().cpu_seconds
-    finish(start(link, place, ["-m", "benchmarks.race", *words]))
+    try:
+        finish(start(link, place, ["-m", "benchmarks.race", *words]))
+    except JobFailed as error:
+        nothing: Job = {
+            "microbatches": None,
+            "rounds": [],
+            "error": f"JobFailed: {error}",
+        }
+        return {
+            "rows": [{"name": name, **nothing} for name in options["rows"].split(",")]
+        }
     used = link.usage().cpu_seconds - spent
     found: Job = json.loads(output.read_text())
     return {**found, "forwarder_share": used / (time.monotonic() - began)}
@@ -134,9 +154,12 @@ def race(link: Link, place: Place, options: Mapping[str, Any], settings: Job) ->
 
 def settled(jobs: Jobs, place: Place) -> Job:
     """The cuts of the first job of all, and what this place's first job has chosen."""
-    first = next((found[0] for found in jobs.values() if found), {})
-    here = jobs[place.name][0]["rows"] if jobs[place.name] else CHOSEN
-    return {"cuts": first.get("cuts"), "rows": here}
+    whole = [job for found in jobs.values() for job in found if "cuts" in job]
+    here = [job for job in jobs[place.name] if "cuts" in job]
+    return {
+        "cuts": whole[0]["cuts"] if whole else None,
+        "rows": here[0]["rows"] if here else [],
+    }
 
 
 # -- the command -------------------------------------------------------------------------
@@ -169,10 +192,11 @@ def visit(
             job = race(link, place, {**options, "rounds": 1}, settings)
             jobs[place.name].append(job)
     for place in filter(lambda place: place.rate, links):
-        shares = [job["forwarder_share"] for job in jobs[place.name]]
-        facts[
-            place.name
-        ] += f"; the forwarder took {statistics.mean(shares):.1%} of a core"
+        if shares := [
+            job["forwarder_share"] for job in jobs[place.name] if "cuts" in job
+        ]:
+            taken = f"{statistics.mean(shares):.1%} of a core"
+            facts[place.name] += f"; the forwarder took {taken}"
     found = lines(jobs)
     about = (
         f"`python -m benchmarks.slow_links`: {options['workload']}, {rounds} rounds of {options['steps']} steps; "
@@ -183,10 +207,18 @@ def visit(
         console.print(
             f"[bold]{place_name}[/bold]: {text}", rich_table(found, place_name)
         )
-    console.print(about)
-    whole = {"about": about, "places": facts, "rows": found}
+        for failure in failures(found, place_name):
+            console.print(failure)
+    wanted = goals(found, {place.name: place.rate for place in links})
+    console.print(*map(str, wanted), about, sep="\n")
+    whole = {
+        "about": about,
+        "places": facts,
+        "goals": [goal.to_json() for goal in wanted],
+        "rows": found,
+    }
     (results / "slow_links.json").write_text(json.dumps(whole, indent=1) + "\n")
-    (results / "slow_links.md").write_text(markdown(found, facts, about))
+    (results / "slow_links.md").write_text(markdown(found, facts, about, wanted))
 
 
 def _congestion_control() -> str:
@@ -205,6 +237,8 @@ def main(
     results: Annotated[Path, typer.Option(help="folder for JSON and table")] = RESULTS,
 ) -> None:
     """Compares two workers over slow links with what else they could do."""
+    one_of("row", rows.split(","), [*PLAIN_ROWS, *SEARCHED])
+    one_of("workload", [workload], WORKLOADS)
     options = {"rows": rows, "steps": steps, "workload": workload}
     with ExitStack() as stack:
         try:

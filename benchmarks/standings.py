@@ -133,11 +133,7 @@ class Standings:
         # A thread that shares its core does not compute, but does not wait either.
         if about["ranks"] > about["cores"] and name not in COUNTED:
             return []
-        rounds = [measured["waiting"] for measured in row["rounds"]]
-        return [
-            None if None in shares else statistics.median(shares)
-            for shares in zip(*rounds, strict=True)
-        ]
+        return median_waiting(row["rounds"])
 
     def _waiting(self, name: str) -> str:
         shares = self.waiting(name)
@@ -171,6 +167,14 @@ class Standings:
             100 * max(shares) if shares else None,
             at_most=True,
         )
+
+
+def median_waiting(rounds: Sequence[dict[str, Any]]) -> list[float | None]:
+    """Medians over the rounds by rank; None for a rank that does not know."""
+    return [
+        None if None in shares else statistics.median(shares)
+        for shares in zip(*(measured["waiting"] for measured in rounds), strict=True)
+    ]
 
 
 # In a document, and on a screen.
