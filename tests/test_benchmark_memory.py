@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 
-from benchmarks import memory
-from benchmarks.memory import ROWS, Row, cut, measure, ours, result
+from benchmarks import memory, memory_rows
+from benchmarks.memory import result
+from benchmarks.memory_rows import LOCAL, ROWS, Row, cut, measure, ours
 
 
 def test_every_row_has_a_name_of_its_own() -> None:
@@ -17,13 +18,13 @@ def test_every_row_has_a_name_of_its_own() -> None:
 
 def test_segments_of_even_bytes_are_smaller_at_the_start() -> None:
     layers, even = cut(Row("", segments=4)), cut(Row("", segments=4, even=True))
-    assert sum(layers) == sum(even) == len(memory.LAYERS)
+    assert sum(layers) == sum(even) == len(memory_rows.LAYERS)
     assert layers == [4, 4, 4, 5] and even[0] < layers[0]
 
 
 def small(monkeypatch: pytest.MonkeyPatch, row: Row) -> dict[str, Any]:
     """A row on a batch of eight."""
-    monkeypatch.setattr(memory, "BATCH", 8)
+    monkeypatch.setattr(memory_rows, "BATCH", 8)
     return measure(row)
 
 
@@ -32,7 +33,7 @@ def test_the_rows_count_what_they_claim(monkeypatch: pytest.MonkeyPatch) -> None
     assert set(whole) == {"rank", "kept", "grown"}
     parts = small(monkeypatch, Row("", microbatches=4))
     segments = small(monkeypatch, Row("", segments=4, even=True))
-    local = small(monkeypatch, ours("", 4, guidance=memory.LOCAL))
+    local = small(monkeypatch, ours("", 4, guidance=LOCAL))
     assert parts["kept"] < 0.26 * whole["kept"]
     assert 0.25 * whole["kept"] < segments["kept"] < 0.5 * whole["kept"]
     assert local["kept"] == local["predicted"] < 0.4 * whole["kept"]
@@ -47,6 +48,31 @@ def test_a_line_speaks_of_the_worst_process() -> None:
     line = result(Row("two"), found, whole)
     cells = ["two", "2", "0.200", "0.100 0.200", "2", "5", "0.25"]
     assert memory.cells(line) == cells
-    assert memory.markdown([line], "about").splitlines()[-1] == (
-        f"| {' | '.join(cells)} |"
+    assert f"| {' | '.join(cells)} |" in memory.markdown([line], "about").splitlines()
+
+
+def test_goals_are_read_off_the_lines() -> None:
+    def line(name: str, ratio: float, kept: list[int]) -> dict[str, Any]:
+        return {"name": name, "ratio": ratio, "kept_bytes": kept}
+
+    found = memory.goals(
+        [
+            line("local, K=16", 0.158, [1]),
+            line("global, K=16, recomputed", 0.31, [1]),
+            line("4 workers, K=4: local", 0.3, [4, 2]),
+            line("4 workers, K=4: global, 1F1B, 8 microbatches", 0.2, [3, 3]),
+        ]
     )
+    assert [goal.met for goal in found] == [True, None, False, None, False]
+    assert found[-1].value == 1.5
+    assert set(memory.GOALS) <= {row.name for row in ROWS}
+
+
+def test_an_unknown_row_is_refused_in_one_line(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        memory.main("nothing")
+    assert ended.value.code == 2
+    (said,) = capsys.readouterr().err.splitlines()
+    assert "got 'nothing'" in said
