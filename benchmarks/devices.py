@@ -26,30 +26,39 @@ BACKWARD = 0.320
 BATCH = 64
 FEATURES = 1024  # 256 KiB of activations for a batch
 CLASSES = 10
+PAUSE = 0.005  # seconds; longer than the Python between two layers of a stage
 
 
 class Device:
     """This process' device: it sleeps as long as the work would take.
 
     A sleep lasts a little too long, and longer on a busy machine. What was slept too much is
-    taken off the sleeps that follow, so that the work takes its time in all.
+    taken off the sleeps that follow at once, so that the work takes its time in all; a device
+    that had nothing to do in between (:data:`PAUSE`) has nothing to make up for.
 
     Attributes:
         worked: seconds of work so far.
+        late: seconds that sleeps lasted too long so far.
     """
 
     def __init__(self) -> None:
         self.worked = 0.0
+        self.late = 0.0
         self._ahead = 0.0
+        self._ended = 0.0
 
     def work(self, seconds: float) -> None:
         """Takes this long."""
         self.worked += seconds
         began = time.perf_counter()
+        if began - self._ended > PAUSE:
+            self._ahead = 0.0
         due = seconds - self._ahead
         if due > 0:
             time.sleep(due)
-        self._ahead += time.perf_counter() - began - seconds
+        self._ended = time.perf_counter()
+        self.late += self._ended - began - max(0.0, due)
+        self._ahead += self._ended - began - seconds
 
 
 DEVICE = Device()
@@ -130,11 +139,10 @@ class Readout(nn.Module):
         return x[:, :CLASSES].clone()
 
 
-def emulated(ranks: int, head_share: float = 0.0) -> Workload:
+def emulated(ranks: int) -> Workload:
     """Two equal layers a rank, so that one stage a rank or two can be made of them.
 
-    Args:
-        head_share: time of a head as a fraction of its stage's; at 0 it takes none.
+    Heads take no time.
     """
     generator = torch.Generator().manual_seed(SEED)
     x = torch.randn(BATCH, FEATURES, generator=generator)
@@ -146,12 +154,6 @@ def emulated(ranks: int, head_share: float = 0.0) -> Workload:
     def last() -> nn.Module:
         return nn.Sequential(layer(), Readout())
 
-    def head(shape: tuple[int, ...]) -> nn.Module:
-        if not head_share:
-            return Readout()
-        work = EmulatedLayer(FORWARD * head_share, BACKWARD * head_share)
-        return nn.Sequential(work, Readout())
-
     count = 2 * ranks
     return Workload(
         name="emulated",
@@ -159,7 +161,8 @@ def emulated(ranks: int, head_share: float = 0.0) -> Workload:
             Layer(f"layer{i}", last if i == count - 1 else layer) for i in range(count)
         ],
         batches=[(x, targets)],
-        head=head,
+        head=lambda shape: Readout(),
         computing=lambda: DEVICE.worked,
+        late=lambda: DEVICE.late,
         cut=lambda stages: [count // stages] * stages,
     )

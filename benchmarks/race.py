@@ -206,6 +206,8 @@ def main(
         "peak_rss": arena.gather(
             resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         ),
+        "computing_seconds": arena.gather(load.computing()),
+        "late_seconds": arena.gather(load.late()),
         "rows": [entry.to_json() for entry in race.entries],
     }
     if arena.leads:

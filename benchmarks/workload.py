@@ -31,6 +31,7 @@ class Workload:
         device: where to train.
         cut: ``stages -> sizes`` for a workload whose costs are known; None to measure them.
         computing: seconds that this process has spent computing so far.
+        late: seconds that an emulated device has taken too long so far.
     """
 
     name: str
@@ -40,6 +41,7 @@ class Workload:
     computing: Callable[[], float]
     cut: Callable[[int], list[int]] | None = None
     device: str = "cpu"
+    late: Callable[[], float] = lambda: 0.0
 
     @property
     def batch_size(self) -> int:

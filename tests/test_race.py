@@ -21,6 +21,7 @@ from benchmarks.devices import (
     EmulatedLayer,
     emulated,
 )
+from benchmarks.emulated import goals as emulated_goals
 from benchmarks.emulated import table as emulated_table
 from benchmarks.lineup import DEFAULT, ROWS, SEARCHED
 from benchmarks.race import Race
@@ -130,6 +131,15 @@ def test_the_emulated_table_sets_a_row_beside_its_formula() -> None:
     assert fails[1] == "does not run" and len(fails) == len(local)
 
 
+def test_the_goals_of_emulated_devices_are_met_missed_or_not_measured() -> None:
+    ideal = BATCH / (FORWARD + BACKWARD)
+    rates = {"local": [0.98 * ideal], "1f1b": [0.5 * ideal], "pgl": [0.7 * ideal]}
+    found = {**facts(**rates), "about": {"ranks": 8, "batch": BATCH, "cores": 2}}
+    goals = emulated_goals(found)
+    assert [goal.met for goal in goals] == [True, False, None, True, None]
+    assert len(emulated_goals({**found, "about": {**found["about"], "ranks": 4}})) == 0
+
+
 def test_waiting_is_the_median_over_the_rounds() -> None:
     found = facts(local=[1.0, 1.0, 1.0])
     for measured, share in zip(
@@ -225,10 +235,14 @@ def test_a_device_works_off_what_it_slept_too_long(
         device.work(1.0)
     device.work(0.125)
     assert slept == [1.0, 0.75, 0.75] and now[0] == 3.25 and device.worked == 3.125
+    assert device.late == 0.75
+    now[0] += 1.0  # idle: whoever had nothing to do is no faster afterwards
+    device.work(1.0)
+    assert slept[-1] == 1.0 and device.late == 1.0
 
 
 def test_the_emulated_network_learns_in_stages_of_any_size() -> None:
-    workload = emulated(ranks=2, head_share=0.1)
+    workload = emulated(ranks=2)
     assert workload.batches[0][0].shape == (BATCH, FEATURES)
     with torch.device("meta"):
         assert workload.head((FEATURES,))(torch.ones(2, FEATURES)).shape == (2, 10)
