@@ -23,12 +23,14 @@ from torch.utils.checkpoint import checkpoint_sequential
 
 import pglpipe
 from benchmarks.resnet50 import resnet50
+from benchmarks.runs import one_of
 from benchmarks.workload import Batch
 from pglpipe import device as devices
 from pglpipe.layer import Layer, assemble
 from pglpipe.models import build
 
 WARMUP_STEPS = 10
+PRECISIONS = ("fp32", "bf16")
 CLASSES = 10
 
 
@@ -226,8 +228,17 @@ def main(
     cut: Annotated[str, typer.Option(help="layers of each stage")] = "flops",
     device: Annotated[str, typer.Option(help="cuda, or cpu to try it out")] = "cuda",
 ) -> None:
-    """Measures one row and prints it as JSON."""
-    print(json.dumps(measure(network, way, precision, cut, devices.pick(device, 0))))
+    """Measures one row and prints it, or why it does not run, as JSON."""
+    one_of("network", [network], NETWORKS)
+    one_of("way", [way], [*WAYS, CUT])
+    one_of("precision", [precision], PRECISIONS)
+    try:
+        found = measure(network, way, precision, cut, devices.pick(device, 0))
+    except Exception as error:
+        line = (str(error).strip().splitlines() or [""])[0]
+        print(json.dumps({"error": f"{type(error).__name__}: {line}"}))
+        raise
+    print(json.dumps(found))
 
 
 if __name__ == "__main__":

@@ -110,3 +110,30 @@ def test_the_table_has_ratios_within_a_round(
     table = (tmp_path / "gpu.md").read_text()
     assert "| resnet32, fp32: local, in turns |" in table and "2,1" in table
     assert "overlapped" in capsys.readouterr().out
+    assert [goal["met"] for goal in found["goals"]] == [False, True, True]
+
+
+def test_a_row_that_fails_says_why_and_the_others_stand() -> None:
+    fine = {
+        "samples_per_second": 100.0,
+        "peak_memory_bytes": 1 << 20,
+        "peak_activation_bytes": None,
+    }
+    failed = {"error": "OutOfMemoryError: no"}
+    name = {"network": "resnet32", "precision": "fp32"}
+    eager = {**name, "way": gpu_row.EAGER} | gpu.merged([fine] * 2, [fine] * 2)
+    turns = {**name, "way": gpu.TURNS} | gpu.merged([failed, fine], [fine] * 2)
+    lost = {**name, "way": gpu.OVERLAPPED} | gpu.merged([failed] * 2, [fine] * 2)
+    assert (eager["ratio"], turns["ratio"]) == (1.0, 1.0)
+    assert gpu.merged([fine], [failed])["ratio"] is None
+    assert gpu.cells(lost)[1] == "does not run: OutOfMemoryError: no"
+    assert [goal.met for goal in gpu.goals([eager, turns, lost])] == [False, None, None]
+
+
+def test_a_row_of_an_unknown_precision_is_refused(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        gpu_row.main("resnet8", gpu_row.EAGER, "fp7", device="cpu")
+    assert ended.value.code == 2
+    assert "got 'fp7'" in capsys.readouterr().err
