@@ -17,7 +17,7 @@ from typing import Annotated, Any
 
 import typer
 
-from benchmarks.runs import Summary, machine, train
+from benchmarks.runs import CIFAR10, Summary, machine, train
 from pglpipe.wire import WIRE_FORMATS
 
 RESULTS = Path(__file__).parent / "results"
@@ -86,7 +86,7 @@ def result(guidance: str, wire: str, summaries: list[Summary]) -> dict[str, Any]
 def write(rows: list[dict[str, Any]]) -> None:
     """Writes JSON and Markdown."""
     about = (
-        f"CIFAR-10 (JPEG q75), {COMMON['train-limit']:,} training images chosen by the seed, {COMMON['test-limit']:,} test "
+        f"{CIFAR10}, {COMMON['train-limit']:,} training images chosen by the seed, {COMMON['test-limit']:,} test "
         f"images, {COMMON['model']} at width {COMMON['width']}, K = {COMMON['stages']}, {COMMON['epochs']} epochs.\n"
         f"`python -m benchmarks.edge_dtype --data-root DIR`; {machine()}."
     )

@@ -21,7 +21,7 @@ from typing import Annotated, Any
 
 import typer
 
-from benchmarks.runs import Summary, machine, train
+from benchmarks.runs import CIFAR10, Summary, machine, train
 
 RESULTS = Path(__file__).parent / "results"
 EPOCHS = 20
@@ -154,7 +154,7 @@ def write(results: list[dict[str, Any]]) -> None:
     """Writes JSON and Markdown."""
     about = {
         "command": "python -m benchmarks.guidance --data-root DIR",
-        "data": "CIFAR-10 (JPEG q75) as an image folder",
+        "data": CIFAR10,
         "options": COMMON,
         "machine": machine(),
     }

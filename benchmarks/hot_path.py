@@ -33,7 +33,7 @@ Batch = tuple[Tensor, Tensor]
 
 
 def sgd(parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
-    """The optimizer of ``pglpipe.train``."""
+    """Of both: SGD with momentum, all parameters of a stage at once."""
     return torch.optim.SGD(parameters, lr=0.1, momentum=0.9, foreach=True)
 
 

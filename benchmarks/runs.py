@@ -15,7 +15,12 @@ from typing import Any, NoReturn
 
 import torch
 
+from pglpipe.run_directory import versions
+
 Summary = dict[str, Any]
+
+# What the tables of accuracy are trained on, see their --data-root.
+CIFAR10 = "CIFAR-10 (JPEG q75) as an image folder"
 
 # What launch/env.sh sets, and why it does.
 ENVIRONMENT = {
@@ -30,7 +35,7 @@ def train(
 ) -> Summary:
     """Runs ``pglpipe.train`` under torchrun, or alone, and reads its summary.
 
-    A run whose folder is complete, with the same options, is not run again.
+    A run whose folder is complete, with the same options and versions, is not run again.
 
     Args:
         run_dir: its folder; what an interrupted run left there is removed.
@@ -53,8 +58,14 @@ def train(
 
 
 def matches(summary: Path, options: Mapping[str, Any]) -> bool:
-    """Whether a run on disk had these options; the cut stands there as it was chosen."""
-    config = json.loads(summary.read_text())["config"]
+    """Whether a run on disk had these options, with the versions that are here now.
+
+    The cut stands there as it was chosen.
+    """
+    found = json.loads(summary.read_text())
+    if found.get("versions") != versions():
+        return False
+    config = found["config"]
     names = {key.replace("-", "_"): value for key, value in options.items()}
     return all(
         str(config[name]) == str(value) or config[name] == value

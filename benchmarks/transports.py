@@ -7,8 +7,9 @@
 
 All three keep the contract of an edge (copied in, copied out, two slots), so the figures are those of
 a pipeline's messages, one way. The ring exists here only: pglpipe would have it if it made a real
-row at least 5 % faster. It cannot, where all that messages cost is less: the last column says how
-much faster two workers would be if their edges cost nothing. Rounds go A B C A B C.
+row at least 5 % faster. It cannot, where all that messages cost is less: if they take a fraction c of a
+worker's step, edges that cost nothing make it at most 1 / (1 - c) times as fast. The last column says so
+of the ring. Rounds go A B C A B C.
 """
 
 from __future__ import annotations
@@ -232,9 +233,11 @@ def result(
         if name == RING:
             # Both ends of a message cost a core that could compute; an edge without any cost
             # would save no more than that.
-            row["can_save_at_most"] = statistics.median(
+            saved = statistics.median(
                 per_byte * r["sent"] / r["step_seconds"] for r in rows["p2p"]
             )
+            row["can_save_at_most"] = saved  # of a step
+            row["x_p2p_at_most"] = 1 / (1 - saved)
         table.append(row)
     return table
 
@@ -253,11 +256,7 @@ def show(rows: list[dict[str, Any]]) -> Table:
             f"{row['GB_per_s']:.1f}",
             f"{row['us_4_KiB']:.0f}",
             f"{statistics.median(rates):.0f}" if rates else "–",
-            (
-                f"{row['x_p2p']:.3f}"
-                if rates
-                else f"at most {1 + row['can_save_at_most']:.3f}"
-            ),
+            (f"{row['x_p2p']:.3f}" if rates else f"at most {row['x_p2p_at_most']:.3f}"),
         )
     return shown
 

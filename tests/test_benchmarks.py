@@ -13,6 +13,7 @@ from rich.console import Console
 
 from benchmarks import demo, guidance, runs, transports
 from pglpipe.config import RunConfig, resolve
+from pglpipe.run_directory import versions
 
 OPTIONS = {field.name for field in dataclasses.fields(RunConfig)}
 
@@ -80,6 +81,7 @@ def test_a_ring_can_save_no_more_than_all_that_messages_cost() -> None:
     p2p, rpc, ring = transports.result(seconds, rows)
     assert (p2p["x_p2p"], rpc["x_p2p"]) == (1.0, 0.9)
     assert ring["can_save_at_most"] == pytest.approx(0.01)  # 2 ms of 200
+    assert ring["x_p2p_at_most"] == pytest.approx(200 / 198)
 
 
 def test_true_is_a_flag_on_the_command_line() -> None:
@@ -108,7 +110,7 @@ def test_a_run_is_the_command_that_a_user_would_type(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[list[str]] = []
-    written = {"config": {"quiet": True, "steps": 2}}
+    written = {"config": {"quiet": True, "steps": 2}, "versions": versions()}
 
     def pretend(command: list[str], **_: Any) -> None:
         seen.append(command[command.index("-m") + 1 :])
@@ -128,3 +130,6 @@ def test_a_run_is_the_command_that_a_user_would_type(
         f"--run-dir={tmp_path / 'run'}",
     ]
     assert seen == [expected], "a complete run is not run again"
+    found = tmp_path / "run" / "summary.json"
+    found.write_text(json.dumps({**written, "versions": {"torch": "1.0"}}))
+    assert not runs.matches(found, {}), "figures of other versions are not these"
