@@ -1,15 +1,17 @@
-"""Does a long run stay as it is? Memory, threads and descriptors of every worker, over time.
+"""Does a long run stay as it is? Memory, threads, descriptors and queues of every worker, over time.
 
     python -m benchmarks.soak                                    4 workers, random delays, ten minutes
     python -m benchmarks.soak --workers 1 --steps 2000 --delay 0
 
 Every layer boundary that is an edge sleeps for a random time in every forward and backward, so that now
 one worker is the slowest and now another, queues fill and run dry. Guidance, evaluation and microbatches
-take part. A run that ends larger than it began fails with status 1.
+take part. A run that ends larger than it began, or whose queues were ever longer than they may be, fails
+with status 1.
 """
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import random
@@ -30,13 +32,18 @@ from rich.table import Table
 from torch import Tensor, nn
 
 import pglpipe
-from benchmarks.runs import ENVIRONMENT, launcher, machine
+from benchmarks.runs import ENVIRONMENT, launcher, machine, refuse
 from pglpipe import models
 from pglpipe.layer import Layer
+from pglpipe.transport.p2p import Receiver, Sender
 
 FOLDER = Path("runs/soak")
 RESULTS = Path(__file__).parent / "results" / "soak.json"
 STAGES = 4
+DEPTH = 2  # messages that may be under way at either end of an edge
+# A payload that waits at the receiver may have a message without one before it, and one may follow.
+WAITING_LIMIT = 2 * DEPTH + 1
+LEAST_LOOKS = 10
 WARMUP = 0.2  # of the run: caches fill, the allocator settles
 # Beyond what the allocator's own fragmentation does: a leak of one small batch per step is more.
 LIMIT_BYTES = 8 * 2**20
@@ -87,6 +94,7 @@ class Watch:
     """Looks at its own process now and then, from a thread of its own."""
 
     def __init__(self, interval: float) -> None:
+        self._ends: list[Any] = []
         self.looks: list[dict[str, float]] = []
         self._interval = interval
         self._over = threading.Event()
@@ -102,14 +110,32 @@ class Watch:
 
     def _look(self) -> None:
         while not self._over.wait(self._interval):
+            if len(self.looks) < 3:  # then all edges are there
+                self._ends = ends()
             self.looks.append(
                 {
                     "seconds": time.monotonic(),
                     "resident_bytes": resident_bytes(),
                     "threads": len(os.listdir("/proc/self/task")),
                     "descriptors": len(os.listdir("/proc/self/fd")),
+                    **queues(self._ends),
                 }
             )
+
+
+def ends() -> list[Sender | Receiver]:
+    """The ends of this process' edges, which nobody hands out: found among all objects."""
+    return [found for found in gc.get_objects() if type(found) in (Sender, Receiver)]
+
+
+def queues(found: list[Any]) -> dict[str, int]:
+    """Messages in the longest queue: under way from a sender, or received and not yet read."""
+    sent = [len(end._under_way) for end in found if isinstance(end, Sender)]
+    received = [end._ready.qsize() for end in found if isinstance(end, Receiver)]
+    return {
+        "under_way": max(sent, default=0),
+        "waiting": max(received, default=0),
+    }
 
 
 def resident_bytes() -> int:
@@ -119,7 +145,7 @@ def resident_bytes() -> int:
 
 
 @app.command(hidden=True)
-def work(steps: int, delay: float, interval: float) -> None:
+def work(folder: Path, steps: int, delay: float, interval: float) -> None:
     """One worker's share; its looks go into a file."""
     torch.set_num_threads(1)
     rank = int(os.environ.get("RANK", "0"))
@@ -131,13 +157,14 @@ def work(steps: int, delay: float, interval: float) -> None:
         balance="3,3,3,3",
         guidance=pglpipe.Guidance(period=10),
         microbatches=4,
+        queue_depth=DEPTH,
         device="cpu",
     )
     with Watch(interval) as watch:
         summary = trainer.fit(batches(), steps=steps, evaluate=batches()[:2])
     trainer.close()
     found = {"looks": watch.looks, "worker": summary.workers[rank]}
-    (FOLDER / f"rank{rank}.json").write_text(json.dumps(found))
+    (folder / f"rank{rank}.json").write_text(json.dumps(found))
 
 
 @app.command()
@@ -147,17 +174,29 @@ def main(
     delay: Annotated[float, typer.Option(help="longest delay, seconds")] = 0.02,
     interval: Annotated[float, typer.Option(help="seconds between looks")] = 2.0,
     output: Annotated[Path, typer.Option(help="JSON file, added to")] = RESULTS,
+    folder: Annotated[Path, typer.Option(help="emptied; workers write there")] = FOLDER,
 ) -> None:
     """Trains, then compares every worker's beginning and end."""
-    shutil.rmtree(FOLDER, ignore_errors=True)
-    FOLDER.mkdir(parents=True)
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
     began = time.monotonic()
-    words = ["-m", "benchmarks.soak", "work", str(steps), str(delay), str(interval)]
+    words = [
+        "-m",
+        "benchmarks.soak",
+        "work",
+        *map(str, (folder, steps, delay, interval)),
+    ]
     environment = {**os.environ, **ENVIRONMENT}
     subprocess.run([*launcher(workers), *words], check=True, env=environment)
     seconds = time.monotonic() - began
-    files = sorted(FOLDER.glob("rank*.json"))
-    rows = [growth(json.loads(file.read_text())["looks"]) for file in files]
+    files = sorted(folder.glob("rank*.json"))
+    looks = [json.loads(file.read_text())["looks"] for file in files]
+    if (least := min(map(len, looks), default=0)) < LEAST_LOOKS:
+        refuse(
+            f"expected at least {LEAST_LOOKS} looks at every worker, got {least}; "
+            "take more --steps or a shorter --interval"
+        )
+    rows = list(map(growth, looks))
     about = f"{workers} workers, {steps} steps, delays up to {delay:g} s, {seconds:.0f} s; {machine()}"
     Console().print(table(rows))
     Console().print(about)
@@ -170,10 +209,13 @@ def main(
 
 
 def growth(looks: list[dict[str, float]]) -> dict[str, Any]:
-    """Medians over the first and the last third of a run, after its warm-up."""
+    """Medians over the first and the last third of a run, after its warm-up; the longest queues."""
+    longest = {
+        name: max(look[name] for look in looks) for name in ("under_way", "waiting")
+    }
     looks = looks[int(len(looks) * WARMUP) :]
     third = max(1, len(looks) // 3)
-    return {
+    return longest | {
         name: [
             statistics.median(look[name] for look in part)
             for part in (looks[:third], looks[-third:])
@@ -183,16 +225,17 @@ def growth(looks: list[dict[str, float]]) -> dict[str, Any]:
 
 
 def is_grown(row: dict[str, Any]) -> bool:
-    """Whether a worker is larger at the end."""
+    """Whether a worker is larger at the end, or a queue was longer than it may be."""
     first, last = row["resident_bytes"]
     more = any(row[name][1] > row[name][0] for name in ("threads", "descriptors"))
-    return more or last - first > LIMIT_BYTES
+    overfull = row["under_way"] > DEPTH or row["waiting"] > WAITING_LIMIT
+    return more or overfull or last - first > LIMIT_BYTES
 
 
 def table(rows: list[dict[str, Any]]) -> Table:
     """The rows for a person."""
     shown = Table(box=SIMPLE_HEAD)
-    for column in ("worker", "memory, MiB", "threads", "descriptors", ""):
+    for column in ("worker", "memory, MiB", "threads", "descriptors", "queues", ""):
         shown.add_column(column, justify="right")
     for rank, row in enumerate(rows):
         first, last = (value / 2**20 for value in row["resident_bytes"])
@@ -201,6 +244,7 @@ def table(rows: list[dict[str, Any]]) -> Table:
             f"{first:.1f} → {last:.1f}",
             "{:.0f} → {:.0f}".format(*row["threads"]),
             "{:.0f} → {:.0f}".format(*row["descriptors"]),
+            f"≤ {row['under_way']:.0f} sent, {row['waiting']:.0f} received",
             "grown" if is_grown(row) else "steady",
         )
     return shown

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from commands import module, run
 
 from benchmarks import soak
 
 
 def looks(resident: list[float], **changes: list[float]) -> list[dict[str, Any]]:
-    """One look per value; threads and descriptors as given, or steady."""
-    steady = [7.0] * len(resident)
-    columns = {"threads": steady, "descriptors": steady} | changes
+    """One look per value; threads, descriptors and queues as given, or steady."""
+    steady, full = [7.0] * len(resident), [2.0] * len(resident)
+    columns = {"threads": steady, "descriptors": steady}
+    columns |= {"under_way": full, "waiting": full} | changes
     return [
         {"resident_bytes": r, **{name: column[i] for name, column in columns.items()}}
         for i, r in enumerate(resident)
@@ -22,7 +25,6 @@ def looks(resident: list[float], **changes: list[float]) -> list[dict[str, Any]]
 
 
 MIB = 2.0**20
-ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.mark.parametrize(
@@ -34,6 +36,8 @@ ROOT = Path(__file__).resolve().parents[1]
         (looks([300 * MIB] * 30, threads=[5.0] * 20 + [6.0] * 10), True),
         (looks([300 * MIB] * 30, descriptors=[5.0] * 20 + [6.0] * 10), True),
         (looks([300 * MIB] * 30, threads=[6.0] * 20 + [5.0] * 10), False),
+        (looks([300 * MIB] * 30, under_way=[2.0] * 29 + [3.0]), True),
+        (looks([300 * MIB] * 30, waiting=[6.0] + [2.0] * 29), True),
     ],
 )
 def test_growth_is_seen(seen: list[dict[str, Any]], grown: bool) -> None:
@@ -45,5 +49,30 @@ def test_growth_is_seen(seen: list[dict[str, Any]], grown: bool) -> None:
 def test_two_thousand_steps_leave_everything_as_it_is(tmp_path: Path) -> None:
     options = ["--workers=1", "--steps=2000", "--delay=0", "--interval=0.2"]
     output = f"--output={tmp_path / 'soak.json'}"
-    command = module("benchmarks.soak", "main", *options, output)
-    run(command, cwd=ROOT, timeout=280).check()
+    folder = f"--folder={tmp_path / 'runs'}"
+    command = module("benchmarks.soak", "main", *options, output, folder)
+    run(command, cwd=tmp_path, timeout=280).check()
+
+
+def test_too_few_looks_are_refused_in_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "runs"
+
+    def pretend(*_: Any, **__: Any) -> None:
+        (folder / "rank0.json").write_text(json.dumps({"looks": [{}] * 9}))
+
+    monkeypatch.setattr(soak.subprocess, "run", pretend)
+    with pytest.raises(SystemExit) as ended:
+        soak.main(1, 10, 0.0, 2.0, tmp_path / "soak.json", folder)
+    assert ended.value.code == 2
+    (said,) = capsys.readouterr().err.splitlines()
+    assert "got 9" in said and "--interval" in said
+    assert not (tmp_path / "soak.json").exists()
+
+
+def test_the_ends_of_an_edge_are_found() -> None:
+    end = soak.Sender.__new__(soak.Sender)
+    end._under_way = [([], torch.empty(0))]
+    assert end in soak.ends()
+    assert soak.queues([end]) == {"under_way": 1, "waiting": 0}
