@@ -38,7 +38,7 @@ format: .venv/installed  ## rewrite the code as check wants it
 bench: .venv/installed  ## measure throughput and memory beside the alternatives, in under 10 minutes
 	@$(BIN)/python -m benchmarks.throughput
 
-bench-full: .venv/installed  ## the same with more rounds, bursts and four workers; then emulated devices
+bench-full: .venv/installed  ## the same with more rounds, longer bursts, all on four workers; then emulated devices
 	@$(BIN)/python -m benchmarks.throughput --full
 	@$(BIN)/python -m benchmarks.emulated
 
@@ -54,8 +54,9 @@ bench-links: .venv/installed  ## the same over slow links between two network na
 bench-memory: .venv/installed  ## what each way to train keeps for backward, counted
 	@$(BIN)/python -m benchmarks.memory
 
-clean:  ## remove .venv, caches, build outputs and the demo's run
-	rm -rf .venv .pytest_cache .mypy_cache build dist *.egg-info runs/demo
+clean:  ## remove .venv, caches, build outputs and what the verbs left in runs/
+	rm -rf .venv .pytest_cache .mypy_cache build dist *.egg-info
+	rm -rf runs/demo runs/bench runs/slow-links runs/soak runs/transports
 	find . -name __pycache__ -not -path './.git/*' -prune -exec rm -rf {} +
 
 # The stamp is younger than what it was made from, or the environment is brought up to date.

@@ -70,6 +70,7 @@ def make(checkout: Path) -> Make:
         ("test-gpu", ["python -m pytest -m gpu"]),
         ("demo", ["python -m benchmarks.demo"]),
         ("bench", ["python -m benchmarks.throughput"]),
+        ("bench-gpu", ["python -m benchmarks.gpu"]),
         ("bench-links", ["python -m benchmarks.slow_links"]),
         ("bench-memory", ["python -m benchmarks.memory"]),
         (
@@ -113,8 +114,12 @@ def test_clean_leaves_nothing_that_a_verb_made(make: Make, checkout: Path) -> No
     before = set(checkout.iterdir())
     make("test")
     (checkout / "pglpipe" / "__pycache__").mkdir(parents=True)
+    for name in ("demo", "bench", "slow-links", "soak", "transports", "guidance"):
+        (checkout / "runs" / name).mkdir(parents=True)
     make("clean")
-    assert set(checkout.iterdir()) - before == {checkout / "pglpipe"}
+    assert set(checkout.iterdir()) - before == {checkout / "pglpipe", checkout / "runs"}
+    # What takes hours and goes on where it stopped stays.
+    assert [run.name for run in (checkout / "runs").iterdir()] == ["guidance"]
     assert not any((checkout / "pglpipe").iterdir())
 
 

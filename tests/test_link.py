@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import signal
@@ -145,10 +146,11 @@ def in_use(namespaces: set[str]) -> list[str]:
     """The processes that live in one of these namespaces or hold it open."""
     holders = []
     for process in Path("/proc").glob("[0-9]*"):
-        for held in (process / "ns" / "net", *process.glob("fd/*")):
-            try:
-                if os.readlink(held) in namespaces:
-                    holders.append(str(held))
-            except OSError:
-                continue  # it has ended meanwhile
+        try:
+            for held in (process / "ns" / "net", *process.glob("fd/*")):
+                with contextlib.suppress(FileNotFoundError):  # closed meanwhile
+                    if os.readlink(held) in namespaces:
+                        holders.append(str(held))
+        except OSError:
+            continue  # it has ended meanwhile
     return holders
