@@ -55,6 +55,8 @@ def compiled(module: nn.Module) -> Callable[[Tensor], Tensor]:
 
     All stages of a worker run the code of ``nn.Sequential``, and each of them, in training and
     in evaluation, is a version of it; PyTorch's limit is meant for the versions of one model.
+    Sizes are never symbols: a second stage of other sizes in one process would get kernels
+    that it does not get in a process of its own. A batch of another size compiles once more.
     """
     torch._dynamo.config.recompile_limit = 1024
-    return torch.compile(module, fullgraph=True)
+    return torch.compile(module, fullgraph=True, dynamic=False)

@@ -43,3 +43,16 @@ def test_compiled_stages_learn_the_same_on_two_workers(
     tolerance = 1e-4 if precision == "fp32" else 5e-2
     for name, tensor in eager.items():
         torch.testing.assert_close(alone[name], tensor, rtol=0.0, atol=tolerance)
+
+
+def test_stages_of_other_sizes_in_one_process_change_no_bit(tmp_path: Path) -> None:
+    options = """--dataset synthetic --train-limit 96 --test-limit 32 --model resnet8 --width 8
+        --stages 4 --balance 1,1,1,2 --batch-size 16 --steps 6 --guidance-period 3 --device cpu
+        --threads 1 --quiet --compile --run-dir""".split()
+    digests = set()
+    for workers in (1, 4):
+        name = str(workers)
+        command = torchrun(workers, "-m", "pglpipe.train", *options, name)
+        run(command, cwd=tmp_path, timeout=400).check()
+        digests.add(summary_of(tmp_path / name)["parameters_sha256"])
+    assert len(digests) == 1
