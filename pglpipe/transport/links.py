@@ -152,7 +152,9 @@ class Edges:
             )
         from pglpipe.transport.rpc_opener import RpcOpener
 
-        return RpcOpener(self._world, self._plan, self._device, self._on_failure)
+        return RpcOpener(
+            self._world, self._plan, self._device, self._stalls, self._on_failure
+        )
 
     def _channel(self, edge: int, direction: str) -> Channel:
         end = self._world.rank - edge

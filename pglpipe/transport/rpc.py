@@ -31,6 +31,7 @@ from torch.futures import Future
 
 from pglpipe.commands import Message
 from pglpipe.errors import PeerLost, ProtocolError, WorkerError
+from pglpipe.stopwatch import stalling
 from pglpipe.transport import packing
 from pglpipe.transport.rpc_agent import Reply
 from pglpipe.transport.rpc_line import Call, Line, error_of
@@ -88,7 +89,8 @@ class RpcSender:
     def _finish_oldest(self) -> None:
         started = time.perf_counter()
         try:
-            self._under_way.popleft().wait()
+            with stalling(self._line.device, self._line.stalls.sent):
+                self._under_way.popleft().wait()
         finally:
             self.waited += time.perf_counter() - started
 
@@ -120,7 +122,8 @@ class RpcReceiver:
     def get(self) -> Message:
         """The next message; its tensors own the memory in which RPC received them."""
         started = time.perf_counter()
-        opened = self._next(started + self._line.timeout)
+        with stalling(self._line.device, self._line.stalls.received):
+            opened = self._next(started + self._line.timeout)
         self.waited += time.perf_counter() - started
         if isinstance(opened, WorkerError):
             raise opened

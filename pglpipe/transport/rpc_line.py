@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from pglpipe.errors import EdgeTimeout, PeerLost
+from pglpipe.stopwatch import Stalls
 from pglpipe.transport.rpc_agent import Address, Agent, Reply
 
 _CHECK_SECONDS = 0.25
@@ -30,6 +31,7 @@ class Line:
         depth: messages that may wait at either end.
         timeout: seconds to wait for the neighbour.
         check: raises if some worker has declared the run failed.
+        stalls: where its ends note what a GPU waits.
     """
 
     agent: Agent
@@ -41,6 +43,7 @@ class Line:
     depth: int
     timeout: float
     check: Callable[[], None]
+    stalls: Stalls
 
     def push(self, header: list[int], payload: Tensor) -> Reply:
         """Calls the receiver."""

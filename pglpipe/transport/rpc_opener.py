@@ -15,6 +15,7 @@ from collections.abc import Callable
 import torch
 
 from pglpipe.errors import ProtocolError, WorkerError
+from pglpipe.stopwatch import Stalls
 from pglpipe.transport import packing, rpc_agent
 from pglpipe.transport.links import EdgePlan
 from pglpipe.transport.rpc import RpcReceiver, RpcSender
@@ -34,10 +35,11 @@ class RpcOpener:
         world: World,
         plan: EdgePlan,
         device: torch.device,
+        stalls: Stalls,
         on_failure: Callable[[WorkerError], None],
     ) -> None:
         self._world, self._plan, self._device = world, plan, device
-        self._on_failure = on_failure
+        self._stalls, self._on_failure = stalls, on_failure
         self._agent = rpc_agent.enter(world, plan.timeout)
         # The agent outlives a run that failed, so the run's number must be a new one.
         self._run = world.mailbox.share(secrets.randbits(62))
@@ -94,4 +96,5 @@ class RpcOpener:
             depth=self._plan.depth,
             timeout=self._plan.timeout,
             check=self._world.mailbox.check,
+            stalls=self._stalls,
         )

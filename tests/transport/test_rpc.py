@@ -25,6 +25,7 @@ from worlds import at_once
 
 from pglpipe.commands import LocalStep, Message
 from pglpipe.errors import EdgeTimeout, PeerLost, ProtocolError, WorkerError
+from pglpipe.stopwatch import Stalls
 from pglpipe.transport import packing
 from pglpipe.transport.rpc import RpcReceiver, RpcSender
 from pglpipe.transport.rpc_agent import Address, Agent, Reply
@@ -95,6 +96,7 @@ def opened() -> Iterator[Open]:
             depth=2,
             timeout=10.0,
             check=lambda: None,
+            stalls=Stalls(),
         )
         line = Line(**(defaults | options))
         receiver, sender = RpcReceiver(line, told.append), RpcSender(line)
@@ -160,6 +162,26 @@ def test_a_slow_receiver_makes_the_sender_wait_with_few_calls_under_way(
     at_once(send, take_slowly)
     assert calls.most_under_way <= depth and max(ahead) <= 2 * depth
     assert sender.waited > 0.03 * (count - 2 * depth - 2)
+
+
+def test_both_ends_note_when_a_gpu_waits(
+    opened: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pglpipe.stopwatch._now", lambda: None)
+    stalls = Stalls()
+    sender, receiver, _, _ = opened(depth=1, device=torch.device("cuda"), stalls=stalls)
+
+    def send() -> None:
+        for step in range(3):
+            sender.put(local(step))
+
+    def receive() -> None:
+        for _ in range(3):
+            receiver.get()
+
+    assert at_once(send, receive) == [None, None]
+    # The only slot is free before the first message alone.
+    assert (len(stalls.received), len(stalls.sent)) == (3, 2)
 
 
 def test_tensors_of_a_message_do_not_know_each_other(opened: Open) -> None:
