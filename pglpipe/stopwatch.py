@@ -6,12 +6,17 @@ timed: events ride in it, and are read once they have passed, which nobody waits
     host    begin  queue a step  end             a report is due: has the end passed? read it
     GPU              begin ═══════ a step ═══════ end
 
+The same events bound how far the host runs ahead: once a step is queued, it waits for the end of
+one some steps back. What a queued step holds, page-locked batches above all, stays bounded so,
+and the GPU still has whole steps to do.
+
 Source: CUDA events in PyTorch, https://docs.pytorch.org/docs/stable/notes/cuda.html.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from collections import deque
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -20,6 +25,8 @@ import torch
 from torch import Tensor
 
 from pglpipe.commands import StepReport
+
+STEPS_AHEAD = 2  # that a GPU may have before it, for each lane
 
 Span = tuple[torch.cuda.Event, torch.cuda.Event]
 
@@ -112,10 +119,18 @@ class _DeviceTiming(Timing):
 
 
 class Stopwatch:
-    """Times the steps of one worker."""
+    """Times the steps of one worker, and keeps them near the device that does them.
 
-    def __init__(self, device: torch.device) -> None:
+    Args:
+        device: that of the worker.
+        lanes: of stages that overlap. Between two of them lie a batch in the slot and one
+            in work, so the first lane is that much further when a step ends in the last.
+    """
+
+    def __init__(self, device: torch.device, lanes: int = 1) -> None:
         self._device = device
+        self._ahead = STEPS_AHEAD * lanes
+        self._queued: deque[torch.cuda.Event] = deque()
         self._began: torch.cuda.Event | None = None
         self._ended: torch.cuda.Event | None = None
 
@@ -127,16 +142,23 @@ class Stopwatch:
     def end(
         self, step: StepReport, losses: Mapping[int, Tensor], stalls: Stalls
     ) -> Timing:
-        """A step is done, or queued in the current stream; its host's seconds stand in ``step``."""
+        """A step is done, or queued in the current stream; its host's seconds stand in ``step``.
+
+        On a GPU, waits until no more than the steps allowed are ahead of it.
+        """
         if self._began is None:
             return Timing(step, losses)
         timing = _DeviceTiming(step, losses, stalls.take(), self._began, self._ended)
         self._ended = timing.ended
+        self._queued.append(timing.ended)
+        if len(self._queued) > self._ahead:
+            self._queued.popleft().synchronize()
         return timing
 
 
 def _now() -> torch.cuda.Event:
-    event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+    # Whoever waits for it sleeps: other threads need the core.
+    event = torch.cuda.Event(enable_timing=True, blocking=True)  # type: ignore[no-untyped-call]
     event.record()
     return event
 

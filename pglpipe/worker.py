@@ -86,7 +86,7 @@ class Worker:
         self._duty = duty
         self._stages = stages
         self._reporter = Reporter(duty.rank, duty.device, post, self._idle_bytes)
-        self._stopwatch = Stopwatch(duty.device)
+        self._stopwatch = Stopwatch(duty.device, len(stages) if duty.overlaps else 1)
         self._saved = {kind: _saved_bytes(stages) for kind in ("local", "global")}
         self._training: bool | None = None
         self._overlap: Overlap | None = None

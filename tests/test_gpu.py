@@ -1,4 +1,4 @@
-"""What must hold on a GPU: the same numbers, no waiting for it, and its own clock (make test-gpu)."""
+"""What must hold on a GPU: the same numbers, no waiting for a step, its own clock (make test-gpu)."""
 
 from __future__ import annotations
 
@@ -150,7 +150,10 @@ def test_lanes_that_race_change_no_bit(clip_norm: float) -> None:
 
 
 class Guarded:
-    """Batches of which all but the first eight may make nobody wait for the GPU."""
+    """Batches of which all but the first eight may make nobody wait for what is queued.
+
+    Waiting for the event of a step before is allowed, and PyTorch's guard knows nothing of it.
+    """
 
     def __init__(self, batches: list[Batch]) -> None:
         self.batches = batches
@@ -177,7 +180,7 @@ def forbid_waiting(mode: str) -> None:
 @pytest.mark.parametrize("overlaps", [False, True])
 @pytest.mark.parametrize("guidance", [NEVER, PGL])
 @pytest.mark.parametrize("clip_norm", [float("inf"), 0.5])
-def test_no_step_waits_for_the_gpu(
+def test_no_step_waits_for_what_it_has_queued(
     monkeypatch: pytest.MonkeyPatch,
     guidance: Guidance,
     overlaps: bool,

@@ -10,7 +10,7 @@ import torch
 from pglpipe import stopwatch
 from pglpipe.commands import Report, StepReport, TrainReport
 from pglpipe.reporter import Reporter
-from pglpipe.stopwatch import Stalls, Stopwatch, stalling
+from pglpipe.stopwatch import STEPS_AHEAD, Stalls, Stopwatch, stalling
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
@@ -109,6 +109,20 @@ def test_what_has_not_passed_is_reported_later_and_in_order(
     steps = [r.steps for r in posted if isinstance(r, TrainReport)]
     assert [[s.step for s in some] for some in steps] == [[0], [1], [2, 3]]
     assert {s.seconds for some in steps for s in some} == {1.0}
+
+
+@pytest.mark.parametrize("lanes", [1, 3])
+def test_the_host_stays_some_steps_ahead_of_a_gpu_and_no_more(
+    gpu: Queue, lanes: int
+) -> None:
+    timer, ahead = Stopwatch(CUDA, lanes), []
+    for number in range(20):
+        timer.begin(Stalls())
+        gpu.queued += 1.0
+        timer.end(step(number), {}, Stalls())
+        ahead.append(gpu.queued - gpu.done)
+    assert ahead[:8] == [min(n + 1, STEPS_AHEAD * lanes) for n in range(8)]
+    assert set(ahead[8:]) == {STEPS_AHEAD * lanes}
 
 
 def test_waiting_that_belongs_to_no_step_is_forgotten(gpu: Queue) -> None:
