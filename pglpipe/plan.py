@@ -177,7 +177,9 @@ def draft(
     )
     check_cut(layers, balance)
     if blueprint.overlap_stages:
-        check_draws_nothing(layers, balance, sample.x, head)
+        check_draws_nothing(
+            layers, balance, (sample.x, sample.targets), head, blueprint.losses
+        )
     rows = describe(balance, *costs)
     loads = agree(lambda: [row.seconds or float(row.macs) for row in rows])
     ends = slices(group(loads, world.size))

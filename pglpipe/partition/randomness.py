@@ -1,4 +1,4 @@
-"""Which layers and heads draw random numbers while they train.
+"""Which layers, heads and losses draw random numbers while they train.
 
 Found by running them on the meta device: PyTorch tags every operation that draws, so dropout in
 any guise is seen, whoever wrote it.
@@ -6,11 +6,13 @@ any guise is seen, whoever wrote it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from copy import deepcopy
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pglpipe.errors import ConfigError
@@ -18,23 +20,36 @@ from pglpipe.layer import Layer
 from pglpipe.partition.cost import HeadBuilder, head_layer
 from pglpipe.partition.split import slices
 
+Loss = Callable[[Tensor, Tensor], Tensor]  # as in pglpipe.losses
+
 
 def check_draws_nothing(
-    layers: Sequence[Layer], sizes: Sequence[int], sample: Tensor, head: HeadBuilder
+    layers: Sequence[Layer],
+    sizes: Sequence[int],
+    sample: tuple[Tensor, Tensor],
+    head: HeadBuilder,
+    losses: tuple[Loss, Loss],
 ) -> None:
-    """Raises ConfigError where a layer, or the head of a stage, draws random numbers.
+    """Raises ConfigError where a layer, the head of a stage or a loss draws random numbers.
 
     Args:
         layers: the network.
         sizes: layers of each stage.
-        sample: a batch ``[B, ...]`` of the network's input; only its shape and type count.
+        sample: a batch, inputs ``[B, ...]`` and targets ``[B, ...]``; only shapes and types count.
         head: makes the head for the shape of one sample's activation.
+        losses: the true one and that of the heads. One that cannot be computed on the meta
+            device is checked as far as it can.
     """
-    x, ends = sample.to("meta"), {part.stop for part in slices(sizes)[:-1]}
+    x, targets = (tensor.to("meta") for tensor in sample)
+    loss, local_loss = losses
+    ends = {part.stop for part in slices(sizes)[:-1]}
     for number, layer in enumerate(layers, start=1):
         x = _run(layer, x)
         if number in ends:
-            _run(head_layer(layer, head, x), x)
+            _lose(
+                "local loss", local_loss, _run(head_layer(layer, head, x), x), targets
+            )
+    _lose("loss", loss, x, targets)
 
 
 @torch.no_grad()
@@ -42,19 +57,32 @@ def _run(layer: Layer, x: Tensor) -> Tensor:
     module = layer.skeleton().train()  # which draws its first weights
     with _Draws() as draws:  # type: ignore[no-untyped-call]
         output: Tensor = module(x)
-    if draws.operation:
-        raise ConfigError(
-            f"expected layers and heads that draw no random numbers for --overlap-stages, got "
-            f"{draws.operation} in {layer.name!r}: a recorded step repeats its draws; drop "
-            "--overlap-stages or what draws"
-        )
+    draws.refuse(layer.name)
     return output
+
+
+@torch.no_grad()
+def _lose(name: str, loss: Loss, output: Tensor, targets: Tensor) -> None:
+    with _Draws() as draws, suppress(Exception):  # type: ignore[no-untyped-call]
+        # Its weights may be on a GPU.
+        on_meta = deepcopy(loss).to("meta") if isinstance(loss, nn.Module) else loss
+        on_meta(output, targets)
+    draws.refuse(name)
 
 
 class _Draws(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Notes the first operation that draws."""
 
     operation = ""
+
+    def refuse(self, name: str) -> None:
+        """Raises ConfigError if what has this name drew."""
+        if self.operation:
+            raise ConfigError(
+                "expected layers, heads and losses that draw no random numbers for "
+                f"--overlap-stages, got {self.operation} in {name!r}: what a step draws follows from "
+                "its number, which a recorded step does not know; drop --overlap-stages or what draws"
+            )
 
     def __torch_dispatch__(
         self,
