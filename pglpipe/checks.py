@@ -41,8 +41,15 @@ def check_choice(option: str, value: str, valid: Iterable[str]) -> None:
         raise ConfigError(f"unknown --{option} {value!r}: {nearest(value, valid)}")
 
 
-def check_overlap(memory: MemorySettings, memory_budget: int | None) -> None:
-    """Raises ConfigError where stages would trade memory for speed and speed for memory."""
+def check_overlap(
+    memory: MemorySettings, memory_budget: int | None, compiles: bool
+) -> None:
+    """Raises ConfigError for what does not go together with stages that overlap."""
+    if compiles:
+        raise ConfigError(
+            "expected --overlap-stages or --compile, got both; compiled stages were never tried in "
+            "CUDA graphs; drop one"
+        )
     if memory.local_microbatches > 1 or memory_budget is not None:
         raise ConfigError(
             "expected --overlap-stages, which keeps the activations of all stages, or "

@@ -73,7 +73,8 @@ class Trainer:
         precision: ``fp32``, or ``bf16``: forwards in bfloat16 where autocast holds it to be safe.
         compile: whether ``torch.compile`` makes one kernel graph of each stage's body and head.
         overlap_stages: whether the stages of a worker learn at the same time, each in a CUDA
-            stream and graphs of its own; for a GPU with room for all their activations.
+            stream and graphs of its own; for a GPU with room for all their activations. Nothing
+            may draw random numbers then, neither layers and heads nor losses.
         edge_timeout: seconds after which a silent neighbour counts as lost.
         observer: told of every step and evaluation, on worker 0.
         weights: a safetensors file to start from instead of fresh weights.
@@ -151,7 +152,7 @@ class Trainer:
         )
         if overlap_stages:
             check_device(blueprint.device)
-            check_overlap(memory, memory_budget)
+            check_overlap(memory, memory_budget, compile)
         self._learning = Learning(
             loss=losses[0],
             local_loss=losses[1],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -25,6 +26,7 @@ from worlds import Trained, image_batches, sgd, small_resnet, train
 from pglpipe import ALWAYS, NEVER, Guidance, Trainer
 from pglpipe import overlap as overlapping
 from pglpipe.errors import ConfigError
+from pglpipe.lanes import Lanes
 from pglpipe.layer import Layer
 from pglpipe.overlap import WARMUP_STEPS, Overlap
 from pglpipe.stage import Stage
@@ -50,23 +52,29 @@ def test_lanes_that_race_change_no_bit(threads: Threads, clip_norm: float) -> No
 
 
 def test_stages_learn_different_batches_at_the_same_time(threads: Threads) -> None:
-    under_way: list[set[int]] = []
-    now: dict[int, int] = {}
+    """Stage 3 does not end its step 0 before stage 2 is in step 1, stage 1 in step 2, ..."""
+    steps = WARMUP_STEPS + STAGES
+    meetings = [threading.Barrier(STAGES) for _ in range(steps)]
 
-    class Watched(Stage):
-        def learn(self, step: int) -> Tensor:
-            now[self.index] = step
-            under_way.append(set(now.values()))
-            return super().learn(step)
+    def meet(lanes: Lanes, timeout: float) -> None:
+        class Watched(Stage):
+            def update(self, step: int) -> None:
+                if (together := step + self.index) in range(STAGES - 1, steps):
+                    meetings[together].wait(timeout)
+                super().update(step)
 
-    made = stages()
-    for stage in made:
-        stage.__class__ = Watched
-    overlap = Overlap(made, threads, Wire())
-    for step, batch in enumerate(image_batches(*[8] * WARMUP_STEPS)):
-        overlap.step(step, batch, lambda output: None)
-    overlap.drain()
-    assert max(map(len, under_way)) > 1
+        made = stages()
+        for stage in made:
+            stage.__class__ = Watched
+        overlap = Overlap(made, lanes, Wire())
+        for step, batch in enumerate(image_batches(*[8] * steps)):
+            overlap.step(step, batch, lambda output: None)
+        overlap.drain()
+
+    meet(threads, timeout=10.0)
+    assert threads.errors == [] and not any(meeting.broken for meeting in meetings)
+    with pytest.raises(threading.BrokenBarrierError):
+        meet(Immediate(STAGES), timeout=0.01)
 
 
 def test_gradients_that_a_replay_left_in_its_memory_are_learned() -> None:
@@ -181,6 +189,11 @@ def test_without_streams_stages_do_not_overlap() -> None:
         run(1, NEVER, overlap_stages=True)
 
 
+def test_compiled_stages_do_not_overlap(here: list[Immediate]) -> None:
+    with pytest.raises(ConfigError, match="--overlap-stages or --compile, got both"):
+        run(1, NEVER, overlap_stages=True, compile=True)
+
+
 class Noise(nn.Module):
     """Draws without any module that is known to."""
 
@@ -212,6 +225,41 @@ def test_what_draws_random_numbers_is_refused(
     )
     with pytest.raises(ConfigError, match=f"no random numbers.*{culprit}.*drop"):
         trainer.prepare(image_batches(8))
+
+
+def noisy(logits: Tensor, targets: Tensor) -> Tensor:
+    return nn.functional.cross_entropy(logits + torch.rand_like(logits), targets)
+
+
+class Forgetful(nn.Module):
+    """Draws, and then asks for a value that only a real tensor has."""
+
+    def forward(self, logits: Tensor, targets: Tensor) -> Tensor:
+        kept = nn.functional.dropout(logits)
+        return nn.functional.cross_entropy(kept, targets) / kept.sum().item()
+
+
+@pytest.mark.parametrize(
+    ("options", "culprit"),
+    [
+        ({"loss": noisy, "local_loss": nn.CrossEntropyLoss()}, "'loss'"),
+        ({"local_loss": noisy}, "'local loss'"),
+        ({"local_loss": Forgetful()}, "'local loss'"),
+    ],
+)
+def test_a_loss_that_draws_random_numbers_is_refused(
+    here: list[Immediate], options: dict[str, Any], culprit: str
+) -> None:
+    with pytest.raises(ConfigError, match=f"no random numbers.* in {culprit}.*drop"):
+        run(1, NEVER, overlap_stages=True, **options)
+
+
+def test_a_loss_that_draws_nothing_may_have_weights(here: list[Immediate]) -> None:
+    loss = nn.CrossEntropyLoss(weight=torch.linspace(0.5, 1.5, 10))
+    expected = run(1, NEVER, loss=loss)
+    got = run(1, NEVER, loss=loss, overlap_stages=True)
+    assert got.summary.parameters_sha256 == expected.summary.parameters_sha256
+    assert loss.weight is not None and not loss.weight.is_meta
 
 
 def test_what_cannot_be_captured_is_told_with_the_remedy(
