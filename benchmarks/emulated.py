@@ -42,7 +42,7 @@ EFFICIENCIES = {
     ("pgl", 8): 0.75,
     ("pgl-bursts", 8): 0.87,
 }
-# Ratios, on 8 workers; nobody's memory is larger in the second.
+# Ratios on 8 workers; what each rank keeps for backward stands in the JSON file.
 TARGETS = (
     Target("local", ("1f1b",), 1.7),
     Target("local", ("interleaved", "zero-bubble"), 1.1),
@@ -62,7 +62,7 @@ def main(
 ) -> None:
     """Races on 8 and on 16 ranks, prints the tables and writes the results."""
     one_of("row with a formula", rows.split(","), [*ROWS, "pgl-short-bursts"])
-    console, facts, texts = Console(), {}, ["`make bench-emulated`\n"]
+    console, facts, texts = Console(markup=False), {}, ["`make bench-emulated`\n"]
     for size in map(int, ranks.split(",")):
         options = [
             "--workload=emulated",

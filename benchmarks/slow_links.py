@@ -208,7 +208,7 @@ def visit(
             f"[bold]{place_name}[/bold]: {text}", rich_table(found, place_name)
         )
         for failure in failures(found, place_name):
-            console.print(failure)
+            console.print(failure, markup=False)
     wanted = goals(found, {place.name: place.rate for place in links})
     console.print(*map(str, wanted), about, sep="\n")
     whole = {

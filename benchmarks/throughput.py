@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import statistics
+import subprocess
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -59,12 +60,13 @@ def main(
     two = Standings(run("two", workload, rows, 2, count))
     _add_memory(two, workload)
     rows = [*CROWDED_ROWS, "pgl-bursts", "data-parallel"] if full else CEILING
-    four = Standings(run("four", workload, rows, 4, count))
+    gate = [] if full else ["--no-gate"]  # no row of the ceiling needs one
+    four = Standings(run("four", workload, rows, 4, [*count, *gate]))
     parts = [
         Part("two workers", two, [*two.goals(TARGETS), two.waiting_goal()]),
         Part("four workers", four, four.goals(CROWDED_TARGETS)),
     ]
-    console = Console()
+    console = Console(markup=False)
     for part in parts:
         part.show(console)
     elapsed = f"{time.monotonic() - began:.0f} seconds in all"
@@ -92,8 +94,12 @@ def _add_memory(standings: Standings, workload: str) -> None:
     settings = f"--settings-from={FOLDER / 'two.json'}"
     options = [settings, "--rounds=1", "--steps=1", "--no-gate"]
     for name, row in standings.rows.items():
-        if not row["error"] and name not in WITHOUT_MEMORY:
+        if row["error"] or name in WITHOUT_MEMORY:
+            continue
+        try:
             row["peak_rss"] = run("memory", workload, [name], 2, options)["peak_rss"]
+        except subprocess.CalledProcessError as error:
+            print(f"{name}: peak memory not measured: {error}")
 
 
 class Part:
@@ -111,12 +117,17 @@ class Part:
         self._goals = goals
         about, cuts = standings.facts["about"], standings.facts["cuts"]
         differences = standings.facts["gradient_differences"].values()
-        exact = [d for d in differences if not fault(d)]
+        exact = [float(d) for d in differences if not fault(d)]
+        gradients = (
+            f"gradients of the exact rows within {max(exact):.1e} of a global step's"
+            if exact
+            else "no gradients compared"
+        )
         self._about = (
             f"{about['workload']}, batch {about['batch']}, {title}, {about['rounds']} rounds of "
             f"{about['steps']} steps; cuts by measured time: local {cuts['local']}, schedules "
-            f"{cuts['schedule']}, interleaved {cuts['interleaved']}; gradients of the exact rows "
-            f"within {max(exact, default=0.0):.1e} of a global step's; {about['machine']}"
+            f"{cuts['schedule']}, interleaved {cuts['interleaved']}; {gradients}; "
+            f"{about['machine']}"
         )
 
     def show(self, console: Console) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import formulas, gate, tables
+from benchmarks import formulas, gate, tables, throughput
 from benchmarks.arena import Arena
 from benchmarks.devices import (
     BACKWARD,
@@ -22,9 +22,11 @@ from benchmarks.devices import (
     emulated,
 )
 from benchmarks.emulated import goals as emulated_goals
+from benchmarks.emulated import main as emulated_main
 from benchmarks.emulated import table as emulated_table
 from benchmarks.lineup import DEFAULT, ROWS, SEARCHED
 from benchmarks.race import Race
+from benchmarks.race import main as race_main
 from benchmarks.rows import Row, Share, Track, merge
 from benchmarks.standings import COLUMNS, PEERS, TITLES, Standings, Target
 from benchmarks.workload import Cuts, Stream, measure_cuts, tiny
@@ -178,6 +180,73 @@ def test_markdown_and_bars_show_every_row() -> None:
     assert (
         drawn.count("<rect") == 3 and "x &lt; y" in drawn and 'width="420.0"' in drawn
     )
+
+
+def pretended(names: list[str], workers: int) -> dict[str, Any]:
+    """What a race of these rows might have written, the gate's faults among it."""
+    about = {"workload": "tiny", "batch": BATCH, "rounds": 2, "steps": 1}
+    machine = {"ranks": workers, "cores": 2, "machine": "a machine"}
+    rates: dict[str, Any] = {name: [2.0, 1.0] for name in names}
+    if "zero-bubble" in rates:
+        rates["zero-bubble"] = "its gradients [0] could not be compared"
+    return {
+        **facts(**rates),
+        "about": about | machine,
+        "cuts": vars(Cuts([1, 2], [2, 1], [1, 1, 1])),
+        "gradient_differences": {"gpipe": 1e-6, "zero-bubble": "RuntimeError: no"},
+        "peak_rss": [2**20] * workers,
+        "late_seconds": [0.5] * workers,
+        "computing_seconds": [50.0] * workers,
+    }
+
+
+def pretend_race(output: Path, *options: str, workers: int) -> dict[str, Any]:
+    (rows,) = (word[len("--rows=") :] for word in options if "--rows=" in word)
+    return pretended(rows.split(","), workers)
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_the_bench_names_every_goal(
+    full: bool,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(throughput, "race", pretend_race)
+    throughput.main(full, "tiny", 0, 0, tmp_path)
+    text = (tmp_path / "throughput.md").read_text()
+    assert text.count("goal at ") == 8 and "not measured" not in text
+    assert "zero-bubble does not run: its gradients [0]" in text
+    assert "seconds in all" in text and "seconds in all" in capsys.readouterr().out
+    found = json.loads((tmp_path / "throughput.json").read_text())
+    assert [goal["limit"] for goal in found["four workers"]["goals"]] == [0.95]
+    assert [goal["met"] for goal in found["two workers"]["goals"]][0] is False
+
+
+def test_the_emulated_bench_names_its_goals_and_its_lateness(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("benchmarks.emulated.race", pretend_race)
+    rows = "local,pgl,pgl-bursts,1f1b,zero-bubble"
+    emulated_main("8,16", 1, 1, rows, tmp_path)
+    text = (tmp_path / "emulated.md").read_text()
+    assert text.count("goal at ") == 6
+    assert "lasted 4.0 s too long in 400 s" in text
+
+
+def test_what_nobody_knows_is_refused_in_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for command in (
+        lambda: emulated_main("8", 1, 1, "local,plain", tmp_path),
+        lambda: throughput.main(False, "plain", 0, 0, tmp_path),
+        lambda: race_main(tmp_path, workload="plain"),
+    ):
+        with pytest.raises(SystemExit) as ended:
+            command()
+        assert ended.value.code == 2
+        (said,) = capsys.readouterr().err.splitlines()
+        assert said.endswith("got 'plain'")
 
 
 # -- the workloads --------------------------------------------------------------------
