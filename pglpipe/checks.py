@@ -41,16 +41,25 @@ def check_choice(option: str, value: str, valid: Iterable[str]) -> None:
         raise ConfigError(f"unknown --{option} {value!r}: {nearest(value, valid)}")
 
 
-def check_overlap(
-    memory: MemorySettings, memory_budget: int | None, compiles: bool
+def check_together(
+    memory: MemorySettings, budgeted: bool, compile: bool, overlap_stages: bool
 ) -> None:
-    """Raises ConfigError for what does not go together with stages that overlap."""
-    if compiles:
+    """Raises ConfigError for options that contradict each other.
+
+    Args:
+        budgeted: whether there is a memory budget.
+    """
+    if compile and budgeted:
+        raise ConfigError(
+            "expected --compile or --memory-budget, got both: what compiled stages keep for "
+            "backward cannot be foretold; drop one"
+        )
+    if compile and overlap_stages:
         raise ConfigError(
             "expected --overlap-stages or --compile, got both; compiled stages were never tried in "
             "CUDA graphs; drop one"
         )
-    if memory.local_microbatches > 1 or memory_budget is not None:
+    if overlap_stages and (memory.local_microbatches > 1 or budgeted):
         raise ConfigError(
             "expected --overlap-stages, which keeps the activations of all stages, or "
             "--local-microbatches or --memory-budget, which keep few, got both; drop one"

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pglpipe.checks import check_together
 from pglpipe.data import DATASETS
 from pglpipe.device import DEVICES
 from pglpipe.errors import ConfigError, nearest
@@ -24,7 +25,7 @@ from pglpipe.heads import HEADS
 from pglpipe.learning import PRECISIONS
 from pglpipe.learning_rate import LR_SCHEDULES
 from pglpipe.losses import LOSSES
-from pglpipe.memory import as_bytes
+from pglpipe.memory import MemorySettings, as_bytes
 from pglpipe.timetable import TIMETABLES
 from pglpipe.transport import TRANSPORTS
 from pglpipe.wire import WIRE_FORMATS
@@ -140,7 +141,10 @@ class RunConfig:
         2, "messages that may wait at either end of an edge", at_least=1
     )
     edge_dtype: str = _option(
-        "same", "format of the activations between stages", WIRE_FORMATS
+        "same",
+        "format of the activations between stages, in evaluation too; an exported network does "
+        "not round",
+        WIRE_FORMATS,
     )
     edge_timeout: float = _option(
         300.0, "seconds until a silent neighbour counts as lost", at_least=1.0
@@ -164,6 +168,12 @@ class RunConfig:
                     f"{self.batch_size} for --{option} {parts}; lower --{option}"
                 )
         self.memory_budget_bytes()
+        check_together(
+            MemorySettings(local_microbatches=self.local_microbatches),
+            bool(self.memory_budget),
+            self.compile,
+            self.overlap_stages,
+        )
         if self.nesterov and not self.momentum:
             raise ConfigError(
                 "expected momentum for --nesterov, got 0; add --no-nesterov"

@@ -97,7 +97,7 @@ class GlobalPass:
                 crossing=True,
                 recompute=self._recompute and not (turns and stage is self._stages[-1]),
             )
-            packed = self._wire.pack(x)
+            packed = self._wire.pack(x, ends=stage.is_last)
         self._links.outbox.put(Message(expected, beside(targets, packed)))
 
     def _backward(self, expected: Microbatch, samples: int) -> list[Tensor]:

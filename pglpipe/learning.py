@@ -53,10 +53,13 @@ class Learning:
 def compiled(module: nn.Module) -> Callable[[Tensor], Tensor]:
     """The module as one compiled graph; the module itself and its names stay what they are.
 
-    All stages of a worker run the code of ``nn.Sequential``, and each of them, in training and
-    in evaluation, is a version of it; PyTorch's limit is meant for the versions of one model.
+    All stages of a worker run the same function, ``nn.Sequential.forward``, and PyTorch limits how
+    often one function is compiled. Each stage needs a version for training, one for evaluation
+    and one per batch size, so both limits are raised, for the whole process.
+
     Sizes are never symbols: a second stage of other sizes in one process would get kernels
     that it does not get in a process of its own. A batch of another size compiles once more.
     """
     torch._dynamo.config.recompile_limit = 1024
+    torch._dynamo.config.accumulated_recompile_limit = 1024
     return torch.compile(module, fullgraph=True, dynamic=False)

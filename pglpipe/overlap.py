@@ -183,7 +183,8 @@ class _Track:
     def _compute(self, step: int) -> None:
         x, targets, *scales = self._inputs
         y = self._stage.forward(self._wire.unpack(x, *scales), targets, step)
-        self._output = beside(targets, self._wire.pack(y))
+        packed = self._wire.pack(y, ends=self._stage.is_last)
+        self._output = beside(targets, packed)
 
     def _learn(self, step: int) -> Tensor:
         if self._replay is None:

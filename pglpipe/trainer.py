@@ -23,7 +23,7 @@ from torch import nn
 
 from pglpipe import device as devices
 from pglpipe import state
-from pglpipe.checks import check_choice, check_numbers, check_overlap
+from pglpipe.checks import check_choice, check_numbers, check_together
 from pglpipe.coordinator import Coordinator, Loader, Observer, Span
 from pglpipe.errors import ConfigError
 from pglpipe.guidance import Guidance
@@ -127,6 +127,7 @@ class Trainer:
         check_choice("edge-dtype", edge_dtype, WIRE_FORMATS)
         check_choice("precision", precision, PRECISIONS)
         check_choice("transport", transport, TRANSPORTS)
+        check_together(memory, memory_budget is not None, compile, overlap_stages)
         on_device = devices.pick(device, world.local_rank)
         losses = _on(on_device, loss), _on(on_device, local_loss or loss)
         blueprint = Blueprint(
@@ -152,7 +153,6 @@ class Trainer:
         )
         if overlap_stages:
             check_device(blueprint.device)
-            check_overlap(memory, memory_budget, compile)
         self._learning = Learning(
             loss=losses[0],
             local_loss=losses[1],

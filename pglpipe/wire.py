@@ -44,14 +44,17 @@ class Wire:
     format: str = "same"
     dtype: torch.dtype = torch.float32
 
-    def pack(self, x: Tensor) -> tuple[Tensor, ...]:
+    def pack(self, x: Tensor, *, ends: bool = False) -> tuple[Tensor, ...]:
         """What travels for an activation ``[B, ...]``: codes of its shape, and perhaps scales.
 
         Scales are float32, one row per sample: ``[B, 1, ..., 1]`` (fp8: the value of code 1), or
         ``[B, 2, 1, ..., 1]`` (int8: the value of code 0, and from one code to the next).
         Whole numbers, and a single value per sample, travel as they are.
+
+        Args:
+            ends: whether no stage comes after; the network's own output is not rounded.
         """
-        if self.format == "same" or not x.is_floating_point() or x.ndim < 2:
+        if ends or self.format == "same" or not x.is_floating_point() or x.ndim < 2:
             return (x,)
         if self.format == "bf16":
             return (x.to(torch.bfloat16),)

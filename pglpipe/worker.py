@@ -171,7 +171,7 @@ class Worker:
         with self._counting("local"):
             for stage in self._stages:
                 x = stage.forward(wire.unpack(*packed), targets, command.step)
-                packed = wire.pack(x)
+                packed = wire.pack(x, ends=stage.is_last)
                 if stage is self._stages[-1]:
                     # Before its own backward: the next worker need not wait for that.
                     self._links.outbox.put(Message(command, beside(targets, packed)))
@@ -185,7 +185,8 @@ class Worker:
     ) -> None:
         wire, packed = self._duty.wire, (x, *scales)
         for stage in self._stages:
-            packed = wire.pack(stage.evaluate(wire.unpack(*packed), targets))
+            x = stage.evaluate(wire.unpack(*packed), targets)
+            packed = wire.pack(x, ends=stage.is_last)
         self._links.outbox.put(Message(command, beside(targets, packed)))
 
     def _conclude(self, command: Conclude) -> None:

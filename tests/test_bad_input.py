@@ -84,6 +84,10 @@ OPTIONS = """
     --batch-size 4 --microbatches 8           => --batch-size 4 & --microbatches 8 & lower --microbatches
     --guidance-period 3 --guidance-duration 4 => to the period 3 & got 4 & lower --guidance-duration
     --epochs 2 --steps 9                      => got both (2 and 9) & drop one
+    --overlap-stages --memory-budget 9MiB     => --overlap-stages & --memory-budget & got both & drop one
+    --overlap-stages --local-microbatches 2   => --overlap-stages & --local-microbatches & got both & drop one
+    --compile --memory-budget 9MiB            => --compile or --memory-budget, got both & drop one
+    --memory-budget 1e400                     => expected bytes for --memory-budget, such as 300MiB & '1e400'
     --momentum 0                              => momentum & add --no-nesterov
     # data
     --data-root {place}/nowhere               => expected a folder of images at {place}/nowhere & check --data-root

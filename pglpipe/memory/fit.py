@@ -7,10 +7,12 @@ import math
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 
 from pglpipe.errors import ConfigError, PartitionError
 
 _UNITS = {"": 1, "B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
+_MOST_BYTES = 2**63 - 1
 
 
 @dataclass(frozen=True)
@@ -75,10 +77,11 @@ def _fit(
             return settings
         tried.append((worst, by_rank.index(worst), settings))
     least, rank, settings = min(tried, key=lambda attempt: attempt[0])
+    need, got = as_text(least), as_text(budget, up=False)
     raise ConfigError(
-        f"expected a --memory-budget of at least {as_text(least)}, got {as_text(budget)}: rank "
-        f"{rank} keeps as much in a {kind} step {_described(kind, settings)}; raise the budget, "
-        "choose more --stages, --balance memory or more workers, or lower --batch-size"
+        f"expected a --memory-budget of at least {need}, got {got}: rank {rank} keeps as much in a "
+        f"{kind} step {_described(kind, settings)}; raise the budget, choose more --stages, --balance "
+        "memory or more workers, or lower --batch-size"
     )
 
 
@@ -98,33 +101,42 @@ def _ladder(
 
 def _described(kind: str, settings: MemorySettings) -> str:
     if kind == "local":
-        return f"even with --local-microbatches {settings.local_microbatches}"
-    return f"even with --recompute and --microbatches {settings.microbatches}"
+        return f"with --local-microbatches {settings.local_microbatches}"
+    recompute = "--recompute" if settings.recompute else "--no-recompute"
+    return f"with {recompute} and --microbatches {settings.microbatches}"
 
 
 def as_bytes(text: str) -> int:
     """A number of bytes.
 
     Raises:
-        ConfigError: the text is no number above 0, or its unit is unknown.
+        ConfigError: the text is no whole number of bytes above 0 that a machine can count, or
+            its unit is unknown.
 
     >>> as_bytes("1.5GiB")
     1610612736
     """
-    match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([A-Za-z]*)\s*", text)
+    match = re.fullmatch(r"\s*([0-9]{0,30}\.?[0-9]{1,30})\s*([A-Za-z]*)\s*", text)
     units = {unit.lower(): factor for unit, factor in _UNITS.items()}
-    if match is None or match[2].lower() not in units or not float(match[1]):
-        raise ConfigError(
-            f"expected bytes for --memory-budget, such as 300MiB, 1.5GiB or 500000000, got {text!r}"
-        )
-    return int(float(match[1]) * units[match[2].lower()])
+    if match is not None and match[2].lower() in units:
+        num_bytes = int(Fraction(match[1]) * units[match[2].lower()])
+        if 0 < num_bytes <= _MOST_BYTES:
+            return num_bytes
+    shown = text if len(text) <= 40 else f"{text[:40]}..."
+    raise ConfigError(
+        "expected bytes for --memory-budget, such as 300MiB, 1.5GiB or 500000000, got "
+        f"{shown!r}"
+    )
 
 
-def as_text(num_bytes: int) -> str:
-    """Bytes in MiB, or KiB where there are few, rounded up: enough for them.
+def as_text(num_bytes: int, *, up: bool = True) -> str:
+    """Bytes in MiB, or in KiB or bytes where there are few, rounded up or down.
 
     >>> as_text(5 * 2**20)
     '5.0 MiB'
     """
+    if num_bytes < 2**10:
+        return f"{num_bytes} B"
     unit = "KiB" if num_bytes < 2**20 else "MiB"
-    return f"{math.ceil(10 * num_bytes / _UNITS[unit]) / 10:.1f} {unit}"
+    round = math.ceil if up else math.floor
+    return f"{round(10 * num_bytes / _UNITS[unit]) / 10:.1f} {unit}"

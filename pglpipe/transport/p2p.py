@@ -13,8 +13,10 @@ never says that a receive has completed unless somebody waits for it.
 
 A gloo sender begins when it hears that the receiver is ready, so every receive is posted
 ahead, as soon as its slot is free: on a slow link the answer travels while other bytes do.
-Both ends have agreed on the slots' size, and gloo lets a shorter message into a slot. NCCL
-does not: there a payload's receive is posted when the header has told its size.
+Both ends have agreed on the slots' size: no payload can be larger, and gloo lets a shorter one
+into a slot, without telling how much came. The header is checked before the payload is used,
+but that the payload is as long as its header says rests on the sender. NCCL takes no shorter
+message: there a payload's receive is posted when the header has told its size.
 """
 
 from __future__ import annotations

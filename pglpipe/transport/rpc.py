@@ -120,7 +120,7 @@ class RpcReceiver:
         self._line.watch().add_done_callback(self._watch_ended)
 
     def get(self) -> Message:
-        """The next message; its tensors own the memory in which RPC received them."""
+        """The next message; its tensors are copies on the worker's device."""
         started = time.perf_counter()
         with stalling(self._line.device, self._line.stalls.received):
             opened = self._next(started + self._line.timeout)
@@ -130,9 +130,10 @@ class RpcReceiver:
         self._release()
         (command, specs, _), payload = opened
         assert command is not None, "an edge's end is an error"
-        # As views of one payload, they would share a version counter in autograd.
         views = packing.views(payload, specs)
-        return Message(command, tuple(v.data.to(self._line.device) for v in views))
+        # Views would keep the whole payload, targets and padding, as long as any of them lives.
+        tensors = tuple(v.to(self._line.device, copy=True) for v in views)
+        return Message(command, tensors)
 
     def close(self) -> None:
         """Waits for the neighbour's last message."""

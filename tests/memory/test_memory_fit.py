@@ -55,8 +55,14 @@ def test_only_steps_that_will_be_taken_have_to_fit() -> None:
 @pytest.mark.parametrize(
     ("kind", "message"),
     [
-        ("local", r"at least 0.1 KiB, got 0.1 KiB: rank 0 .* --local-microbatches 10"),
-        ("global", r"rank 0 .* --recompute and --microbatches 10; raise the budget"),
+        (
+            "local",
+            r"at least 80 B, got 79 B: rank 0 .* with --local-microbatches 10",
+        ),
+        (
+            "global",
+            r"rank 0 .* with --recompute and --microbatches 10; raise the budget",
+        ),
     ],
 )
 def test_what_fits_nowhere_is_refused_with_what_comes_closest(
@@ -72,10 +78,28 @@ def test_a_batch_is_cut_no_finer_than_the_stages_can_take_it() -> None:
             raise PartitionError("one sample is not enough")
         return peaks(kind, settings)
 
-    with pytest.raises(ConfigError, match="even with --local-microbatches 2"):
+    with pytest.raises(ConfigError, match="with --local-microbatches 2"):
         fit(ASKED, 300, ["local"], 10, delicate)
     with pytest.raises(PartitionError):
         fit(MemorySettings(local_microbatches=3), 300, ["local"], 10, delicate)
+
+
+def test_a_refusal_does_not_contradict_itself() -> None:
+    def little(kind: str, settings: MemorySettings) -> list[int]:
+        return [5 * 2**20]
+
+    with pytest.raises(ConfigError, match="at least 5.0 MiB, got 4.9 MiB"):
+        fit(ASKED, 5 * 2**20 - 1, ["local"], 2, little)
+    with pytest.raises(ConfigError, match="at least 5.1 MiB, got 5.0 MiB:"):
+        fit(ASKED, 5242880, ["local"], 2, lambda *_: [5242881])
+
+
+def test_a_refusal_names_only_what_was_tried() -> None:
+    def worse(kind: str, settings: MemorySettings) -> list[int]:
+        return [300 if settings.recompute else 200]
+
+    with pytest.raises(ConfigError, match="with --no-recompute and --microbatches 1;"):
+        fit(ASKED, 100, ["global"], 4, worse)
 
 
 @pytest.mark.parametrize(
@@ -95,7 +119,21 @@ def test_bytes_have_units(text: str, expected: int) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["", "MiB", "-3MiB", "3MB", "1e9", "0", "1.2.3", "3 5"]
+    "text",
+    [
+        "",
+        "MiB",
+        "-3MiB",
+        "3MB",
+        "1e9",
+        "0",
+        "1.2.3",
+        "3 5",
+        "0.1",
+        "9" * 400,
+        "9EiB",
+        "9999999999GiB",
+    ],
 )
 def test_what_is_no_number_of_bytes_is_refused(text: str) -> None:
     with pytest.raises(ConfigError, match="expected bytes for --memory-budget"):

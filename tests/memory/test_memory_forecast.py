@@ -147,7 +147,7 @@ def test_no_worker_keeps_more_than_the_budget() -> None:
 
 
 def test_a_budget_that_cannot_be_met_is_refused_with_one_that_can() -> None:
-    with pytest.raises(ConfigError, match="at least .* KiB, got 0.1 KiB") as caught:
+    with pytest.raises(ConfigError, match="at least .* KiB, got 100 B") as caught:
         budgeted(100)
     words = str(caught.value).split()
     least = as_bytes("".join(words[words.index("least") + 1 :][:2]).rstrip(","))
