@@ -6,14 +6,10 @@ import random
 import time
 import warnings
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from commands import draw_images
-from commands import run as run_command
-from commands import small_run, summary_of, torchrun
 from streams import STAGES, equal, one_after_another, side_by_side
 from torch import Tensor, nn
 from worlds import Batch, Trained, image_batches, small_resnet, train
@@ -79,27 +75,6 @@ def test_two_workers_that_share_a_gpu_change_no_bit(guidance: Guidance) -> None:
     expected = results(run(1, guidance))
     for depth in (1, 3):
         assert results(run(2, guidance, queue_depth=depth)) == expected
-
-
-@pytest.mark.dist
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one GPU, NCCL needs two")
-@pytest.mark.parametrize("options", [[], ["--overlap-stages"]], ids=str)
-def test_two_gpus_talk_over_nccl_and_part_in_peace(
-    options: list[str], tmp_path: Path
-) -> None:
-    images = draw_images(tmp_path / "images")
-    more = ["--guidance-period", "3", "--epochs", "4", "--device", "cuda", *options]
-    train = [*small_run(images), *more]
-    summaries = []
-    for workers in (1, 2):
-        folder = tmp_path / str(workers)
-        command = torchrun(workers, "-m", "pglpipe.train", *train)
-        ended = run_command([*command, "--run-dir", str(folder)], cwd=tmp_path).check()
-        assert "destroy_process_group" not in ended.err and "NCCL" not in ended.err
-        summaries.append(summary_of(folder))
-    alone, together = summaries
-    # Processes of their own leave the choice of kernels to cuDNN, so not to the last bit.
-    assert together["test_loss"] == pytest.approx(alone["test_loss"], rel=1e-2)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
