@@ -7,9 +7,10 @@ graph again: a second forward for the memory of a graph::
     kept        x, graph, y                      x
     backward    graph ─▶ gradients               x ─▶ layers ─▶ graph ─▶ gradients
 
-Both runs give the same bits: they draw the same random numbers, and BatchNorm uses the
-statistics of the batch, which are told to the running ones the first time only. (Compiled
-stages agree to rounding: ``torch.compile`` makes other kernels where no graph is kept.)
+Both runs give the same bits: they draw the same random numbers and begin with the same buffers,
+of which there are copies in between, and only the first run moves them. BatchNorm needs no
+copies: it uses the statistics of the batch, and is not told them twice. (Compiled stages
+agree to rounding: ``torch.compile`` makes other kernels where no graph is kept.)
 """
 
 from __future__ import annotations
@@ -17,16 +18,19 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import NamedTuple, TypeGuard
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from pglpipe.errors import ConfigError
 from pglpipe.saved_bytes import Held
 from pglpipe.seeding import derive, seeded
 from pglpipe.transport import is_dense
+
+# Buffers of some modules as they were: module, name, value.
+Buffers = list[tuple[nn.Module, str, Tensor]]
 
 
 class Kept(NamedTuple):
@@ -36,6 +40,7 @@ class Kept(NamedTuple):
         input, output: of the layers; no output where it is to be computed again.
         step, microbatch: what random numbers are keyed by.
         share: its share of a local step's batch.
+        buffers: copies from before the run, where there will be a second one.
     """
 
     input: Held
@@ -44,13 +49,14 @@ class Kept(NamedTuple):
     step: int
     microbatch: int
     share: float
+    buffers: Buffers
 
 
 class Body:
     """The layers of one stage, and the batches whose backward is to come, in their order.
 
     Args:
-        layers: those whose BatchNorms must not hear of a batch twice.
+        layers: those whose buffers must not move twice.
         run: runs them as one.
         index: the stage's.
         seed: where the run's randomness starts.
@@ -81,12 +87,14 @@ class Body:
         Raises:
             ConfigError: the layers change their input, from which they are to be run again.
         """
+        buffers = _copies(self._layers) if recompute else []
         if recompute:
             output, kept = self._run_without_graph(x, step, microbatch), None
         else:
             output = self._run(x, step, microbatch)
             kept = Held(output)
-        self._kept.append(Kept(Held(x), kept, Held(targets), step, microbatch, share))
+        held = Held(x), kept, Held(targets)
+        self._kept.append(Kept(*held, step, microbatch, share, buffers))
         return output.detach()
 
     def take(self) -> tuple[Tensor, Tensor, Kept]:
@@ -94,7 +102,7 @@ class Body:
         kept = self._kept.popleft()
         x = kept.input.tensor
         if kept.output is None:
-            with _statistics_untold(self._layers):
+            with _statistics_untold(self._layers), _holding(kept.buffers):
                 output = Held(self._run(x, kept.step, kept.microbatch))
             kept = kept._replace(output=output)
         assert kept.output is not None
@@ -119,11 +127,7 @@ class Body:
 @contextmanager
 def _statistics_untold(layers: nn.Module) -> Iterator[None]:
     """Has BatchNorm use the statistics of its batch without adding them to the running ones."""
-    norms = [
-        module
-        for module in layers.modules()
-        if isinstance(module, _NormBase) and module.track_running_stats
-    ]
+    norms = [module for module in layers.modules() if _knows_its_batch(module)]
     for norm in norms:
         norm.track_running_stats = False
     try:
@@ -131,6 +135,33 @@ def _statistics_untold(layers: nn.Module) -> Iterator[None]:
     finally:
         for norm in norms:
             norm.track_running_stats = True
+
+
+def _copies(layers: nn.Module) -> Buffers:
+    return [
+        (module, name, buffer.clone())
+        for module in layers.modules()
+        if not _knows_its_batch(module)
+        for name, buffer in module.named_buffers(recurse=False)
+    ]
+
+
+@contextmanager
+def _holding(buffers: Buffers) -> Iterator[None]:
+    """Exchanges buffers; a write in place would spoil graphs that have saved them."""
+    present = [(module, name, getattr(module, name)) for module, name, _ in buffers]
+    try:
+        for owner in buffers:
+            setattr(*owner)
+        yield
+    finally:
+        for owner in present:
+            setattr(*owner)
+
+
+def _knows_its_batch(module: nn.Module) -> TypeGuard[_BatchNorm]:
+    """Whether it is a BatchNorm, which in training does not read its running statistics."""
+    return isinstance(module, _BatchNorm) and module.track_running_stats
 
 
 def starts_in_place(layers: nn.Module) -> bool:

@@ -14,6 +14,7 @@ import itertools
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -36,6 +37,7 @@ from pglpipe.device import upload
 from pglpipe.errors import DataError, EdgeTimeout
 from pglpipe.guidance import Guidance
 from pglpipe.metrics import EvaluationRecord, Merger, StepRecord, Summary, summarize
+from pglpipe.timetable import parts_of
 from pglpipe.transport import Mailbox
 
 _POLL_SECONDS = 0.01
@@ -90,7 +92,7 @@ class Coordinator:
     Args:
         num_stages, num_workers: the shape of the pipeline.
         guidance: when steps are global.
-        microbatches: into how many parts a global step's batch is cut, at most.
+        microbatches: into how many parts the batch of a global step is cut.
         mailbox: where the reports arrive.
         observer: told of every record; called from worker 0's thread.
         device: worker 0's.
@@ -112,7 +114,7 @@ class Coordinator:
         self._num_stages = num_stages
         self._num_workers = num_workers
         self._guidance = guidance
-        self.microbatches = microbatches
+        self.cut(microbatches, 1)
         self._mailbox = mailbox
         self._observer = observer
         self._device = device
@@ -122,6 +124,10 @@ class Coordinator:
         self._evaluation: EvaluationRecord | None = None
         self._steps = self._global_steps = 0
         self._began = time.perf_counter()
+
+    def cut(self, microbatches: int, batch: int) -> None:
+        """Says into how many parts a global step's batch of ``batch`` samples is cut."""
+        self._parts = partial(parts_of, most=microbatches, batch=batch)
 
     # -- what the pipeline is to do ---------------------------------------------------
 
@@ -165,7 +171,7 @@ class Coordinator:
             yield Message(LocalStep(step, epoch), (x, targets))
             return
         self._global_steps += 1
-        parts = min(self.microbatches, len(targets))
+        parts = self._parts(len(targets))
         yield Message(GlobalStep(step, epoch, len(targets), parts))
         chunks = zip(x.tensor_split(parts), targets.tensor_split(parts), strict=True)
         for index, chunk in enumerate(chunks):

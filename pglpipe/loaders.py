@@ -7,9 +7,9 @@ from collections.abc import Sequence, Sized
 
 import torch
 
+from pglpipe.blueprint import Sample
 from pglpipe.coordinator import Loader
 from pglpipe.errors import ConfigError, DataError
-from pglpipe.plan import Sample
 
 
 def largest_batch(loaders: Sequence[Loader]) -> Sample:

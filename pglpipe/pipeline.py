@@ -4,20 +4,23 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import nn
 
 from pglpipe import state
+from pglpipe.blueprint import Blueprint, Sample
 from pglpipe.commands import Report
 from pglpipe.errors import DataError, WorkerError
 from pglpipe.layer import initialize
 from pglpipe.learning import Learning
 from pglpipe.partition import slices
-from pglpipe.plan import Blueprint, Plan, Sample
+from pglpipe.plan import Plan
 from pglpipe.seeding import derive, seeded
 from pglpipe.stage import Stage
+from pglpipe.timetable import parts_of
 from pglpipe.transport import EdgePlan, Edges, World, payload_bytes
 from pglpipe.wire import Wire
 from pglpipe.worker import Duty, Worker
@@ -38,10 +41,10 @@ class Pipeline:
         post: Callable[[Report], None],
         on_failure: Callable[[WorkerError], None],
     ) -> None:
-        wire = Wire(blueprint.edge_dtype, plan.activations[0].dtype)
+        wire = blueprint.wire(plan.activations[0])
         edge_plan = _edge_plan(blueprint, plan, sample, world, wire)
         stages = [
-            _stage(index, blueprint, plan, learning)
+            _stage(index, blueprint, plan, sample.trained, learning)
             for index in plan.stages_of[world.rank]
         ]
         duty = Duty(
@@ -67,7 +70,9 @@ class Pipeline:
             stage.total_steps = total_steps
 
 
-def _stage(index: int, blueprint: Blueprint, plan: Plan, learning: Learning) -> Stage:
+def _stage(
+    index: int, blueprint: Blueprint, plan: Plan, batch: int, learning: Learning
+) -> Stage:
     """Builds one stage; its initial weights depend on its layers and the seed alone."""
     part = slices(plan.balance)[index]
     body = nn.Sequential(
@@ -89,7 +94,7 @@ def _stage(index: int, blueprint: Blueprint, plan: Plan, learning: Learning) -> 
         body,
         head.to(blueprint.device) if head else None,
         learning,
-        plan.memory.local_microbatches,
+        partial(parts_of, most=plan.memory.local_microbatches, batch=batch),
     )
 
 

@@ -15,18 +15,16 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from itertools import chain
-from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
+from pglpipe.blueprint import Blueprint, Sample
 from pglpipe.body import dense
-from pglpipe.errors import PartitionError
+from pglpipe.errors import ConfigError, PartitionError
 from pglpipe.heads import build_head
 from pglpipe.layer import Layer
-from pglpipe.losses import Loss
-from pglpipe.memory import Forecast, MemorySettings, fit
+from pglpipe.memory import Forecast, ForecastError, MemorySettings, fit
 from pglpipe.partition import (
     HeadBuilder,
     StageRow,
@@ -41,76 +39,12 @@ from pglpipe.partition import (
     slices,
 )
 from pglpipe.state import StateLayout
-from pglpipe.timetable import Timetable
 from pglpipe.transport import World
 from pglpipe.wire import Wire
 
 KINDS = ("local", "global")
 
 Skeleton = tuple[nn.Module, nn.Module | None]  # body and head, on the meta device
-
-
-@dataclass(frozen=True)
-class Blueprint:
-    """What is to be built, in the words of :class:`~pglpipe.trainer.Trainer`.
-
-    Attributes:
-        losses: the true one and that of the heads.
-        kinds: of the steps that will be taken.
-    """
-
-    layers: Sequence[Layer]
-    num_stages: int
-    head: str | HeadBuilder
-    balance: str
-    model: str
-    timetable: Callable[[int, int], Timetable]
-    clips: bool
-    transport: str
-    queue_depth: int
-    edge_timeout: float
-    device: torch.device
-    weights: Path | None
-    edge_dtype: str
-    losses: tuple[Loss, Loss]
-    kinds: Sequence[str]
-    memory: MemorySettings
-    memory_budget: int | None
-    overlap_stages: bool = False
-    bf16: bool = False
-
-
-@dataclass(frozen=True)
-class Sample:
-    """The largest batch, on the meta device: inputs ``[B, ...]`` and targets ``[B, ...]``.
-
-    Attributes:
-        trained: samples in the largest batch that is trained on.
-    """
-
-    x: Tensor
-    targets: Tensor
-    trained: int
-
-    def to_json(self) -> list[Any]:
-        """Shapes, strides and types, for the other workers."""
-        tensors = [
-            [t.shape, t.stride(), str(t.dtype).removeprefix("torch.")]
-            for t in (self.x, self.targets)
-        ]
-        return [*tensors, self.trained]
-
-    @staticmethod
-    def from_json(described: list[Any]) -> Sample:
-        """The sample that :meth:`to_json` described."""
-        *tensors, trained = described
-        x, targets = (
-            torch.empty_strided(
-                shape, stride, dtype=getattr(torch, dtype), device="meta"
-            )
-            for shape, stride, dtype in tensors
-        )
-        return Sample(x, targets, trained)
 
 
 @dataclass(frozen=True)
@@ -126,7 +60,7 @@ class Plan:
         head: makes the head for an activation's shape.
         memory: what is done to keep less for backward.
         predicted: bytes kept for backward at their peak, by rank and kind of step; 0 for a
-            kind that no step will have.
+            kind that no step will have, None where it is not foretold.
     """
 
     balance: list[int]
@@ -136,7 +70,7 @@ class Plan:
     layouts: list[StateLayout]
     head: HeadBuilder
     memory: MemorySettings = MemorySettings()
-    predicted: Sequence[dict[str, int]] = ()
+    predicted: Sequence[dict[str, int] | None] = ()
 
     def name(self, rank: int) -> str:
         """What to call a worker in messages: ``rank 2 (stages 4-5)``."""
@@ -185,12 +119,16 @@ def draft(
     ends = slices(group(loads, world.size))
     stages_of = [range(part.start, part.stop) for part in ends]
     skeletons = _skeletons(layers, balance, head, outputs)
-    memory, predicted = agree(lambda: _weigh(blueprint, sample, skeletons, stages_of))
+    crossing = [outputs[part.stop - 1] for part in slices(balance)]
+    wire = blueprint.wire(crossing[0])
+    memory, predicted = agree(
+        lambda: _foretold(blueprint, sample, skeletons, stages_of, wire)
+    )
     return Plan(
         balance=balance,
         rows=rows,
         stages_of=stages_of,
-        activations=[outputs[part.stop - 1] for part in slices(balance)],
+        activations=crossing,
         layouts=[StateLayout.of(*skeleton) for skeleton in skeletons],
         head=head,
         memory=MemorySettings(**memory),
@@ -238,13 +176,34 @@ def _head_skeleton(head: HeadBuilder, output: Tensor) -> nn.Module:
     ).skeleton()
 
 
+def _foretold(
+    blueprint: Blueprint,
+    sample: Sample,
+    skeletons: Sequence[Skeleton],
+    stages_of: Sequence[range],
+    wire: Wire,
+) -> tuple[dict[str, Any], Sequence[dict[str, int] | None]]:
+    """What is done to keep less for backward, and what is kept, by rank; JSON can hold both."""
+    if blueprint.foretells:
+        try:
+            return _weigh(blueprint, sample, skeletons, stages_of, wire)
+        except ForecastError as error:
+            if blueprint.memory_budget is not None:
+                raise ConfigError(
+                    "expected a network whose memory can be foretold for --memory-budget, but "
+                    f"{error}; drop it, and set --recompute, --microbatches and "
+                    "--local-microbatches yourself"
+                ) from error
+    return asdict(blueprint.memory), [None] * len(stages_of)
+
+
 def _weigh(
     blueprint: Blueprint,
     sample: Sample,
     skeletons: Sequence[Skeleton],
     stages_of: Sequence[range],
-) -> tuple[dict[str, Any], list[dict[str, int]]]:
-    """What is done to keep less for backward, and what is kept, by rank; JSON can hold both."""
+    wire: Wire,
+) -> tuple[dict[str, Any], list[dict[str, int] | None]]:
     for module in chain.from_iterable(skeletons):
         if module is not None:
             module.train()
@@ -256,7 +215,7 @@ def _weigh(
         targets,
         stages_of,
         blueprint.timetable,
-        lambda y: Wire(blueprint.edge_dtype, y.dtype).rounded(dense(y)),
+        lambda y: wire.rounded(dense(y)),
         blueprint.overlap_stages,
         blueprint.device.type if blueprint.bf16 else None,
     )
@@ -270,7 +229,7 @@ def _weigh(
             forecast.peaks,
         )
     peaks = {kind: forecast.peaks(kind, memory) for kind in blueprint.kinds}
-    predicted = [
+    predicted: list[dict[str, int] | None] = [
         {kind: peaks[kind][rank] if kind in peaks else 0 for kind in KINDS}
         for rank in range(len(stages_of))
     ]

@@ -15,15 +15,16 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from pglpipe.blueprint import Blueprint, Sample
 from pglpipe.coordinator import Coordinator, Source
-from pglpipe.errors import UserError, WorkerError
+from pglpipe.errors import ConfigError, UserError, WorkerError
 from pglpipe.learning import Learning
 from pglpipe.metrics import Summary
 from pglpipe.pipeline import Pipeline
-from pglpipe.plan import Blueprint, Plan, Sample, draft
-from pglpipe.transport import Mailbox, World, pick_backend
+from pglpipe.plan import Plan, draft
+from pglpipe.transport import World, pick_backend
 
-CoordinatorFactory = Callable[[Mailbox, int], Coordinator]
+CoordinatorFactory = Callable[..., Coordinator]
 
 
 class Session:
@@ -32,7 +33,7 @@ class Session:
     Args:
         world: who takes part.
         blueprint: what is to be built.
-        coordinator: makes worker 0's coordinator from the mailbox and the number of workers.
+        coordinator: makes worker 0's coordinator, ``(mailbox=, num_workers=)``.
     """
 
     def __init__(
@@ -42,7 +43,9 @@ class Session:
         self._blueprint = blueprint
         self._mailbox = world.mailbox
         self._coordinator = (
-            coordinator(self._mailbox, world.size) if self.leads else None
+            coordinator(mailbox=self._mailbox, num_workers=world.size)
+            if self.leads
+            else None
         )
         self._sample: Sample | None = None
         self._plan: Plan | None = None
@@ -68,27 +71,40 @@ class Session:
             raise
         return self._mailbox.share(value)
 
-    def plan(self, largest_batch: Callable[[], Sample]) -> Plan:
+    def plan(self, largest_batch: Callable[[], Sample], *, trains: bool = True) -> Plan:
         """Works out who holds what, once.
 
         Args:
             largest_batch: asked on worker 0 only.
+            trains: whether anything will be kept for backward.
         """
         if self._plan is None:
             self._sample = Sample.from_json(
                 self.agree(lambda: largest_batch().to_json())
             )
-            self._plan = draft(self._blueprint, self._sample, self._world, self.agree)
+            blueprint = self._blueprint
+            if not trains:
+                blueprint = dataclasses.replace(blueprint, foretells=False)
+            self._plan = draft(blueprint, self._sample, self._world, self.agree)
             if self._coordinator is not None:
-                self._coordinator.microbatches = self._plan.memory.microbatches
+                parts = self._plan.memory.microbatches
+                self._coordinator.cut(parts, self._sample.trained)
         return self._plan
 
-    def build(self, learning: Learning) -> Pipeline:
-        """Builds this worker's stages and opens its edges, once."""
+    def build(self, learning: Learning, *, trains: bool = True) -> Pipeline:
+        """Builds this worker's stages and opens its edges, once.
+
+        Raises:
+            ConfigError: it is to train within a memory budget, but was planned without.
+        """
+        assert self._plan is not None and self._sample is not None, "plan comes first"
+        budgeted = self._blueprint.memory_budget is not None
+        if trains and budgeted and not all(self._plan.predicted):
+            raise ConfigError(
+                "expected fit before evaluate where there is a memory budget, got evaluate first; "
+                "make a new Trainer for fit"
+            )
         if self.pipeline is None:
-            assert (
-                self._plan is not None and self._sample is not None
-            ), "plan comes first"
             with self._naming_the_culprit():
                 self.pipeline = Pipeline(
                     self._blueprint,

@@ -41,7 +41,7 @@ class Stage:
         body: its layers, in order.
         head: its auxiliary network; None for the last stage.
         learning: how it learns.
-        local_microbatches: into how many parts a local step's batch is cut, at most.
+        parts: into how many parts a local step's batch of so many samples is cut.
 
     Attributes:
         total_steps: steps of the whole run, which the learning rate depends on.
@@ -53,7 +53,7 @@ class Stage:
         body: nn.Module,
         head: nn.Module | None,
         learning: Learning,
-        local_microbatches: int = 1,
+        parts: Callable[[int], int] = lambda samples: 1,
     ) -> None:
         self.index = index
         self.total_steps = 1
@@ -70,7 +70,7 @@ class Stage:
             compiled(body) if learning.compile else body
         )
         self._run_head = compiled(head) if learning.compile and head else head
-        self._local_microbatches = local_microbatches
+        self._parts = parts
         self._runs = Body(body, self._forward_body, index, learning.seed)
         self._learned: list[Tensor] = []
         self._counted = ExitCount(0, 0, 0.0)
@@ -125,7 +125,7 @@ class Stage:
         x = x.detach()
         if crossing and self.index > 0:
             x.requires_grad_()
-        parts = 1 if crossing else min(self._local_microbatches, len(targets))
+        parts = 1 if crossing else self._parts(len(targets))
         if parts > 1:
             return self._in_parts(x, targets, step, parts)
         y = self._runs.forward(x, targets, step, microbatch, recompute=recompute)

@@ -97,7 +97,7 @@ def _memory(plan: Plan, workers: Sequence[dict[str, Any]]) -> Table:
     for rank, predicted in enumerate(plan.predicted):
         cells = [str(rank), ", ".join(map(str, plan.stages_of[rank]))]
         for kind in KINDS:
-            cells.append(_bytes(predicted[kind]))
+            cells.append(_bytes(predicted[kind] if predicted else 0))
             if workers:
                 cells.append(_bytes(workers[rank]["peak_activation_bytes"][kind]))
         table.add_row(*cells)

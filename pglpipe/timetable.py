@@ -136,3 +136,17 @@ def _advance(
     ticks[rank].append(tick)
     done[rank, action] = tick
     return True
+
+
+def parts_of(samples: int, most: int, batch: int) -> int:
+    """Into how many microbatches a batch is cut: a smaller one into fewer, not into smaller ones.
+
+    Args:
+        samples: in this batch.
+        most: parts of a full batch.
+        batch: samples in a full batch.
+
+    >>> parts_of(128, 32, 128), parts_of(5, 32, 128)
+    (32, 2)
+    """
+    return min(samples, most, -(-samples * most // batch))

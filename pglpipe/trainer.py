@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -23,6 +24,7 @@ from torch import nn
 
 from pglpipe import device as devices
 from pglpipe import state
+from pglpipe.blueprint import Blueprint
 from pglpipe.checks import check_choice, check_numbers, check_together
 from pglpipe.coordinator import Coordinator, Loader, Observer, Span
 from pglpipe.errors import ConfigError
@@ -35,7 +37,7 @@ from pglpipe.memory import MemorySettings
 from pglpipe.metrics import EvaluationRecord, StepRecord, Summary
 from pglpipe.models import as_layers
 from pglpipe.overlap import check_device
-from pglpipe.plan import Blueprint, Plan
+from pglpipe.plan import Plan
 from pglpipe.session import Session
 from pglpipe.timetable import TIMETABLES
 from pglpipe.transport import TRANSPORTS, World, join
@@ -150,6 +152,7 @@ class Trainer:
             edge_dtype=edge_dtype,
             overlap_stages=overlap_stages,
             bf16=precision == "bf16",
+            foretells=not compile,
         )
         if overlap_stages:
             check_device(blueprint.device)
@@ -166,12 +169,11 @@ class Trainer:
         self._session = Session(
             world,
             blueprint,
-            lambda mailbox, num_workers: Coordinator(
+            partial(
+                Coordinator,
                 num_stages=num_stages,
-                num_workers=num_workers,
                 guidance=guidance,
                 microbatches=microbatches,
-                mailbox=mailbox,
                 observer=observer or _Silent(),
                 device=blueprint.device,
                 timeout=edge_timeout,
@@ -230,8 +232,8 @@ class Trainer:
 
     def evaluate(self, test: Loader) -> Summary:
         """Evaluates every exit on ``test``; trains nothing."""
-        self.prepare(test)
-        self._session.build(self._learning)
+        self._session.plan(lambda: largest_batch([test]), trains=False)
+        self._session.build(self._learning, trains=False)
         return self._session.drive(lambda coordinator: coordinator.evaluate(test))
 
     def export(self, path: str | Path) -> None:

@@ -18,12 +18,16 @@ pytestmark = [
 ]
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize(
+    "precision, more",
+    [("fp32", []), ("bf16", []), ("fp32", ["--recompute", "--microbatches", "2"])],
+    ids=["fp32", "bf16", "recompute"],
+)
 def test_compiled_stages_learn_the_same_on_two_workers(
-    precision: str, tmp_path: Path
+    precision: str, more: list[str], tmp_path: Path
 ) -> None:
     options = [*small_run(draw_images(tmp_path / "images")), "--guidance-period", "2"]
-    options += ["--precision", precision, "--quiet", "--run-dir"]
+    options += ["--precision", precision, *more, "--quiet", "--run-dir"]
     for name, command in {
         "eager": [*module("pglpipe.train"), *options, "eager"],
         "alone": [*module("pglpipe.train"), *options, "alone", "--compile"],

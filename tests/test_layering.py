@@ -24,6 +24,7 @@ LEVELS = [
     ["stage", "memory"],
     ["global_pass", "overlap"],
     ["worker", "coordinator"],
+    ["blueprint"],
     ["plan"],
     ["pipeline", "loaders", "checks"],
     ["session"],

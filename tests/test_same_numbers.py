@@ -175,6 +175,77 @@ def test_parts_of_a_local_step_change_no_bit_from_worker_to_worker() -> None:
     assert results(expected)[0] != results(alone(4, "pgl"))[0]
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_parts_of_a_local_step_round_alike(precision: str) -> None:
+    options: dict[str, Any] = dict(
+        local_microbatches=3, precision=precision, edge_dtype="int8"
+    )
+    assert results(run(4, 4, "pgl", **options)) == results(run(1, 4, "pgl", **options))
+
+
+def test_in_bfloat16_its_edges_change_no_bit() -> None:
+    rounded, same = (
+        run(size, 4, "pgl", precision="bf16", edge_dtype=edge_dtype)
+        for size, edge_dtype in ((2, "bf16"), (1, "same"))
+    )
+    assert results(rounded) == results(same)
+
+
+class Swings(nn.Module):
+    """Multiplies by a buffer that every forward of a training step moves in place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("factor", torch.tensor(1.0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            self.factor.mul_(1.1)
+        return x * self.factor.clone()
+
+
+def stateful_mlp() -> list[Layer]:
+    """Layers whose forwards read buffers and change them."""
+
+    def normed(inputs: int, outputs: int) -> nn.Module:
+        return nn.utils.parametrizations.spectral_norm(nn.Linear(inputs, outputs))
+
+    return [
+        Layer(
+            "first",
+            lambda: nn.Sequential(
+                nn.InstanceNorm2d(3, track_running_stats=True, affine=True),
+                nn.Flatten(),
+                normed(192, 16),
+            ),
+        ),
+        Layer("second", lambda: nn.Sequential(nn.Tanh(), Swings(), normed(16, 16))),
+        Layer("third", lambda: nn.Sequential(nn.BatchNorm1d(16), Swings())),
+        Layer("fourth", lambda: nn.Sequential(nn.Tanh(), normed(16, 10))),
+    ]
+
+
+@pytest.mark.parametrize("timetable", ["gpipe", "1f1b"])
+def test_recomputation_moves_buffers_once(timetable: str) -> None:
+    def trained(size: int, **options: Any) -> Trained:
+        return train(
+            size,
+            stateful_mlp(),
+            image_batches(8, 8, 8, 5),
+            guidance=ALWAYS,
+            balance="1,1,1,1",
+            microbatches=3,
+            timetable=timetable,
+            **options,
+        )
+
+    expected = trained(1)
+    for size in (1, 2):
+        got = trained(size, recompute=True)
+        assert same(got.body, expected.body)
+        assert results(got) == results(expected)
+
+
 def test_a_memory_budget_is_met_alike_by_all() -> None:
     expected = run(4, 4, "pgl", recompute=True, microbatches=2, local_microbatches=4)
     kept = [w["peak_activation_bytes"] for w in expected.summary.workers]

@@ -39,7 +39,13 @@ def stage(
     **changes: Any,
 ) -> Stage:
     head = None if last else nn.Linear(3, 3)
-    return Stage(index, body, head, learning(**changes), local_microbatches)
+    return Stage(
+        index,
+        body,
+        head,
+        learning(**changes),
+        lambda samples: min(local_microbatches, samples),
+    )
 
 
 def snapshot(made: Stage) -> list[Tensor]:
@@ -223,7 +229,8 @@ def test_parts_of_a_local_step_sum_to_the_step_of_the_whole_batch(parts: int) ->
     def learned(parts: int) -> tuple[list[Tensor], Tensor, Tensor]:
         torch.manual_seed(1)
         body = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)).double()
-        made = Stage(1, body, nn.Linear(3, 3).double(), learning(clip_norm=0.3), parts)
+        head, clipped = nn.Linear(3, 3).double(), learning(clip_norm=0.3)
+        made = Stage(1, body, head, clipped, lambda samples: min(parts, samples))
         for step in range(3):
             output = made.forward(X.double(), TARGETS, step)
             loss = made.learn(step)

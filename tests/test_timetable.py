@@ -5,8 +5,9 @@ from __future__ import annotations
 import itertools
 
 import pytest
+import torch
 
-from pglpipe.timetable import TIMETABLES, Action, Row, Timetable, clock, draw
+from pglpipe.timetable import TIMETABLES, Action, Row, Timetable, clock, draw, parts_of
 
 SHAPES = [(workers, parts) for workers in range(1, 7) for parts in range(1, 9)]
 
@@ -122,3 +123,14 @@ def test_a_timetable_that_waits_for_itself_is_found_out(rows: Timetable) -> None
 def test_wide_cells_keep_their_columns() -> None:
     lines = draw(TIMETABLES["gpipe"](1, 11)).splitlines()
     assert lines[0].startswith("F0  F1  ") and lines[0].endswith("B9  B10")
+
+
+@pytest.mark.parametrize("batch", [1, 6, 9, 128])
+@pytest.mark.parametrize("most", [1, 2, 4, 32])
+def test_a_ragged_batch_has_no_smaller_parts(batch: int, most: int) -> None:
+    assert parts_of(batch, most, batch) == min(most, batch)
+    largest = -(-batch // min(most, batch))
+    for samples in range(1, batch):
+        sizes = torch.arange(samples).tensor_split(parts_of(samples, most, batch))
+        assert max(map(len, sizes)) <= largest
+        assert len(sizes) == 1 or min(map(len, sizes)) >= largest // 2

@@ -268,6 +268,14 @@ def test_a_network_that_does_not_classify_has_losses_and_no_accuracy() -> None:
     assert math.isfinite(trained.summary.test_loss or math.nan)
 
 
+def test_evaluation_needs_no_memory_budget_but_a_fit_after_it_does() -> None:
+    made = trainer(World(), small_resnet("resnet8"), memory_budget=1)
+    assert made.evaluate(image_batches(4)).exit_accuracy
+    with pytest.raises(UserError, match="fit before evaluate"):
+        made.fit(image_batches(4), epochs=1)
+    made.close()
+
+
 def test_a_trainer_can_evaluate_before_it_fits() -> None:
     def work(world: World) -> Any:
         made = trainer(world, small_resnet("resnet8"), balance=BALANCE)

@@ -95,6 +95,13 @@ def test_a_value_that_is_no_number_stays_none(format: str) -> None:
 
 
 @pytest.mark.parametrize("format", WIRE_FORMATS)
+def test_the_output_of_the_network_is_not_packed(format: str) -> None:
+    x = activations()
+    (packed,) = Wire(format).pack(x, ends=True)
+    assert packed is x
+
+
+@pytest.mark.parametrize("format", WIRE_FORMATS)
 def test_the_type_of_the_computation_comes_back(format: str) -> None:
     x = activations().double()
     assert Wire(format, torch.float64).rounded(x).dtype == torch.float64

@@ -19,6 +19,10 @@ from pglpipe.memory.weigh import StageBytes, global_peak, local_peak, weigh
 from pglpipe.timetable import Timetable
 
 
+class ForecastError(Exception):
+    """The network cannot be run on tensors without values; the message says where and why."""
+
+
 class Forecast:
     """The peaks of every worker, for any settings; what was weighed once is remembered.
 
@@ -31,6 +35,9 @@ class Forecast:
         carry: what the next stage makes of an output.
         overlaps: whether a worker's stages take local steps side by side.
         autocast: the type of device whose choice of precision counts; None for none.
+
+    Raises:
+        ForecastError: nothing can be foretold of these stages.
     """
 
     def __init__(
@@ -54,7 +61,10 @@ class Forecast:
         self._batch = x, targets
         self._precision: Callable[[], AbstractContextManager[object]] = nullcontext
         if autocast:
-            self._pretend(autocast)
+            try:
+                self._pretend(autocast)
+            except Exception as error:
+                raise ForecastError(_first_line(error)) from error
         self._stages_of = stages_of
         self._timetable = timetable
         self._carry = carry
@@ -71,6 +81,7 @@ class Forecast:
 
         Raises:
             PartitionError: a stage cannot take so few samples at once.
+            ForecastError: nothing can be foretold of these stages.
         """
         if kind == "local":
             return self._local(settings.local_microbatches)
@@ -146,15 +157,31 @@ class Forecast:
             loss = self._losses[0 if head is None else 1]
             try:
                 stage, output = weigh(body, head, loss, x, targets)
+                x = self._carry(output)
             except Exception as error:
-                reason = (str(error).splitlines() or [""])[0]
+                reason = (
+                    f"stage {index} cannot take {size} samples at once: "
+                    f"{_first_line(error)}"
+                )
+                if size == self.samples or not self._can_weigh(crossing):
+                    raise ForecastError(reason) from error
                 raise PartitionError(
-                    f"stage {index} cannot take {size} samples at once: {reason}; take fewer "
-                    "--microbatches or --local-microbatches"
+                    f"{reason}; take fewer --microbatches or --local-microbatches"
                 ) from error
             yield dataclasses.replace(stage, copied=copied)
-            x = self._carry(output)
             copied = _memory(x) != _memory(output)
+
+    def _can_weigh(self, crossing: bool) -> bool:
+        """Whether the stages can take the whole batch; then parts of it fail for their size."""
+        try:
+            self._weigh(self.samples, crossing=crossing)
+        except ForecastError:
+            return False
+        return True
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def _memory(tensor: Tensor) -> int:

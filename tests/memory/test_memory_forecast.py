@@ -91,8 +91,10 @@ def test_the_published_networks_keep_what_is_foretold(name: str) -> None:
     assert kept(trained) == kept(trained, "predicted")
 
 
-def test_under_autocast_what_is_foretold_is_close() -> None:
-    options = dict(precision="bf16", guidance=Guidance(period=2), microbatches=2)
+@pytest.mark.parametrize("edge_dtype", ["same", "bf16", "int8"])
+def test_under_autocast_what_is_foretold_is_close(edge_dtype: str) -> None:
+    options: dict[str, Any] = dict(precision="bf16", edge_dtype=edge_dtype)
+    options |= dict(guidance=Guidance(period=2), microbatches=2)
     trained = train(2, small_resnet("resnet8"), BATCHES, **options)
     for counted, foretold in zip(kept(trained), kept(trained, "predicted")):
         for kind in counted:
@@ -122,6 +124,27 @@ def test_the_batch_that_counts_is_that_of_training() -> None:
     layers = small_resnet("resnet8")
     trained = train(2, layers, small, evaluate=large, guidance=NEVER)
     assert kept(trained) == kept(trained, "predicted")
+
+
+class Scales(nn.Module):
+    """Holds a tensor that is no buffer and so stays where it was made."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.factor = torch.full((8, 8), 2.0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.factor
+
+
+def test_a_forecast_that_fails_ends_no_run_unless_it_is_needed() -> None:
+    layers = [Layer("scales", Scales), *small_resnet("resnet8")]
+    options: dict[str, Any] = dict(precision="bf16", guidance=Guidance(period=2))
+    trained = train(2, layers, BATCHES, **options)
+    assert kept(trained, "predicted") == [None, None]
+    assert min(min(by.values()) for by in kept(trained)) > 0
+    with pytest.raises(ConfigError, match="can be foretold for --memory-budget, but"):
+        train(2, layers, BATCHES, memory_budget=2**30, **options)
 
 
 # -- a budget -------------------------------------------------------------------------
