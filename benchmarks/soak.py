@@ -110,7 +110,7 @@ class Watch:
 
     def _look(self) -> None:
         while not self._over.wait(self._interval):
-            if len(self.looks) < 3:  # then all edges are there
+            if not self._ends:  # until the edges are there
                 self._ends = ends()
             self.looks.append(
                 {
