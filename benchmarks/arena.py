@@ -33,6 +33,7 @@ class Arena:
 
     Attributes:
         rank, size: this process among how many.
+        cores: of the machine.
         group: a gloo group of all of them, whose waits end after :data:`PEER_TIMEOUT`.
     """
 
@@ -41,6 +42,7 @@ class Arena:
             raise SystemExit("expected to be started by torchrun, got no RANK")
         dist.init_process_group("gloo", timeout=_PATIENCE)
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
+        self.cores = os.cpu_count() or 1
         self._store = dist.PrefixStore(
             "arena", dist.distributed_c10d._get_default_store()
         )

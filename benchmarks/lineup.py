@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from benchmarks.devices import emulated
-from benchmarks.pglpipe_rows import Alone, Pipeline, Unconnected
+from benchmarks.pglpipe_rows import Alone, InTurns, Pipeline, Unconnected
 from benchmarks.plain_rows import Accumulated, Checkpointed, DataParallel, EndToEnd
 from benchmarks.rows import Row, Track
 from benchmarks.schedule_rows import SCHEDULES, Schedule
@@ -28,6 +28,7 @@ ROWS: dict[str, Maker] = {
     "local": lambda track: Pipeline(track, NEVER),
     "local-bf16": lambda track: Pipeline(track, NEVER, edge_dtype="bf16"),
     "local-rpc": lambda track: Pipeline(track, NEVER, transport="rpc"),
+    "in-turns": InTurns,
     "unconnected": Unconnected,
     "one-worker": Alone,
     "plain": EndToEnd,
@@ -70,6 +71,10 @@ DEFAULT = [
 ]
 
 
-def candidates(name: str) -> tuple[int, ...]:
-    """The numbers of microbatches to try; guided rows are tried for a whole period each."""
-    return (2, 4, 8) if name.startswith("pgl") else (2, 4, 8, 16)
+def candidates(name: str, ranks: int) -> tuple[int, ...]:
+    """The numbers of microbatches to try: as many as ranks, and more.
+
+    Guided rows are tried for a whole period each, and begin below: most of their steps are local.
+    """
+    first = max(2, ranks // 2) if name.startswith("pgl") else ranks
+    return first, 2 * first, 4 * first

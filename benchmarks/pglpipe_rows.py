@@ -82,6 +82,35 @@ class Alone(Row):
         return _share(summary, summary.workers[0])
 
 
+class InTurns(Row):
+    """Every core trains all stages, one after another: what the cores can do of this very work.
+
+    There are as many stages as ranks, heads included, and no edges; ranks beyond the number of
+    cores wait.
+    """
+
+    alone = apart = True
+
+    def __init__(self, track: Track) -> None:
+        self._track = track
+
+    def block(self, steps: int) -> Share | None:
+        """A new trainer of all stages for the steps, on each rank that has a core."""
+        if self._track.arena.rank >= self._track.arena.cores:
+            return None
+        workload, cut = self._track.workload, self._track.cuts.local
+        summary = _fit(
+            self._track,
+            workload.layers,
+            workload.stream(WARMUP_STEPS + steps),
+            num_stages=len(cut),
+            balance=",".join(map(str, cut)),
+            guidance=NEVER,
+            world=World(),
+        )
+        return _share(summary, summary.workers[0])
+
+
 class Unconnected(Row):
     """Every rank trains its stage on ready-made inputs: the ceiling of the runtime, no edges.
 

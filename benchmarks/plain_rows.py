@@ -24,7 +24,7 @@ class EndToEnd(Loop):
 
     Args:
         track: what it runs on.
-        everywhere: on every rank, each on its own; on rank 0 alone otherwise.
+        everywhere: on as many ranks as there are cores, each on its own; on rank 0 alone otherwise.
         threads: of each process.
 
     Attributes:
@@ -38,7 +38,7 @@ class EndToEnd(Loop):
     ) -> None:
         super().__init__(track.workload, track.workload.batch_size)
         self.apart = everywhere
-        self._idle = not (everywhere or track.arena.leads)
+        self._idle = track.arena.rank >= (track.arena.cores if everywhere else 1)
         self._threads = threads
         self.network = assemble(track.workload.layers, SEED).to(track.workload.device)
         self._model: nn.Module = self.network
@@ -108,7 +108,7 @@ class DataParallel(EndToEnd):
 
     def __init__(self, track: Track) -> None:
         super().__init__(track, everywhere=True)
-        self.apart = False
+        self.apart = self._idle = False
         self._arena = track.arena
         with warnings.catch_warnings():
             # Newer versions call the option forward_sync_buffers; older ones do not know that.

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import resource
 import statistics
 from collections.abc import Callable, Mapping, Sequence
@@ -188,13 +187,13 @@ def main(
     chosen = {row["name"]: row["microbatches"] for row in earlier.get("rows", [])}
     for name in names:
         fixed = microbatches or chosen.get(name)
-        race.enter(name, (fixed,) if fixed else candidates(name))
+        race.enter(name, (fixed,) if fixed else candidates(name, arena.size))
     for _ in range(rounds):
         race.round(steps)
     facts = {
         "about": {
             "machine": machine(),
-            "cores": os.cpu_count(),
+            "cores": arena.cores,
             "ranks": arena.size,
             "workload": load.name,
             "batch": load.batch_size,

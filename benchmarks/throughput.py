@@ -34,10 +34,10 @@ from benchmarks.tables import Goal, bars, markdown, screen
 
 FOLDER = Path("runs/bench")
 RESULTS = Path(__file__).parent / "results"
-CEILING = ["local", "independent"]
+CEILING = ["local", "in-turns", "independent"]
 CROWDED_ROWS = [*CEILING, "gpipe", "1f1b", "interleaved", "zero-bubble", "pgl"]
 # They are there to compare speeds with; nobody asks for their memory.
-WITHOUT_MEMORY = ("independent", "unconnected", "plain-threads")
+WITHOUT_MEMORY = ("independent", "in-turns", "unconnected", "plain-threads")
 
 
 def main(
