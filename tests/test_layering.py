@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[1] / "pglpipe"
 
 LEVELS = [
     ["errors", "__version__"],
-    ["seeding", "commands", "device", "lanes", "saved_bytes", "state"],
+    ["seeding", "commands", "device", "lanes", "modules", "saved_bytes", "state"],
     ["stopwatch"],
     ["layer", "guidance", "timetable", "metrics", "learning_rate", "wire"],
     ["partition", "models", "heads", "losses", "data", "transport", "reporter"],
