@@ -19,7 +19,7 @@ from benchmarks.rows import Track
 from benchmarks.schedule_rows import SCHEDULES, Schedule
 from benchmarks.workload import SEED, Cuts, Workload
 from pglpipe import ALWAYS, Layer, Trainer
-from pglpipe.heads import build_head
+from pglpipe.heads import Site, build_head
 from pglpipe.partition import slices
 
 TOLERANCE = 1e-4
@@ -84,7 +84,7 @@ def _workload(layers: int) -> Workload:
         name="gate",
         layers=[Layer(name, last if name == names[-1] else body) for name in names],
         batches=[(x.contiguous(memory_format=torch.channels_last), targets)],
-        head=lambda shape: build_head("0c1f", shape, CLASSES),
+        head=lambda shape: build_head("0c1f", Site(shape, CLASSES)),
         computing=lambda: 0.0,
     )
 

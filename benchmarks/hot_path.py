@@ -22,7 +22,7 @@ from torch import Tensor, nn
 import pglpipe
 from benchmarks.runs import machine
 from pglpipe import models
-from pglpipe.heads import build_head
+from pglpipe.heads import Site, build_head
 from pglpipe.layer import Layer, initialize
 from pglpipe.metrics import WARMUP_STEPS
 from pglpipe.transport import World
@@ -59,7 +59,7 @@ def bare(steps: int) -> float:
     heads: list[nn.Module] = []
     for body in bodies[:-1]:
         x = body(x).detach()
-        heads.append(build_head("1c2f", tuple(x.shape[1:]), 10))
+        heads.append(build_head("1c2f", Site(tuple(x.shape[1:]), 10)))
     stages = list(zip(bodies, [*heads, nn.Identity()], strict=True))
     optimizers = [sgd([*b.parameters(), *h.parameters()]) for b, h in stages]
     times = []

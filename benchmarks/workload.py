@@ -10,7 +10,7 @@ from itertools import cycle, islice
 import torch
 from torch import Tensor, nn
 
-from pglpipe.heads import build_head
+from pglpipe.heads import Site, build_head
 from pglpipe.layer import Layer
 from pglpipe.models import build
 from pglpipe.partition import HeadBuilder, balance_by_cost, measure
@@ -138,6 +138,6 @@ def _images(model: str, width: int, size: int, batch: int) -> Workload:
         name=model,
         layers=layers,
         batches=batches,
-        head=lambda shape: build_head("1c2f", shape, 10),
+        head=lambda shape: build_head("1c2f", Site(shape, 10)),
         computing=time.thread_time,
     )

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from worlds import image_batches, small_resnet, train
 
 from pglpipe import ALWAYS, NEVER
-from pglpipe.heads import build_head
+from pglpipe.heads import Site, build_head
 from pglpipe.layer import Layer, assemble
 from pglpipe.models import build
 from pglpipe.partition import published_balance
@@ -77,7 +77,7 @@ def counted_by_hand(sizes: list[int]) -> list[int]:
         y = body(x).detach()
         head: nn.Module = nn.Identity()
         if start < len(network):
-            head = build_head("1c2f", tuple(y.shape[1:]), 10)
+            head = build_head("1c2f", Site(tuple(y.shape[1:]), 10))
 
         def compute(
             body: nn.Module = body, head: nn.Module = head, x: Tensor = x

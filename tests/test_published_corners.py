@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from worlds import image_batches, sgd, small_resnet, train
 
 from pglpipe import ALWAYS, NEVER, Guidance
-from pglpipe.heads import build_head
+from pglpipe.heads import Site, build_head
 from pglpipe.layer import Layer, initialize
 from pglpipe.seeding import derive, seeded
 
@@ -38,7 +38,7 @@ def stages_of(
             x = bodies[-1].eval()(x)
         if start < len(layers):
             with seeded(derive(0, "head", index)):
-                heads.append(build_head("1c2f", tuple(x.shape[1:]), 10))
+                heads.append(build_head("1c2f", Site(tuple(x.shape[1:]), 10)))
         bodies[-1].train()
     return bodies, [*heads, nn.Identity()]
 

@@ -26,7 +26,7 @@ from worlds import (
 import pglpipe
 from pglpipe import Guidance, Trainer, UserError, state
 from pglpipe.errors import DataError
-from pglpipe.heads import build_head
+from pglpipe.heads import Site, build_head
 from pglpipe.layer import assemble
 from pglpipe.transport import World
 
@@ -67,7 +67,7 @@ def evaluated_plainly(trained: Trained) -> tuple[list[float], list[float]]:
 def exit_of(trained: Trained, index: int, x: Tensor) -> Tensor:
     if index not in trained.heads:
         return x
-    head = build_head("1c2f", tuple(x.shape[1:]), 10).eval()
+    head = build_head("1c2f", Site(tuple(x.shape[1:]), 10)).eval()
     head.load_state_dict(trained.heads[index])
     logits: Tensor = head(x)
     return logits

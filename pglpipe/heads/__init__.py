@@ -1,48 +1,75 @@
 """Auxiliary heads: the small networks through which a stage learns from the labels.
 
-A new head is a function ``(shape, num_classes) -> nn.Module`` and one line in :data:`HEADS`.
+A new head is a function ``Site -> nn.Module`` and one line in :data:`HEADS`.
+
+==================================  ===========================================================
+``0c1f 0c2f 1c1f 1c2f 1c3f 2c2f``   X convolutions, Y fully connected layers (InfoPro)
+``mlp mlp-sr cnn``                  of decoupled greedy learning (DGL)
+==================================  ===========================================================
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 from torch import nn
 
 from pglpipe.errors import ConfigError, nearest
 from pglpipe.heads.conv import conv_head
-from pglpipe.heads.pool import pool_head
+from pglpipe.heads.dgl import cnn_head, mlp_head, mlp_sr_head
+from pglpipe.heads.site import Site
 
-__all__ = ["HEADS", "build_head", "conv_head", "pool_head"]
+__all__ = ["HEADS", "HEAD_NAMES", "HeadFunction", "Site", "build_head", "find_head"]
 
-HEADS: dict[str, Callable[[tuple[int, ...], int], nn.Module]] = {
-    "0c1f": pool_head,
-    "1c2f": conv_head,
+HeadFunction = Callable[[Site], nn.Module]
+
+HEADS: dict[str, HeadFunction] = {
+    **{
+        f"{convolutions}c{linears}f": partial(
+            conv_head, convolutions=convolutions, linears=linears
+        )
+        for convolutions, linears in ((0, 1), (0, 2), (1, 1), (1, 2), (1, 3), (2, 2))
+    },
+    "mlp": mlp_head,
+    "mlp-sr": mlp_sr_head,
+    "cnn": cnn_head,
 }
 
+HEAD_NAMES = (*sorted(HEADS),)
 
-def build_head(name: str, shape: tuple[int, ...], num_classes: int) -> nn.Module:
-    """The head called ``name`` for activations of one shape.
+
+def find_head(name: str) -> HeadFunction:
+    """What builds the head called ``name``: a key of :data:`HEADS`.
+
+    Raises:
+        ConfigError: there is no such head.
+    """
+    if name not in HEADS:
+        raise ConfigError(f"unknown head {name!r}: {nearest(name, HEAD_NAMES)}")
+    return HEADS[name]
+
+
+def build_head(name: str, site: Site) -> nn.Module:
+    """The head called ``name`` for one place in a network.
 
     Args:
         name: a key of :data:`HEADS`.
-        shape: of one sample's activation, ``(C, H, W)`` or ``(F,)``.
-        num_classes: number of logits.
+        site: where it is put.
 
     Returns:
-        A module from ``[B, *shape]`` to ``[B, num_classes]``.
+        A module from ``[B, *site.shape]`` to ``[B, site.num_outputs]``.
 
     Raises:
-        ConfigError: no such head, or none for activations of this shape.
+        ConfigError: no such head, or none for activations of this shape or for this network.
 
-    >>> build_head("0c1f", (64,), 10)
+    >>> build_head("0c1f", Site((64,), 10))
     Linear(in_features=64, out_features=10, bias=True)
     """
-    if name not in HEADS:
-        raise ConfigError(f"unknown head {name!r}: {nearest(name, HEADS)}")
-    if len(shape) not in (1, 3):
+    build = find_head(name)
+    if len(site.shape) not in (1, 3):
         raise ConfigError(
-            f"head {name} expects activations (C, H, W) or (F,), got {tuple(shape)}; "
+            f"head {name} expects activations (C, H, W) or (F,), got {tuple(site.shape)}; "
             "cut after another layer, or give a head of your own"
         )
-    return HEADS[name](shape, num_classes)
+    return build(site)

@@ -1,60 +1,55 @@
-"""The head ``1c2f``: one convolution, two fully connected layers."""
+"""InfoPro's heads: ``XcYf`` has X convolutions and Y fully connected layers.
+
+::
+
+    0c1f    pool ─ linear
+    0c2f    pool ─ linear ─ linear
+    1c1f    convolution ─ pool ─ linear
+    1c2f    convolution ─ pool ─ linear ─ linear
+    1c3f    convolution ─ pool ─ linear ─ linear ─ linear
+    2c2f    convolution ─ convolution ─ pool ─ linear ─ linear
+"""
 
 from __future__ import annotations
 
-import torch
 from torch import nn
+
+from pglpipe.heads.parts import average_pixel, convolution
+from pglpipe.heads.site import Site
 
 FEATURES = 128
 STRIDED_ABOVE = 8  # pixels
 
 
-def conv_head(shape: tuple[int, ...], num_classes: int) -> nn.Module:
-    """InfoPro's default head: a 3x3 convolution, then an MLP with 128 hidden units.
+def conv_head(site: Site, *, convolutions: int = 1, linears: int = 2) -> nn.Module:
+    """3x3 convolutions with BatchNorm, the average pixel, then an MLP with 128 hidden units.
 
-    Maps higher than 8 pixels are halved and their channels doubled, so that the head of an
-    early stage costs no more than that of a late one; smaller maps keep size and channels.
-    Flat activations have the MLP alone.
+    The first convolution halves maps higher than 8 pixels and doubles their channels, so that
+    the head of an early stage costs no more than that of a late one; on smaller maps it keeps
+    size and channels, as all other convolutions do. Flat activations have the MLP alone.
 
-    Source: the head "1c2f" of InfoPro (Wang et al. 2021, arXiv 2101.10832), there for 16, 32
-    and 64 channels on maps of 32, 16 and 8 pixels. Convolutions start from
-    N(0, sqrt(2 / (k^2 * C_out))). The weights are in channels_last order, in which CPU
-    kernels are fastest.
+    Source: the heads of InfoPro (Wang et al. 2021, arXiv 2101.10832), where the default is
+    1c2f, and 0c1f is the head of greedy supervised learning. There 16 and 32 channels are doubled
+    and 64 are kept, which on 32x32 images (maps of 32, 16 and 8 pixels) is the same; on larger
+    images, such as STL-10's, the heads here have one halving more.
 
     Args:
-        shape: of one sample's activation, ``(C, H, W)`` or ``(F,)``.
-        num_classes: number of logits.
+        site: where the head is put.
+        convolutions: 0, 1 or 2.
+        linears: fully connected layers, 1 or more.
 
     Returns:
-        A module from ``[B, C, H, W]`` (or ``[B, F]``) to ``[B, num_classes]``.
+        A module from ``[B, C, H, W]`` (or ``[B, F]``) to ``[B, num_outputs]``.
     """
-    if len(shape) == 1:
-        return nn.Sequential(*_mlp(shape[0], num_classes))
-    channels, height, _ = shape
-    halve = height > STRIDED_ABOVE
-    outputs = 2 * channels if halve else channels
-    head = nn.Sequential(
-        _convolution(channels, outputs, stride=2 if halve else 1),
-        nn.BatchNorm2d(outputs),
-        nn.ReLU(inplace=True),
-        nn.AdaptiveAvgPool2d(1),
-        nn.Flatten(),
-        *_mlp(outputs, num_classes),
-    )
-    # PyTorch's stubs do not know this documented keyword.
-    head.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    return head
-
-
-def _convolution(inputs: int, outputs: int, stride: int) -> nn.Module:
-    convolution = nn.Conv2d(inputs, outputs, 3, stride, padding=1, bias=False)
-    nn.init.kaiming_normal_(convolution.weight, mode="fan_out", nonlinearity="relu")
-    return convolution
-
-
-def _mlp(inputs: int, num_classes: int) -> list[nn.Module]:
-    return [
-        nn.Linear(inputs, FEATURES),
-        nn.ReLU(inplace=True),
-        nn.Linear(FEATURES, num_classes),
-    ]
+    features, parts = site.shape[0], list[nn.Module]()
+    if len(site.shape) == 3:
+        strides = (2 if site.shape[1] > STRIDED_ABOVE else 1), 1
+        for stride in strides[:convolutions]:
+            parts += convolution(features, stride * features, stride=stride)
+            features *= stride
+    parts += average_pixel(site.shape)
+    for _ in range(linears - 1):
+        parts += [nn.Linear(features, FEATURES), nn.ReLU(inplace=True)]
+        features = FEATURES
+    parts.append(nn.Linear(features, site.num_outputs))
+    return nn.Sequential(*parts) if len(parts) > 1 else parts[0]

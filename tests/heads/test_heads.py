@@ -1,4 +1,4 @@
-"""Auxiliary heads: shapes, published sizes, initial weights."""
+"""Auxiliary heads in general, and InfoPro's: shapes, published sizes, initial weights."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ import torch
 from torch import nn
 
 from pglpipe.errors import ConfigError
-from pglpipe.heads import HEADS, build_head
+from pglpipe.heads import HEADS, Site, build_head, find_head
+
+CONVOLUTIONAL = ["0c1f", "0c2f", "1c1f", "1c2f", "1c3f", "2c2f"]
 
 
 def parameters(head: nn.Module) -> int:
@@ -17,23 +19,52 @@ def parameters(head: nn.Module) -> int:
 
 
 @pytest.mark.parametrize(
-    "shape", [(12,), (16, 32, 32), (32, 16, 16), (64, 8, 8), (5, 1, 3)]
+    "shape", [(12,), (16, 32, 32), (32, 16, 16), (64, 8, 8), (5, 1, 3), (6, 9, 7)]
 )
 @pytest.mark.parametrize("name", sorted(HEADS))
 def test_heads_turn_any_activation_into_logits_and_send_a_gradient_back(
     name: str, shape: tuple[int, ...]
 ) -> None:
-    head = build_head(name, shape, 7)
+    head = build_head(name, Site(shape, 7))
     x = torch.randn(4, *shape, requires_grad=True)
     logits = head(x)
     assert logits.shape == (4, 7)
-    logits.square().sum().backward()
-    assert x.grad is not None and x.grad.abs().sum() > 0
+    # Not one sum for all: it would be constant behind BatchNorm.
+    (logits * torch.arange(28.0).view(4, 7)).sum().backward()
+    assert x.grad is not None and x.grad.abs().sum() > 0 and x.grad.isfinite().all()
+    assert all(
+        p.grad is not None and p.grad.isfinite().all() for p in head.parameters()
+    )
+
+
+@pytest.mark.parametrize("name", sorted(HEADS))
+def test_heads_run_under_autocast_to_bfloat16(name: str) -> None:
+    head = build_head(name, Site((8, 9, 9), 7))
+    x = torch.randn(4, 8, 9, 9, requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = head(x)
+    assert logits.dtype == torch.bfloat16
+    logits.float().square().sum().backward()
+    assert x.grad is not None and x.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("name", sorted(HEADS))
+def test_convolutions_start_he_normal_by_their_outputs_in_channels_last(
+    name: str,
+) -> None:
+    head = build_head(name, Site((64, 16, 16), 10))
+    for module in head.modules():
+        if isinstance(module, nn.Conv2d):
+            weight = module.weight
+            fan = weight[0, 0].numel() * weight.shape[0]
+            expected = pytest.approx(math.sqrt(2 / fan), rel=0.03)
+            assert weight.std().item() == expected
+            assert weight.is_contiguous(memory_format=torch.channels_last)
 
 
 @pytest.mark.parametrize("shape", [(6,), (6, 5, 5)])
 def test_0c1f_is_linear_in_the_average_pixel(shape: tuple[int, ...]) -> None:
-    head = build_head("0c1f", shape, 3)
+    head = build_head("0c1f", Site(shape, 3))
     weight, bias = head.parameters()
     x = torch.randn(4, *shape)
     average = x if len(shape) == 1 else x.mean((2, 3))
@@ -49,33 +80,51 @@ def test_0c1f_is_linear_in_the_average_pixel(shape: tuple[int, ...]) -> None:
         ((64, 9, 9), 128, 2),
     ],
 )
-def test_1c2f_halves_maps_above_8_pixels_and_doubles_their_channels(
-    shape: tuple[int, int, int], channels: int, stride: int
+@pytest.mark.parametrize("name", ["1c1f", "1c2f", "1c3f", "2c2f"])
+def test_the_first_convolution_halves_maps_above_8_pixels_and_doubles_their_channels(
+    name: str, shape: tuple[int, int, int], channels: int, stride: int
 ) -> None:
-    head = build_head("1c2f", shape, 10)
-    (convolution,) = [m for m in head.modules() if isinstance(m, nn.Conv2d)]
-    assert convolution.weight.shape == (channels, shape[0], 3, 3)
-    assert convolution.stride == (stride, stride) and convolution.bias is None
-    linear = channels * 128 + 128 + 128 * 10 + 10
-    assert parameters(head) == 9 * shape[0] * channels + 2 * channels + linear
+    head = build_head(name, Site(shape, 10))
+    first, *rest = [m for m in head.modules() if isinstance(m, nn.Conv2d)]
+    assert first.weight.shape == (channels, shape[0], 3, 3)
+    assert first.stride == (stride, stride) and first.bias is None
+    assert [(m.weight.shape, m.stride) for m in rest] == [
+        ((channels, channels, 3, 3), (1, 1))
+    ] * (name == "2c2f")
 
 
-def test_1c2f_of_a_flat_activation_is_an_mlp() -> None:
-    assert parameters(build_head("1c2f", (20,), 10)) == 20 * 128 + 128 + 128 * 10 + 10
+@pytest.mark.parametrize("name", CONVOLUTIONAL)
+def test_a_head_has_as_many_layers_as_its_name_says(name: str) -> None:
+    convolutions, linears = int(name[0]), int(name[2])
+    shape, hidden = (16, 32, 32), [128] * (linears - 1)
+    widths = [32 if convolutions else 16, *hidden, 10]
+    expected = sum(9 * i * 32 + 2 * 32 for i in [16, 32][:convolutions])
+    expected += sum(i * o + o for i, o in zip(widths, widths[1:], strict=False))
+    assert parameters(build_head(name, Site(shape, 10))) == expected
 
 
-def test_the_convolution_of_1c2f_starts_he_normal_by_its_outputs_in_channels_last() -> (
-    None
-):
-    head = build_head("1c2f", (64, 16, 16), 10)
-    (weight,) = [p for p in head.parameters() if p.dim() == 4]
-    assert weight.std().item() == pytest.approx(math.sqrt(2 / (9 * 128)), rel=0.02)
-    assert weight.is_contiguous(memory_format=torch.channels_last)
+@pytest.mark.parametrize("name", CONVOLUTIONAL)
+def test_of_a_flat_activation_an_mlp_remains(name: str) -> None:
+    widths = [20, *[128] * (int(name[2]) - 1), 10]
+    expected = sum(i * o + o for i, o in zip(widths, widths[1:], strict=False))
+    assert parameters(build_head(name, Site((20,), 10))) == expected
+
+
+def test_the_parameters_of_1c2f_have_the_names_that_weights_on_disk_have() -> None:
+    names = [
+        name for name, _ in build_head("1c2f", Site((4, 9, 9), 2)).named_parameters()
+    ]
+    of_convolution, of_linears = ["0.weight", "1.weight", "1.bias"], [5, 7]
+    assert names == of_convolution + [
+        f"{layer}.{kind}" for layer in of_linears for kind in ("weight", "bias")
+    ]
 
 
 def test_an_unknown_head_is_refused_with_the_nearest() -> None:
-    with pytest.raises(ConfigError, match="unknown head '1c1f': did you mean"):
-        build_head("1c1f", (4,), 2)
+    with pytest.raises(
+        ConfigError, match="unknown head '1c2g': did you mean '1c.f'"
+    ):
+        find_head("1c2g")
 
 
 @pytest.mark.parametrize("shape", [(), (4, 4), (2, 3, 4, 5)])
@@ -86,4 +135,4 @@ def test_an_activation_that_is_neither_image_nor_flat_is_refused(
     with pytest.raises(
         ConfigError, match=f"head {name} expects activations .C, H, W. or .F,."
     ):
-        build_head(name, shape, 2)
+        build_head(name, Site(shape, 2))

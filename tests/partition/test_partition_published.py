@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 
 import pytest
 import torch
 from torch import nn
 
 from pglpipe.errors import PartitionError
-from pglpipe.heads import build_head
+from pglpipe.heads import Site, build_head
 from pglpipe.models import build
 from pglpipe.partition import Costs, analyse, published_balance, slices
 
@@ -61,8 +60,10 @@ def costs() -> Callable[[str], Costs]:
 
     def analysed(model: str) -> Costs:
         layers = build(model, image_shape=(3, 32, 32), num_classes=10)
-        head: Callable[[tuple[int, ...]], nn.Module]
-        head = partial(build_head, "1c2f", num_classes=10)
+
+        def head(shape: tuple[int, ...]) -> nn.Module:
+            return build_head("1c2f", Site(shape, 10))
+
         return analyse(layers, torch.empty(2, 3, 32, 32, device="meta"), head)
 
     return analysed

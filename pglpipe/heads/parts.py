@@ -1,0 +1,31 @@
+"""What heads are made of."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from pglpipe.modules import prepared
+
+
+def convolution(
+    inputs: int, outputs: int, size: int = 3, stride: int = 1
+) -> list[nn.Module]:
+    """A convolution, BatchNorm, ReLU: ``[B, inputs, H, W]`` to ``[B, outputs, H / stride, …]``.
+
+    Args:
+        size: of the kernel, odd; the map is padded by half of it.
+    """
+    return [
+        prepared(
+            nn.Conv2d(inputs, outputs, size, stride, padding=size // 2, bias=False)
+        ),
+        nn.BatchNorm2d(outputs),
+        nn.ReLU(inplace=True),
+    ]
+
+
+def average_pixel(shape: tuple[int, ...]) -> list[nn.Module]:
+    """From ``[B, C, H, W]`` to ``[B, C]``; nothing for activations that are flat already."""
+    if len(shape) == 1:
+        return []
+    return [nn.AdaptiveAvgPool2d(1), nn.Flatten()]
