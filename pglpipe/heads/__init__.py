@@ -5,17 +5,20 @@ A new head is a function ``Site -> nn.Module`` and one line in :data:`HEADS`.
 ==================================  ===========================================================
 ``0c1f 0c2f 1c1f 1c2f 1c3f 2c2f``   X convolutions, Y fully connected layers (InfoPro)
 ``mlp mlp-sr cnn``                  of decoupled greedy learning (DGL)
+``auglocal-D``                      D blocks like later ones, fewer towards the end (AugLocal)
 ==================================  ===========================================================
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from functools import partial
 
 from torch import nn
 
 from pglpipe.errors import ConfigError, nearest
+from pglpipe.heads.auglocal import auglocal_head
 from pglpipe.heads.conv import conv_head
 from pglpipe.heads.dgl import cnn_head, mlp_head, mlp_sr_head
 from pglpipe.heads.site import Site
@@ -36,15 +39,17 @@ HEADS: dict[str, HeadFunction] = {
     "cnn": cnn_head,
 }
 
-HEAD_NAMES = (*sorted(HEADS),)
+HEAD_NAMES = (*sorted(HEADS), "auglocal-D")  # as shown to users; D is a depth
 
 
 def find_head(name: str) -> HeadFunction:
-    """What builds the head called ``name``: a key of :data:`HEADS`.
+    """What builds the head called ``name``: a key of :data:`HEADS`, or ``auglocal-3``.
 
     Raises:
         ConfigError: there is no such head.
     """
+    if match := re.fullmatch(r"auglocal-([1-9]\d*)", name):
+        return partial(auglocal_head, depth=int(match[1]))
     if name not in HEADS:
         raise ConfigError(f"unknown head {name!r}: {nearest(name, HEAD_NAMES)}")
     return HEADS[name]
@@ -54,7 +59,7 @@ def build_head(name: str, site: Site) -> nn.Module:
     """The head called ``name`` for one place in a network.
 
     Args:
-        name: a key of :data:`HEADS`.
+        name: a key of :data:`HEADS`, or ``auglocal-D`` with a depth D of 1 or more.
         site: where it is put.
 
     Returns:
