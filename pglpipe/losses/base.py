@@ -1,0 +1,164 @@
+"""What a local loss is, and the module that it is computed from.
+
+::
+
+    image ┈┈┈┈┈┈┈┈┈┈┈┈┈┈┈┈┈┈┈┈┈┈┈┈┈┈┈┈┈┈┐
+    h ─┬▶ head ───▶ its output ────────┬▶ loss(said, targets, image, place) ─▶ scalar
+       └▶ branch ─▶ its output ────────┘
+       the module that auxiliary() makes
+
+Letters: B samples, C channels, H and W the sides of an image or a map, F features, N classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pglpipe.modules import starts_in_place
+
+Shape = tuple[int, ...]  # of one sample
+
+# Of a head's output and the targets, averaged over the batch.
+Loss = Callable[[Tensor, Tensor], Tensor]
+
+
+class LocalLoss:
+    """What a stage with a head minimizes in a local step.
+
+    The same object serves all stages of a run. How it is used::
+
+        width = loss.outputs(num_classes)                      # the head is made that wide
+        auxiliary = loss.auxiliary(head, shape, image_shape)   # and trained as this module
+        image = loss.image(x) if loss.needs_image else None    # on the first worker, sent along
+
+        loss(auxiliary(h), targets, image, place).backward()   # in every stage with a head
+
+    A loss of one's own overrides what differs.
+
+    Attributes:
+        needs_image: whether the input image must travel with the activation.
+        classifies: whether the head's outputs are logits of the classes, so that the stage is an exit.
+        compares: whether it compares the samples of a batch with each other: parts of a batch
+            then have another loss than the whole, and another meaning.
+    """
+
+    needs_image = False
+    classifies = True
+    compares = False
+
+    def outputs(self, num_classes: int) -> int:
+        """How many outputs the head shall have for so many classes."""
+        return num_classes
+
+    def auxiliary(self, head: nn.Module, shape: Shape, image_shape: Shape) -> nn.Module:
+        """The head with whatever else is trained beside it, as one module.
+
+        Args:
+            head: from ``[B, *shape]`` to ``[B, outputs]``.
+            shape: of one sample's activation, ``(C, H, W)`` or ``(F,)``.
+            image_shape: of one sample of the network's input, ``(C, H, W)`` for images.
+
+        Returns:
+            The head itself, or a :class:`Beside` that holds it.
+
+        Raises:
+            ConfigError: the loss cannot be computed from such activations or images.
+        """
+        return head
+
+    def image(self, x: Tensor) -> Tensor:
+        """The images as they were before normalization; only asked for where they are needed.
+
+        Args:
+            x: the network's input ``[B, C, H, W]``, normalized.
+
+        Returns:
+            ``[B, C, H, W]``, uint8.
+        """
+        raise NotImplementedError(f"{type(self).__name__} needs no image")
+
+    def __call__(
+        self,
+        said: Any,
+        targets: Tensor,
+        image: Tensor | None = None,
+        place: float = 0.0,
+    ) -> Tensor:
+        """The loss of a batch.
+
+        Args:
+            said: what the auxiliary module returned: the head's output, or a tuple that
+                begins with it.
+            targets: ``[B]``, class indices.
+            image: ``[B, C, H, W]``, uint8; None unless :attr:`needs_image`.
+            place: how far along the stages with a head this one is, from 0 to 1.
+
+        Returns:
+            A scalar, averaged over the batch.
+        """
+        raise NotImplementedError
+
+
+class Supervised(LocalLoss):
+    """A loss of the head's output and the targets alone.
+
+    Args:
+        loss: ``(logits [B, N], targets [B]) -> scalar``.
+    """
+
+    def __init__(self, loss: Loss) -> None:
+        self.loss = loss
+
+    def __call__(
+        self,
+        said: Any,
+        targets: Tensor,
+        image: Tensor | None = None,
+        place: float = 0.0,
+    ) -> Tensor:
+        return self.loss(said, targets)
+
+
+class Beside(nn.Module):
+    """A head and a branch that both read the same activation.
+
+    Neither disturbs what the other reads: a head whose first operation would overwrite its
+    input works on a copy.
+
+    Args:
+        head: what tells the classes.
+        branch: what is trained beside it; it must leave its input as it is.
+    """
+
+    def __init__(self, head: nn.Module, branch: nn.Module) -> None:
+        super().__init__()
+        # First, so that the module as a whole is not seen to start in place and copied again.
+        self.branch = branch
+        self.head = head
+        self._copies = starts_in_place(head)
+
+    def forward(self, h: Tensor) -> tuple[Tensor, Tensor]:
+        """From the activation ``[B, ...]`` to the outputs of head and branch."""
+        return self.exit(h), self.branch(h)
+
+    def exit(self, h: Tensor) -> Tensor:
+        """The head's output alone, for evaluation; the activation stays as it is."""
+        said: Tensor = self.head(h.clone() if self._copies else h)
+        return said
+
+
+def full_precision(tensor: Tensor) -> AbstractContextManager[object]:
+    """Turns autocast off where the tensor lives."""
+    device = tensor.device.type
+    # Autocast knows no device called meta.
+    return nullcontext() if device == "meta" else torch.autocast(device, enabled=False)
+
+
+def widened(tensor: Tensor) -> Tensor:
+    """The tensor in float32 if it has a narrower type."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
