@@ -4,6 +4,11 @@
 name                  what is minimized                                    exit
 ====================  ===================================================  ==========
 ``ce``                cross-entropy of the head's logits                   yes
+``supcon``            supervised contrast of the head's features           no
+``infopro``           rebuilding the image, and cross-entropy              yes
+``infopro-contrast``  rebuilding the image, and supervised contrast        no
+``sim``               similarity as between classes                        no
+``predsim``           the same, and cross-entropy                          yes
 ====================  ===================================================  ==========
 
 A new loss is a class derived from :class:`LocalLoss` and one line in :data:`LOSSES`.
@@ -18,16 +23,28 @@ from torch import nn
 
 from pglpipe.errors import ConfigError, nearest
 from pglpipe.losses.base import Beside, LocalLoss, Loss, Shape, Supervised
+from pglpipe.losses.contrast import SupervisedContrast, contrast
+from pglpipe.losses.infopro import InfoPro
+from pglpipe.losses.lambdas import LAMBDAS, Lambdas, published_lambdas
+from pglpipe.losses.predsim import PredSim, Similarity
 
 __all__ = [
     "Beside",
+    "InfoPro",
+    "LAMBDAS",
     "LOSSES",
+    "Lambdas",
     "LocalLoss",
     "Loss",
     "LossSettings",
+    "PredSim",
     "Shape",
+    "Similarity",
     "Supervised",
+    "SupervisedContrast",
     "build_loss",
+    "contrast",
+    "published_lambdas",
 ]
 
 
@@ -40,7 +57,7 @@ class LossSettings:
         mean, std: by which images were normalized, per channel, of pixels in [0, 1].
     """
 
-    lambdas: tuple[float, float, float, float] | None = None
+    lambdas: Lambdas | None = None
     mean: tuple[float, ...] = ()
     std: tuple[float, ...] = ()
 
@@ -49,9 +66,31 @@ def _cross_entropy(settings: LossSettings) -> LocalLoss:
     return Supervised(nn.CrossEntropyLoss())
 
 
+def _contrast(settings: LossSettings) -> LocalLoss:
+    return SupervisedContrast()
+
+
+def _infopro(settings: LossSettings, name: str, task: LocalLoss) -> LocalLoss:
+    if settings.lambdas is None:
+        raise ConfigError(
+            f"expected four weights for the local loss {name}, got none; give --infopro-lambdas"
+        )
+    if not settings.mean or not settings.std:
+        raise ConfigError(
+            f"expected mean and std of the images' normalization for the local loss {name}, got "
+            "none; choose a data set of images, or --local-loss ce"
+        )
+    return InfoPro(settings.lambdas, settings.mean, settings.std, task)
+
+
 LOSSES: dict[str, Callable[[LossSettings], LocalLoss]] = {
     # Greedy supervision: each stage classifies on its own (Belilovsky et al. 2019, 1812.11446).
     "ce": _cross_entropy,
+    "supcon": _contrast,
+    "infopro": lambda s: _infopro(s, "infopro", _cross_entropy(s)),
+    "infopro-contrast": lambda s: _infopro(s, "infopro-contrast", _contrast(s)),
+    "sim": lambda s: Similarity(),
+    "predsim": lambda s: PredSim(),
 }
 
 
