@@ -17,7 +17,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from pglpipe.data import augment as augmentation
+from pglpipe.data.augment import Views, crop_and_flip, draw
 from pglpipe.data.image_set import ImageSet, Recipe, permutation
 from pglpipe.errors import DataError
 from pglpipe.seeding import derive
@@ -49,14 +49,13 @@ class Batches:
         augment: bool = True,
     ) -> None:
         _check(images, recipe, batch_size)
-        self._set = images
         self._recipe = recipe
         self._batch_size = batch_size
         self._seed = seed
         self._train = train
         self._augment = train and augment
         self._epoch = 0
-        self._pixels = images.images.contiguous().numpy()
+        self._pixels, self._labels = images.images.contiguous(), images.labels
         mean, std = torch.tensor(recipe.mean), torch.tensor(recipe.std)
         self._scale, self._shift = 1 / (255 * std), -mean / std
 
@@ -65,38 +64,42 @@ class Batches:
         self._epoch = epoch
 
     def __len__(self) -> int:
-        return -(-len(self._set) // self._batch_size)
+        return -(-len(self._labels) // self._batch_size)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Yields float32 ``[B, C, H, W]`` in channels_last memory, and int64 ``[B]``."""
         # One epoch for the whole loop, even if the next is set before it ends.
         epoch = self._epoch
         for samples in torch.split(self._order(epoch), self._batch_size):
-            yield self._images(samples, epoch), self._set.labels[samples]
+            yield self._images(samples, epoch), self._labels[samples]
 
     def _order(self, epoch: int) -> Tensor:
         if not self._train:
-            return torch.arange(len(self._set))
-        return permutation(len(self._set), derive(self._seed, "order", epoch))
+            return torch.arange(len(self._labels))
+        return permutation(len(self._labels), derive(self._seed, "order", epoch))
 
-    def _images(self, samples: Tensor, epoch: int) -> Tensor:
-        seen = (
-            self._views(samples, epoch) if self._augment else self._set.images[samples]
-        )
-        normalized = torch.addcmul(self._shift, seen.float(), self._scale)
-        # Contiguous as [B, H, W, C], so this view of it is channels_last.
-        return normalized.permute(0, 3, 1, 2)
-
-    def _views(self, samples: Tensor, epoch: int) -> Tensor:
-        recipe, chosen = self._recipe, samples.numpy()
-        views = augmentation.draw(
-            chosen,
+    def _views(self, samples: Tensor, epoch: int) -> Views:
+        augment, recipe = self._augment, self._recipe
+        return draw(
+            samples.numpy(),
             seed=self._seed,
             epoch=epoch,
-            padding=recipe.padding,
-            flip=recipe.flip,
+            padding=recipe.padding if augment else 0,
+            flip=recipe.flip and augment,
         )
-        return torch.from_numpy(augmentation.crop_and_flip(self._pixels, chosen, views))
+
+    def _images(self, samples: Tensor, epoch: int) -> Tensor:
+        if self._augment:
+            views = self._views(samples, epoch)
+            pixels = crop_and_flip(self._pixels.numpy(), samples.numpy(), views)
+            seen = torch.from_numpy(pixels)
+        else:
+            seen = self._pixels[samples]
+        # Contiguous as [B, H, W, C], so this view of it is channels_last.
+        return self._normalized(seen).permute(0, 3, 1, 2)
+
+    def _normalized(self, seen: Tensor) -> Tensor:
+        return torch.addcmul(self._shift, seen.float(), self._scale)
 
 
 def _check(images: ImageSet, recipe: Recipe, batch_size: int) -> None:
