@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import random
 import time
-import warnings
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 from streams import STAGES, equal, one_after_another, side_by_side
 from torch import Tensor, nn
+from waiting import Guarded
 from worlds import Batch, Trained, image_batches, small_resnet, train
 
 from pglpipe import ALWAYS, NEVER, Guidance
@@ -122,34 +121,6 @@ def test_lanes_that_race_change_no_bit(clip_norm: float) -> None:
 
 
 # -- no waiting -----------------------------------------------------------------------
-
-
-class Guarded:
-    """Batches of which all but the first eight may make nobody wait for what is queued.
-
-    Waiting for the event of a step before is allowed, and PyTorch's guard knows nothing of it.
-    """
-
-    def __init__(self, batches: list[Batch]) -> None:
-        self.batches = batches
-
-    def __len__(self) -> int:
-        return len(self.batches)
-
-    def __iter__(self) -> Iterator[Batch]:
-        try:
-            for number, batch in enumerate(self.batches):
-                if number == 8:
-                    forbid_waiting("error")
-                yield batch
-        finally:
-            forbid_waiting("default")
-
-
-def forbid_waiting(mode: str) -> None:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # this is a prototype, says PyTorch
-        torch.cuda.set_sync_debug_mode(mode)
 
 
 @pytest.mark.parametrize("overlaps", [False, True])
