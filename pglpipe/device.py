@@ -39,10 +39,21 @@ def pick(name: str, local_rank: int) -> torch.device:
 
 
 def upload(tensor: Tensor, device: torch.device) -> Tensor:
-    """The tensor on ``device``; its copy to a GPU is queued, and nobody waits for it."""
+    """The tensor on ``device``; its copy to a GPU is queued, and nobody waits for it.
+
+    Free if it is there already.
+    """
     if device.type == "cuda" and tensor.device.type == "cpu":
         tensor = tensor.pin_memory()
     return tensor.to(device, non_blocking=True)
+
+
+def spare_memory_bytes(device: torch.device) -> int:
+    """What nobody holds of a GPU's memory; 0 on a device that has no memory of its own."""
+    if device.type != "cuda":
+        return 0
+    free, _ = torch.cuda.mem_get_info(device)
+    return int(free)
 
 
 def peak_memory_bytes(device: torch.device) -> int:

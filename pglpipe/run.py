@@ -24,7 +24,6 @@ from pglpipe import device as devices
 from pglpipe import display, models, state, tables
 from pglpipe.config import RunConfig, resolve
 from pglpipe.coordinator import Loader, Observer
-from pglpipe.data import Batches
 from pglpipe.errors import UserError
 from pglpipe.learning_rate import LearningRate, constant, cosine
 from pglpipe.losses import build_loss
@@ -137,6 +136,7 @@ def _load(config: RunConfig, world: World) -> Material:
         # Decoding or downloading takes as long as it takes.
         shape, num_classes, steps = world.mailbox.share(timeout=math.inf)
         return Material((), (), tuple(shape), num_classes, steps)
+    device = devices.pick(config.device, world.local_rank)
     found = data.load(
         config.dataset,
         root=config.data_root or None,
@@ -146,8 +146,9 @@ def _load(config: RunConfig, world: World) -> Material:
         test_limit=config.test_limit,
         image_size=config.image_size,
     )
+    make_batches = data.batches_on(device, found)
     train, test = (
-        Batches(
+        make_batches(
             images,
             found.recipe,
             config.batch_size,

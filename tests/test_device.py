@@ -46,3 +46,12 @@ def test_the_peak_of_the_process_grows_with_what_it_holds() -> None:
     held = torch.ones(before // 4 + (64 << 20))
     assert held.sum() > 0
     assert before < devices.peak_memory_bytes(cpu)
+
+
+def test_the_cpu_has_no_memory_of_its_own_to_spare() -> None:
+    assert devices.spare_memory_bytes(torch.device("cpu")) == 0
+
+
+def test_a_tensor_that_is_there_already_is_not_uploaded() -> None:
+    tensor = torch.ones(3)
+    assert devices.upload(tensor, torch.device("cpu")) is tensor

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from commands import call, draw_images, module, percents, run, small_run, summary_of
 
 from pglpipe import state
@@ -264,6 +265,23 @@ def test_a_diverged_run_ends_in_files_that_can_be_read(train: Train) -> None:
     folder = train("--epochs", "2", "--lr", "1e30")
     assert events(folder, "train")[-1]["loss"][-1] is None
     assert "NaN" not in (folder / "summary.json").read_text()
+
+
+def test_data_that_live_on_the_device_train_the_same_network(
+    monkeypatch: pytest.MonkeyPatch, finished: Path, train: Train
+) -> None:
+    asked: list[torch.device] = []
+
+    def plenty(device: torch.device) -> int:
+        asked.append(device)
+        return 1 << 40
+
+    monkeypatch.setattr("pglpipe.data.resident.spare_memory_bytes", plenty)
+    folder = train("--epochs", "3", "--guidance-period", "4")
+    assert asked == [torch.device("cpu")]
+    first, second = map(summary_of, (finished, folder))
+    for key in ("parameters_sha256", "test_loss", "exit_accuracy"):
+        assert first[key] == second[key]
 
 
 # -- a user's own network -------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Data sets by name: ``load`` finds one, ``Batches`` feeds it to training.
+"""Data sets by name: ``load`` finds one, ``batches_on`` a device feeds it to training.
 
 ::
 
@@ -14,11 +14,20 @@ from pathlib import Path
 from pglpipe.data.batches import Batches
 from pglpipe.data.folder import folder_recipe, load_folder
 from pglpipe.data.image_set import Dataset, ImageSet, Recipe
+from pglpipe.data.resident import batches_on
 from pglpipe.data.synthetic import SYNTHETIC_RECIPE, draw_synthetic
 from pglpipe.data.vision import VISION_SETS, load_vision
 from pglpipe.errors import DataError, nearest
 
-__all__ = ["DATASETS", "Batches", "Dataset", "ImageSet", "Recipe", "load"]
+__all__ = [
+    "DATASETS",
+    "Batches",
+    "Dataset",
+    "ImageSet",
+    "Recipe",
+    "batches_on",
+    "load",
+]
 
 DATASETS = ("synthetic", "imagefolder", *VISION_SETS)
 
