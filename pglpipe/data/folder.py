@@ -24,8 +24,8 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
 from pglpipe.data.image_set import ImageSet, Recipe
-from pglpipe.data.vision import import_torchvision
 from pglpipe.errors import DataError
+from pglpipe.shim import import_torchvision
 
 Bytes = NDArray[np.uint8]
 

@@ -1,4 +1,4 @@
-"""The data sets that torchvision knows, and the one place that imports torchvision.
+"""The data sets that torchvision knows.
 
 ============== ============================== ================ =======
 name           on disk, below the root        images           recipe
@@ -17,12 +17,9 @@ Augmentation of CIFAR-10, SVHN and STL-10 as in the code published with Wang et 
 
 from __future__ import annotations
 
-import importlib
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -30,6 +27,7 @@ import torch
 
 from pglpipe.data.image_set import ImageSet, Recipe
 from pglpipe.errors import DataError
+from pglpipe.shim import import_torchvision
 
 _BY_FLAG: tuple[dict[str, Any], dict[str, Any]] = ({"train": True}, {"train": False})
 _BY_NAME: tuple[dict[str, Any], dict[str, Any]] = (
@@ -102,34 +100,6 @@ def load_vision(name: str, root: Path, download: bool) -> tuple[ImageSet, ImageS
         _open(name, root, download, make, options) for options in known.splits
     )
     return _image_set(train, known), _image_set(test, known)
-
-
-def import_torchvision() -> ModuleType:
-    """torchvision, even where its compiled operators cannot be loaded.
-
-    The wheel that pip installs is built for CUDA. Beside a CPU build of PyTorch its compiled
-    library silently stays out, and then the import fails where it describes two operators of
-    that library, ``nms`` and ``qnms``, that do not exist. Declaring the two, without any
-    implementation, is enough for all of torchvision that is used here; calling one of them
-    still fails. Nothing is declared where the plain import works.
-    """
-    try:
-        return importlib.import_module("torchvision")
-    except RuntimeError as error:
-        if "torchvision::nms does not exist" not in str(error):
-            raise
-    for name in [name for name in sys.modules if name.split(".")[0] == "torchvision"]:
-        del sys.modules[name]
-    _declare_operators()
-    return importlib.import_module("torchvision")
-
-
-def _declare_operators() -> None:
-    for operator in ("nms", "qnms"):
-        torch.library.define(
-            f"torchvision::{operator}",
-            "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
-        )
 
 
 def _open(

@@ -19,6 +19,7 @@ from pglpipe.heads.site import Site
 
 FEATURES = 128
 STRIDED_ABOVE = 8  # pixels
+TOKEN_HEADS = ("0c1f", "0c2f")  # for a transformer's tokens, too
 
 
 def conv_head(site: Site, *, convolutions: int = 1, linears: int = 2) -> nn.Module:
@@ -26,7 +27,8 @@ def conv_head(site: Site, *, convolutions: int = 1, linears: int = 2) -> nn.Modu
 
     The first convolution halves maps higher than 8 pixels and doubles their channels, so that
     the head of an early stage costs no more than that of a late one; on smaller maps it keeps
-    size and channels, as all other convolutions do. Flat activations have the MLP alone.
+    size and channels, as all other convolutions do. Flat activations have the MLP alone, and tokens
+    the MLP on their mean; they have nothing to convolve.
 
     Source: the heads of InfoPro (Wang et al. 2021, arXiv 2101.10832), where the default is
     1c2f, and 0c1f is the head of greedy supervised learning. There 16 and 32 channels are doubled
@@ -39,9 +41,11 @@ def conv_head(site: Site, *, convolutions: int = 1, linears: int = 2) -> nn.Modu
         linears: fully connected layers, 1 or more.
 
     Returns:
-        A module from ``[B, C, H, W]`` (or ``[B, F]``) to ``[B, num_outputs]``.
+        A module from ``[B, C, H, W]`` (or ``[B, F]``, or tokens ``[B, T, F]``) to ``[B, num_outputs]``.
     """
     features, parts = site.shape[0], list[nn.Module]()
+    if len(site.shape) == 2:
+        features = site.shape[1]
     if len(site.shape) == 3:
         strides = (2 if site.shape[1] > STRIDED_ABOVE else 1), 1
         for stride in strides[:convolutions]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from torch import nn
+from torch import Tensor, nn
 
 from pglpipe.modules import prepared
 
@@ -25,7 +25,20 @@ def convolution(
 
 
 def average_pixel(shape: tuple[int, ...]) -> list[nn.Module]:
-    """From ``[B, C, H, W]`` to ``[B, C]``; nothing for activations that are flat already."""
+    """From ``[B, C, H, W]`` to ``[B, C]``; nothing for activations that are flat already.
+
+    From tokens ``[B, T, F]`` to the mean of them, ``[B, F]``; a class token counts like the others.
+    """
     if len(shape) == 1:
         return []
+    if len(shape) == 2:
+        return [AverageToken()]
     return [nn.AdaptiveAvgPool2d(1), nn.Flatten()]
+
+
+class AverageToken(nn.Module):
+    """``[B, T, F]`` to ``[B, F]``."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The mean over tokens."""
+        return x.mean(dim=1)

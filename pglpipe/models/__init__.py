@@ -13,11 +13,22 @@ from pglpipe.errors import ConfigError, nearest
 from pglpipe.layer import Layer
 from pglpipe.models.chain import Built, as_layers
 from pglpipe.models.imported import call_imported
+from pglpipe.models.large import resnet50, vit_s_16
 from pglpipe.models.mlp import mlp
 from pglpipe.models.resnet import resnet
 from pglpipe.models.vgg import vgg11
 
-__all__ = ["MODELS", "Built", "as_layers", "build", "mlp", "resnet", "vgg11"]
+__all__ = [
+    "MODELS",
+    "Built",
+    "as_layers",
+    "build",
+    "mlp",
+    "resnet",
+    "resnet50",
+    "vgg11",
+    "vit_s_16",
+]
 
 MODELS: dict[str, Callable[..., list[Layer]]] = {
     "mlp": mlp,
@@ -25,7 +36,9 @@ MODELS: dict[str, Callable[..., list[Layer]]] = {
         f"resnet{depth}": partial(resnet, depth)
         for depth in (8, 14, 20, 32, 44, 56, 110)
     },
+    "resnet50": resnet50,
     "vgg11": vgg11,
+    "vit_s_16": vit_s_16,
 }
 
 

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 
+from pglpipe import shim
 from pglpipe.data import load, vision
 from pglpipe.errors import DataError
 
@@ -25,7 +26,7 @@ EACH = 4
 @pytest.fixture(autouse=True)
 def any_checksum(monkeypatch):
     """The real files' checksums cannot hold for small ones; that they exist still must."""
-    utils = vision.import_torchvision().datasets.utils
+    utils = shim.import_torchvision().datasets.utils
     monkeypatch.setattr(utils, "check_md5", lambda path, md5: True)
 
 
@@ -169,7 +170,7 @@ def test_a_broken_file_is_a_data_error(tmp_path):
 
 
 def test_a_download_puts_the_files_under_the_root(tmp_path, monkeypatch):
-    cifar = vision.import_torchvision().datasets.cifar
+    cifar = shim.import_torchvision().datasets.cifar
 
     def fetch(url, root, **options):
         write_cifar10(Path(root))
@@ -179,7 +180,7 @@ def test_a_download_puts_the_files_under_the_root(tmp_path, monkeypatch):
 
 
 def test_a_failed_download_is_a_data_error(tmp_path, monkeypatch):
-    cifar = vision.import_torchvision().datasets.cifar
+    cifar = shim.import_torchvision().datasets.cifar
 
     def fetch(url, root, **options):
         raise OSError("no route to host")
@@ -193,15 +194,15 @@ def test_an_import_error_of_another_kind_is_passed_on(monkeypatch):
     def broken(name):
         raise RuntimeError("something else")
 
-    monkeypatch.setattr(vision.importlib, "import_module", broken)
+    monkeypatch.setattr(shim.importlib, "import_module", broken)
     with pytest.raises(RuntimeError, match="something else"):
-        vision.import_torchvision()
+        shim.import_torchvision()
 
 
 SHIMMED = """
 import importlib, sys
 import torch
-from pglpipe.data import vision
+from pglpipe import shim
 real, calls = importlib.import_module, []
 def fake(name):
     calls.append(name)
@@ -212,7 +213,7 @@ def fake(name):
     torch.ops.torchvision.nms, torch.ops.torchvision.qnms
     return "imported"
 importlib.import_module = fake
-assert vision.import_torchvision() == "imported", calls
+assert shim.import_torchvision() == "imported", calls
 """
 
 
