@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from pglpipe.heads import Site, build_head
 from pglpipe.layer import Layer
 from pglpipe.models import build
-from pglpipe.partition import HeadBuilder, balance_by_cost, measure
+from pglpipe.partition import balance_by_cost, measure
 
 Batch = tuple[Tensor, Tensor]
 SEED = 0
@@ -37,7 +37,7 @@ class Workload:
     name: str
     layers: Sequence[Layer]
     batches: Sequence[Batch]
-    head: HeadBuilder
+    head: Callable[[tuple[int, ...]], nn.Module]
     computing: Callable[[], float]
     cut: Callable[[int], list[int]] | None = None
     device: str = "cpu"
@@ -102,7 +102,12 @@ def measure_cuts(workload: Workload, ranks: int) -> Cuts:
     if workload.cut:
         return Cuts(workload.cut(ranks), workload.cut(ranks), workload.cut(2 * ranks))
     x = workload.batches[0][0]
-    costs, exits = measure(workload.layers, x, workload.head, device=workload.device)
+    costs, exits = measure(
+        workload.layers,
+        x,
+        lambda shape, _: workload.head(shape),
+        device=workload.device,
+    )
     seconds = [cost.seconds for cost in costs]
     free = [0.0] * len(exits)
     return Cuts(

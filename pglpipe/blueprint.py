@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from pglpipe.guidance import Guidance
 from pglpipe.layer import Layer
-from pglpipe.losses import Loss
+from pglpipe.learning import Learning
 from pglpipe.memory import MemorySettings
-from pglpipe.partition import HeadBuilder
 from pglpipe.timetable import Timetable
 from pglpipe.wire import Wire
 
@@ -23,40 +23,61 @@ class Blueprint:
     """What is to be built, in the words of :class:`~pglpipe.trainer.Trainer`.
 
     Attributes:
-        losses: the true one and that of the heads.
-        kinds: of the steps that will be taken.
-        foretells: whether what is kept for backward is worked out; it cannot be for compiled
-            stages, and matters to nobody who does not train.
+        learning: how stages learn.
+        guidance: when steps are guided.
+        refresh_every: steps from one renewal of the layers that heads borrow to the next.
+        compare_every: global steps from one comparison of gradients to the next; 0 for none.
+        trains: whether anything will be kept for backward.
     """
 
     layers: Sequence[Layer]
     num_stages: int
-    head: str | HeadBuilder
+    head: str | Callable[[tuple[int, ...]], nn.Module]
     balance: str
     model: str
     timetable: Callable[[int, int], Timetable]
-    clips: bool
     transport: str
     queue_depth: int
     edge_timeout: float
     device: torch.device
     weights: Path | None
     edge_dtype: str
-    losses: tuple[Loss, Loss]
-    kinds: Sequence[str]
+    learning: Learning
+    guidance: Guidance
     memory: MemorySettings
     memory_budget: int | None
     overlap_stages: bool = False
-    bf16: bool = False
-    foretells: bool = True
+    trains: bool = True
+    compare_every: int = 0
+    refresh_every: int = 20
 
     def wire(self, activation: Tensor) -> Wire:
         """The format of activations such as this one between stages.
 
         Under autocast a stage computes with bfloat16 whatever it is given.
         """
-        dtype = torch.bfloat16 if self.bf16 else activation.dtype
-        return Wire(self.edge_dtype, dtype)
+        dtype = torch.bfloat16 if self.learning.bf16 else activation.dtype
+        return Wire(self.edge_dtype, dtype, self.learning.image is not None)
+
+    def image(self, x: Tensor) -> Tensor | None:
+        """What local losses want to see of the network's input ``[B, ...]``."""
+        return self.learning.image(x) if self.learning.image else None
+
+    @property
+    def foretells(self) -> bool:
+        """Whether what is kept for backward is worked out.
+
+        It cannot be for compiled stages, nor where inputs wait for stale gradients.
+        """
+        possible = not self.learning.compile and "stale" not in self.guidance.kinds
+        return self.trains and possible
+
+    @property
+    def runs_heads(self) -> bool:
+        """Whether guided steps run the heads, too."""
+        reach = self.guidance.reach
+        asked = self.learning.guided.asks_heads or reach == "window"
+        return asked or self.compare_every > 0
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from pglpipe.errors import ConfigError
+from pglpipe.modules import starts_in_place
 from pglpipe.saved_bytes import Held
 from pglpipe.seeding import derive, seeded
 from pglpipe.transport import is_dense
@@ -39,7 +40,8 @@ class Kept(NamedTuple):
     Attributes:
         input, output: of the layers; no output where it is to be computed again.
         step, microbatch: what random numbers are keyed by.
-        share: its share of a local step's batch.
+        share: its share of the step's batch.
+        image: the network's input as a local loss wants it.
         buffers: copies from before the run, where there will be a second one.
     """
 
@@ -50,6 +52,7 @@ class Kept(NamedTuple):
     microbatch: int
     share: float
     buffers: Buffers
+    image: Held | None = None
 
 
 class Body:
@@ -81,6 +84,7 @@ class Body:
         *,
         recompute: bool = False,
         share: float = 1.0,
+        image: Tensor | None = None,
     ) -> Tensor:
         """Runs the layers on ``x`` ``[B, ...]`` and keeps what backward will need.
 
@@ -94,7 +98,8 @@ class Body:
             output = self._run(x, step, microbatch)
             kept = Held(output)
         held = Held(x), kept, Held(targets)
-        self._kept.append(Kept(*held, step, microbatch, share, buffers))
+        seen = None if image is None else Held(image)
+        self._kept.append(Kept(*held, step, microbatch, share, buffers, seen))
         return output.detach()
 
     def take(self) -> tuple[Tensor, Tensor, Kept]:
@@ -108,6 +113,18 @@ class Body:
         assert kept.output is not None
         return x, kept.output.tensor, kept
 
+    def pass_on(self, x: Tensor, step: int) -> Tensor:
+        """Runs the layers on a batch ``[B, ...]`` from which nothing is learned now."""
+        return self._run_without_graph(x, step, 0)
+
+    def replay(self, x: Tensor, step: int) -> Tensor:
+        """Runs the layers as they are now on the batch of an earlier step, with a graph.
+
+        The buffers have met this batch before and stay as they are.
+        """
+        with unmoved(self._layers):
+            return self._run(x, step, 0)
+
     def _run(self, x: Tensor, step: int, microbatch: int) -> Tensor:
         with seeded(derive(self._seed, "body", self._index, step, microbatch)):
             return self._forward(x.clone() if self._copies_input else x)
@@ -119,9 +136,16 @@ class Body:
         if x._version != version:
             raise ConfigError(
                 f"expected stage {self._index} to leave its input as it is, but it changes it in "
-                "place; use an operation that does not, or drop --recompute"
+                "place; use an operation that does not, or drop --recompute and stale guidance"
             )
         return output
+
+
+@contextmanager
+def unmoved(layers: nn.Module) -> Iterator[None]:
+    """Has runs of the layers leave their buffers as they are."""
+    with _statistics_untold(layers), _holding(_copies(layers)):
+        yield
 
 
 @contextmanager
@@ -162,16 +186,6 @@ def _holding(buffers: Buffers) -> Iterator[None]:
 def _knows_its_batch(module: nn.Module) -> TypeGuard[_BatchNorm]:
     """Whether it is a BatchNorm, which in training does not read its running statistics."""
     return isinstance(module, _BatchNorm) and module.track_running_stats
-
-
-def starts_in_place(layers: nn.Module) -> bool:
-    """Whether the first operation would overwrite its input.
-
-    In one piece with the layer before this is fine; across a cut, or in a head beside the next
-    stage, it would destroy a tensor that is still needed, so it then works on a copy.
-    """
-    leaves = (module for module in layers.modules() if not list(module.children()))
-    return bool(getattr(next(leaves, None), "inplace", False))
 
 
 def dense(tensor: Tensor) -> Tensor:

@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from pglpipe.errors import ConfigError, nearest
+from pglpipe.guidance import Guidance
+from pglpipe.guided import Guided, LocalWeight
+from pglpipe.losses import LocalLoss
 from pglpipe.memory import MemorySettings
 
 
@@ -42,25 +45,79 @@ def check_choice(option: str, value: str, valid: Iterable[str]) -> None:
 
 
 def check_together(
-    memory: MemorySettings, budgeted: bool, compile: bool, overlap_stages: bool
+    memory: MemorySettings,
+    budgeted: bool,
+    compile: bool,
+    overlap_stages: bool,
+    guidance: Guidance,
+    guided: Guided,
+    weight: LocalWeight,
+    local_loss: LocalLoss | None = None,
 ) -> None:
-    """Raises ConfigError for options that contradict each other.
+    """Raises ConfigError for options that contradict each other, or do nothing together.
 
     Args:
         budgeted: whether there is a memory budget.
+        local_loss: None while it is not known.
     """
-    if compile and budgeted:
+    in_parts = memory.local_microbatches > 1
+    stale = "stale" in guidance.kinds
+    compares = local_loss is not None and local_loss.compares
+    contradictions = (
+        (compile and budgeted, _COMPILED_BUDGET),
+        (compile and overlap_stages, _COMPILED_OVERLAP),
+        (overlap_stages and (in_parts or budgeted), _OVERLAP_IN_PARTS),
+        (stale and overlap_stages, _STALE_OVERLAP),
+        (stale and compile, _STALE_COMPILED),
+        (stale and budgeted, _STALE_BUDGET),
+        (stale and in_parts, _STALE_IN_PARTS),
+        (compares and (in_parts or budgeted), _COMPARED_IN_PARTS),
+        (overlap_stages and weight.end != 1, _OVERLAP_WEIGHT),
+    )
+    if guided.shrink != 1 and not guidance.is_stale:
         raise ConfigError(
-            "expected --compile or --memory-budget, got both: what compiled stages keep for "
-            "backward cannot be foretold; drop one"
+            f"expected a stale --guidance-reach for --guided-shrink {guided.shrink:g}, got "
+            f"{guidance.reach}, whose gradients do not shrink; drop one"
         )
-    if compile and overlap_stages:
-        raise ConfigError(
-            "expected --overlap-stages or --compile, got both; compiled stages were never tried in "
-            "CUDA graphs; drop one"
-        )
-    if overlap_stages and (memory.local_microbatches > 1 or budgeted):
-        raise ConfigError(
-            "expected --overlap-stages, which keeps the activations of all stages, or "
-            "--local-microbatches or --memory-budget, which keep few, got both; drop one"
-        )
+    for given, (options, reason) in contradictions:
+        if given:
+            raise ConfigError(f"expected {options}, got both: {reason}; drop one")
+
+
+# Options that exclude each other, and why.
+_COMPILED_BUDGET = (
+    "--compile or --memory-budget",
+    "what compiled stages keep for backward cannot be foretold",
+)
+_COMPILED_OVERLAP = (
+    "--overlap-stages or --compile",
+    "compiled stages were never tried in CUDA graphs",
+)
+_OVERLAP_IN_PARTS = (
+    "--overlap-stages, or --local-microbatches or --memory-budget",
+    "the one keeps the activations of all stages, the others keep few",
+)
+_STALE_OVERLAP = (
+    "--guidance-reach stale or --overlap-stages",
+    "overlapping stages wait for no gradient",
+)
+_STALE_COMPILED = (
+    "--guidance-reach stale or --compile",
+    "compiled stages cannot be run again on an earlier input",
+)
+_STALE_BUDGET = (
+    "--guidance-reach stale or --memory-budget",
+    "what waits for gradients cannot be foretold",
+)
+_STALE_IN_PARTS = (
+    "--guidance-reach stale or --local-microbatches",
+    "a stale gradient is that of a whole batch",
+)
+_COMPARED_IN_PARTS = (
+    "--local-microbatches or --memory-budget, or a local loss that compares the samples of a batch",
+    "of a part of the batch it is another loss",
+)
+_OVERLAP_WEIGHT = (
+    "--overlap-stages or --local-weight-end",
+    "what is recorded has one weight for all steps",
+)

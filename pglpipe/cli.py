@@ -19,7 +19,8 @@ from typing import Annotated, Any, Optional
 import typer
 
 from pglpipe import run, tables
-from pglpipe.config import RunConfig, resolve
+from pglpipe.config import RunConfig
+from pglpipe.config_file import resolve
 from pglpipe.errors import UserError, WorkerError
 
 # Some versions of typer build on click, others on a copy of their own; in both of them the

@@ -4,9 +4,11 @@ A **command** is in band: it stands in front of its data on the same first-in-fi
 edge, so every worker meets the same commands in the same order and nobody needs a
 barrier. A command is a handful of whole numbers; the tensors beside it make a message::
 
-    LocalStep            activation, targets     and scales, where activations are compressed
+    LocalStep            activation, targets     and image, scales, where they are needed
+    StaleStep            the same                its true gradient rises while others follow
     GlobalStep           -                       then Microbatch x M, and Clip if norms count
-    Microbatch           activation, targets     and scales
+    WindowStep           -                       then Microbatch x M
+    Microbatch           activation, targets     and image, scales
     Clip                 total gradient norm
     Evaluate             activation, targets     and scales
     Conclude             -                       the end of an evaluation
@@ -20,7 +22,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -35,8 +37,30 @@ class LocalStep:
 
 
 @dataclass(frozen=True, slots=True)
+class StaleStep:
+    """A local step whose batch's true gradient is to reach the stages in later steps."""
+
+    step: int
+    epoch: int
+
+
+@dataclass(frozen=True, slots=True)
 class GlobalStep:
-    """One backward pass crosses all stages; ``microbatches`` messages with data follow."""
+    """One backward pass crosses all stages; ``microbatches`` messages with data follow.
+
+    ``compares`` is 1 if each stage is to say how its own gradient differs from the true one.
+    """
+
+    step: int
+    epoch: int
+    samples: int
+    microbatches: int
+    compares: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class WindowStep:
+    """Every loss's gradient crosses some stages; ``microbatches`` messages with data follow."""
 
     step: int
     epoch: int
@@ -89,6 +113,13 @@ class State:
 
 
 @dataclass(frozen=True, slots=True)
+class Weights:
+    """What heads further up borrow, on its way to them."""
+
+    number: int
+
+
+@dataclass(frozen=True, slots=True)
 class Stop:
     """This run through the pipeline is over."""
 
@@ -103,7 +134,11 @@ Command = (
     | Collect
     | State
     | Stop
+    | StaleStep
+    | WindowStep
+    | Weights
 )
+TrainStep = LocalStep | StaleStep | GlobalStep | WindowStep
 
 # A command's code on the wire is its place in this list.
 COMMANDS: tuple[type[Command], ...] = (
@@ -116,6 +151,9 @@ COMMANDS: tuple[type[Command], ...] = (
     Collect,
     State,
     Stop,
+    StaleStep,
+    WindowStep,
+    Weights,
 )
 
 
@@ -131,9 +169,10 @@ class StepReport:
     """What one worker's stages did at one step.
 
     Attributes:
-        kind: ``"local"`` or ``"global"``.
+        kind: ``"local"``, ``"global"``, ``"window"`` or ``"stale"``.
         samples: images in the batch.
-        losses: by stage index; in a global step only the last stage has one.
+        losses: by stage index; of those stages that took one.
+        cosines: between the gradients of the local and the true loss, by stage index.
         seconds: waiting and working for this step.
         waited_recv: seconds of it spent waiting for messages.
         waited_send: seconds of it spent waiting for a free slot.
@@ -147,6 +186,7 @@ class StepReport:
     seconds: float
     waited_recv: float
     waited_send: float
+    cosines: dict[int, float] = field(default_factory=dict)
 
     @property
     def waited(self) -> float:
@@ -230,7 +270,7 @@ def decode_report(text: str) -> Report:
     return kind(**fields)
 
 
-def _step_report(losses: dict[str, float], **fields: Any) -> StepReport:
-    return StepReport(
-        losses={int(stage): loss for stage, loss in losses.items()}, **fields
-    )
+def _step_report(**fields: Any) -> StepReport:
+    for name in ("losses", "cosines"):
+        fields[name] = {int(stage): value for stage, value in fields[name].items()}
+    return StepReport(**fields)

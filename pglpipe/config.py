@@ -8,36 +8,25 @@ file, the file beats the default, and a name that does not exist is an error.
 from __future__ import annotations
 
 import dataclasses
-import json
-import math
-import tomllib
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 from pglpipe.checks import check_together
 from pglpipe.data import DATASETS
 from pglpipe.device import DEVICES
-from pglpipe.errors import ConfigError, nearest
-from pglpipe.guidance import UNITS, Guidance
-from pglpipe.heads import HEADS
+from pglpipe.errors import ConfigError
+from pglpipe.guidance import REACHES, UNITS, WARMUPS, Guidance
+from pglpipe.guided import GUIDED_HEADS, OPTIMIZERS, Guided, LocalWeight
+from pglpipe.heads import HEAD_NAMES, find_head
 from pglpipe.learning import PRECISIONS
 from pglpipe.learning_rate import LR_SCHEDULES
-from pglpipe.losses import LOSSES
+from pglpipe.losses import LOSSES, Lambdas, as_lambdas
 from pglpipe.memory import MemorySettings, as_bytes
+from pglpipe.options import check, option, to_toml
 from pglpipe.timetable import TIMETABLES
 from pglpipe.transport import TRANSPORTS
 from pglpipe.wire import WIRE_FORMATS
 
 DEFAULT_EPOCHS = 10
-
-
-def _option(
-    default: Any, help: str, choices: Sequence[str] = (), at_least: float | None = None
-) -> Any:
-    metadata = {"help": help, "choices": tuple(choices), "at_least": at_least}
-    return dataclasses.field(default=default, metadata=metadata)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,145 +38,257 @@ class RunConfig:
     """
 
     # data
-    dataset: str = _option("synthetic", "data set", DATASETS)
-    data_root: str = _option("", "folder of the data set's files")
-    download: bool = _option(False, "fetch a torchvision data set into --data-root")
-    train_limit: int = _option(
-        0, "use this many training images; 0 for all", at_least=0
-    )
-    test_limit: int = _option(0, "use this many test images; 0 for all", at_least=0)
-    image_size: int = _option(
+    dataset: str = option("synthetic", "data set", DATASETS)
+    data_root: str = option("", "folder of the data set's files")
+    download: bool = option(False, "fetch a torchvision data set into --data-root")
+    train_limit: int = option(0, "use this many training images; 0 for all", at_least=0)
+    test_limit: int = option(0, "use this many test images; 0 for all", at_least=0)
+    image_size: int = option(
         0, "resize an image folder to this side; 0 for as it is", at_least=0
     )
-    augment: bool = _option(True, "crop and flip the training images")
+    augment: bool = option(True, "crop and flip the training images")
     # network
-    model: str = _option("resnet20", "network, or PACKAGE.MODULE:FUNCTION")
-    width: int = _option(0, "base width of the network; 0 for its own", at_least=0)
-    stages: int = _option(4, "stages that the network is cut into", at_least=1)
-    balance: str = _option(
+    model: str = option("resnet20", "network, or PACKAGE.MODULE:FUNCTION")
+    width: int = option(0, "base width of the network; 0 for its own", at_least=0)
+    stages: int = option(4, "stages that the network is cut into", at_least=1)
+    balance: str = option(
         "flops",
         "where to cut: flops, time, memory, params, published, or layers per stage: 2,3,3",
     )
-    head: str = _option("1c2f", "auxiliary head of a stage", sorted(HEADS))
-    local_loss: str = _option("ce", "loss of a stage's head", sorted(LOSSES))
-    # guidance
-    guidance_period: int = _option(
-        10, "steps (or epochs) from one global window to the next", at_least=1
+    head: str = option(
+        "1c2f", f"auxiliary head of a stage, out of {', '.join(HEAD_NAMES)}"
     )
-    guidance_duration: int = _option(
+    local_loss: str = option("ce", "loss of a stage's head", sorted(LOSSES))
+    refresh_every: int = option(
+        20,
+        "steps from one renewal of the layers that heads such as thin-2 borrow to the next",
+        at_least=1,
+    )
+    infopro_lambdas: str = option(
+        "published",
+        "weights of InfoPro's reconstruction and task, of the first and of the last head: "
+        "5,0.05,0.2,0.5; or published, for the networks and data sets of the paper",
+    )
+    local_weight_end: float = option(
+        1.0, "weight of the local losses at the end of the run, from 1", at_least=0.0
+    )
+    local_weight_deepest: float = option(
+        1.0, "weight of the last local loss, from 1 for the first", at_least=0.0
+    )
+    # guidance
+    guidance_period: int = option(
+        10, "steps (or epochs) from one guided window to the next", at_least=1
+    )
+    guidance_duration: int = option(
         1,
-        "global steps in a window: 0 is local only, the period is end to end",
+        "guided steps in a window: 0 is local only, the period is end to end",
         at_least=0,
     )
-    guidance_warmup: int = _option(
-        0, "local steps (or epochs) before the first window", at_least=0
+    guidance_warmup: int = option(
+        0, "steps (or epochs) before the first window", at_least=0
     )
-    guidance_unit: str = _option("step", "what guidance counts", UNITS)
-    microbatches: int = _option(
+    guidance_warmup_kind: str = option("local", "what those steps are", WARMUPS)
+    guidance_final: int = option(
+        0, "steps (or epochs) at the end that are all global", at_least=0
+    )
+    guidance_unit: str = option("step", "what guidance counts", UNITS)
+    guidance_reach: str = option(
+        "global", "how far the gradient gets in a guided step", REACHES
+    )
+    guidance_window: int = option(
+        2,
+        "stages that a gradient crosses with --guidance-reach window or stale-window",
+        at_least=1,
+    )
+    guidance_delay: int = option(
+        1,
+        "steps from stage to stage with --guidance-reach stale or stale-window",
+        at_least=0,
+    )
+    guided_weight: float = option(
+        1.0, "weight of the true loss in a guided step", at_least=0.0
+    )
+    guided_local_weight: float = option(
+        0.0, "weight of the local losses in a global or stale step", at_least=0.0
+    )
+    guided_heads: str = option(
+        "frozen",
+        "heads in a guided step; those of windows are always trained",
+        GUIDED_HEADS,
+    )
+    guided_optimizer: str = option(
+        "shared", "optimizer state of guided and local steps", OPTIMIZERS
+    )
+    guided_lr_scale: float = option(
+        1.0, "factor on the learning rate in a guided step", at_least=0.0
+    )
+    guided_shrink: float = option(
+        1.0, "factor on a stale gradient from stage to stage", at_least=0.0
+    )
+    compare_every: int = option(
+        10,
+        "compare local and true gradients in every so many global steps; 0 for never",
+        at_least=0,
+    )
+    microbatches: int = option(
         1, "parts of a global step's batch, to keep several workers busy", at_least=1
     )
-    timetable: str = _option("1f1b", "order of the microbatches", sorted(TIMETABLES))
+    timetable: str = option("1f1b", "order of the microbatches", sorted(TIMETABLES))
     # memory
-    recompute: bool = _option(
+    recompute: bool = option(
         False, "in global steps keep the stages' inputs alone and run them again"
     )
-    local_microbatches: int = _option(
+    local_microbatches: int = option(
         1, "parts of a local step's batch, to keep less for backward", at_least=1
     )
-    memory_budget: str = _option(
+    memory_budget: str = option(
         "",
-        "most bytes that a worker may keep for backward, such as 300MiB: picks --recompute and "
-        "the microbatches",
+        "most bytes kept for backward, such as 300MiB: picks --recompute and microbatches",
     )
     # learning
-    epochs: int = _option(
+    epochs: int = option(
         0,
         f"passes over the training data ({DEFAULT_EPOCHS}, unless --steps is given)",
         at_least=0,
     )
-    steps: int = _option(0, "optimizer steps in all, instead of --epochs", at_least=0)
-    evaluate_every: int = _option(
+    steps: int = option(0, "optimizer steps in all, instead of --epochs", at_least=0)
+    evaluate_every: int = option(
         1,
         "epochs from one evaluation to the next; the last epoch is always evaluated",
         at_least=1,
     )
-    batch_size: int = _option(128, "images per step", at_least=1)
-    lr: float = _option(0.1, "learning rate", at_least=0.0)
-    momentum: float = _option(0.9, "SGD momentum", at_least=0.0)
-    nesterov: bool = _option(True, "Nesterov's momentum")
-    weight_decay: float = _option(1e-4, "weight decay", at_least=0.0)
-    lr_schedule: str = _option("cosine", "learning rate over the run", LR_SCHEDULES)
-    warmup_epochs: float = _option(0.0, "epochs of linear warm-up", at_least=0.0)
-    clip_norm: float = _option(
+    batch_size: int = option(128, "images per step", at_least=1)
+    lr: float = option(0.1, "learning rate", at_least=0.0)
+    momentum: float = option(0.9, "SGD momentum", at_least=0.0)
+    nesterov: bool = option(True, "Nesterov's momentum")
+    weight_decay: float = option(1e-4, "weight decay", at_least=0.0)
+    lr_schedule: str = option("cosine", "learning rate over the run", LR_SCHEDULES)
+    warmup_epochs: float = option(0.0, "epochs of linear warm-up", at_least=0.0)
+    final_lr: float = option(
+        0.0,
+        "factor on --lr with which the final phase of guidance begins anew; 0 to go on",
+        at_least=0.0,
+    )
+    final_warmup_epochs: float = option(
+        0.0, "epochs of linear warm-up of the final phase", at_least=0.0
+    )
+    clip_norm: float = option(
         0.0,
         "largest gradient norm (global: of the network, local: of a stage); 0 for none",
         at_least=0.0,
     )
-    seed: int = _option(0, "where all randomness starts", at_least=0)
+    seed: int = option(0, "where all randomness starts", at_least=0)
     # machine
-    device: str = _option("auto", "where to compute", DEVICES)
-    precision: str = _option("fp32", "precision of the forwards", PRECISIONS)
-    compile: bool = _option(False, "compile every stage with torch.compile")
-    overlap_stages: bool = _option(
+    device: str = option("auto", "where to compute", DEVICES)
+    precision: str = option("fp32", "precision of the forwards", PRECISIONS)
+    compile: bool = option(False, "compile every stage with torch.compile")
+    overlap_stages: bool = option(
         False,
         "let the stages of a worker learn at the same time, each in CUDA graphs of its own; "
         "needs memory for the activations of all of them",
     )
-    threads: int = _option(
+    threads: int = option(
         0, "CPU threads per worker; 0 for PyTorch's choice", at_least=0
     )
-    transport: str = _option("auto", "what workers talk over; auto is p2p", TRANSPORTS)
-    queue_depth: int = _option(
+    transport: str = option("auto", "what workers talk over; auto is p2p", TRANSPORTS)
+    queue_depth: int = option(
         2, "messages that may wait at either end of an edge", at_least=1
     )
-    edge_dtype: str = _option(
+    edge_dtype: str = option(
         "same",
         "format of the activations between stages, in evaluation too; an exported network does "
         "not round",
         WIRE_FORMATS,
     )
-    edge_timeout: float = _option(
+    edge_timeout: float = option(
         300.0, "seconds until a silent neighbour counts as lost", at_least=1.0
     )
     # output
-    run_dir: str = _option("", "where the run is written (default: runs/DATE-TIME)")
-    quiet: bool = _option(False, "show only errors and the end")
+    run_dir: str = option("", "where the run is written (default: runs/DATE-TIME)")
+    quiet: bool = option(False, "show only errors and the end")
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
-            _check(field, getattr(self, field.name))
+            check(field, getattr(self, field.name))
         if self.epochs and self.steps:
             raise ConfigError(
                 f"expected --epochs or --steps, got both ({self.epochs} and {self.steps}); drop one"
             )
-        for option in ("microbatches", "local-microbatches"):
-            parts = getattr(self, option.replace("-", "_"))
+        for name in ("microbatches", "local-microbatches"):
+            parts = getattr(self, name.replace("-", "_"))
             if self.batch_size < parts:
                 raise ConfigError(
                     f"expected a batch of at least one image per microbatch, got --batch-size "
-                    f"{self.batch_size} for --{option} {parts}; lower --{option}"
+                    f"{self.batch_size} for --{name} {parts}; lower --{name}"
                 )
         self.memory_budget_bytes()
         check_together(
-            MemorySettings(local_microbatches=self.local_microbatches),
+            MemorySettings(
+                microbatches=self.microbatches,
+                local_microbatches=self.local_microbatches,
+            ),
             bool(self.memory_budget),
             self.compile,
             self.overlap_stages,
+            self.guidance(),
+            self.guided(),
+            self.local_weight(),
         )
         if self.nesterov and not self.momentum:
             raise ConfigError(
                 "expected momentum for --nesterov, got 0; add --no-nesterov"
             )
-        self.guidance()
+        if self.final_lr and not self.guidance_final:
+            raise ConfigError(
+                f"expected a final phase for --final-lr {self.final_lr:g}, got --guidance-final 0; "
+                "say how long it is, or drop --final-lr"
+            )
+        if self.final_warmup_epochs and not self.final_lr:
+            raise ConfigError(
+                "expected --final-lr for --final-warmup-epochs, got 0, which goes on with the learning "
+                "rate as it is; give one, or drop the warm-up"
+            )
+        find_head(self.head)
+        if self.lambdas() and not self.local_loss.startswith("infopro"):
+            raise ConfigError(
+                f"expected --local-loss infopro or infopro-contrast for --infopro-lambdas, got "
+                f"{self.local_loss}; drop one"
+            )
 
     def guidance(self) -> Guidance:
-        """When the steps of this run are global."""
+        """When the steps of this run are guided, and how far."""
         return Guidance(
             period=self.guidance_period,
             duration=self.guidance_duration,
             warmup=self.guidance_warmup,
             unit=self.guidance_unit,
+            warmup_kind=self.guidance_warmup_kind,
+            final=self.guidance_final,
+            reach=self.guidance_reach,
+            window=self.guidance_window,
+            delay=self.guidance_delay,
         )
+
+    def guided(self) -> Guided:
+        """What a guided step does."""
+        return Guided(
+            weight=self.guided_weight,
+            local_weight=self.guided_local_weight,
+            heads=self.guided_heads,
+            optimizer=self.guided_optimizer,
+            lr_scale=self.guided_lr_scale,
+            shrink=self.guided_shrink,
+        )
+
+    def local_weight(self) -> LocalWeight:
+        """The weight of the local losses."""
+        return LocalWeight(end=self.local_weight_end, deepest=self.local_weight_deepest)
+
+    def lambdas(self) -> Lambdas | None:
+        """The weights of InfoPro's terms; None for the published ones."""
+        if self.infopro_lambdas == "published":
+            return None
+        return as_lambdas(self.infopro_lambdas)
 
     def memory_budget_bytes(self) -> int | None:
         """The most bytes that a worker may keep for backward, if there is a limit."""
@@ -196,63 +297,4 @@ class RunConfig:
     def to_toml(self) -> str:
         """The whole configuration as a TOML document that :func:`read` accepts."""
         pairs = dataclasses.asdict(self).items()
-        return "".join(f"{key} = {_toml(value)}\n" for key, value in pairs)
-
-
-def read(path: Path) -> dict[str, Any]:
-    """The keys and values of a TOML configuration file.
-
-    Raises:
-        ConfigError: the file is missing, is no TOML, or has a key that does not exist.
-    """
-    try:
-        values = tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(
-            f"expected a config file at {path}: {error.strerror}"
-        ) from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"expected TOML in {path}: {error}") from None
-    known = [field.name for field in dataclasses.fields(RunConfig)]
-    for key in values:
-        if key not in known:
-            raise ConfigError(f"unknown key {key!r} in {path}: {nearest(key, known)}")
-    return values
-
-
-def resolve(file: Path | None, options: Mapping[str, Any]) -> RunConfig:
-    """The configuration from a file, if any, and the options given on the command line."""
-    values = {**(read(file) if file else {}), **options}
-    for given, other in (("steps", "epochs"), ("epochs", "steps")):
-        if options.get(given) and other not in options:
-            values[other] = 0  # the command line beats the file
-    if not values.get("epochs") and not values.get("steps"):
-        values["epochs"] = DEFAULT_EPOCHS
-    return RunConfig(**values)
-
-
-def _toml(value: Any) -> str:
-    """A JSON text, number or boolean is a TOML one as well, but for one control character."""
-    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
-
-
-def _check(field: dataclasses.Field[Any], value: Any) -> None:
-    """Refuses a value of the wrong type, choice or range."""
-    option = f"--{field.name.replace('_', '-')}"
-    expected = type(field.default)
-    number = type(value) in (int, float) and math.isfinite(value)
-    if not (number if expected is float else type(value) is expected):
-        raise ConfigError(f"expected {_NAMES[expected]} for {option}, got {value!r}")
-    choices, at_least = field.metadata["choices"], field.metadata["at_least"]
-    if choices and value not in choices:
-        raise ConfigError(f"unknown {option} {value!r}: {nearest(value, choices)}")
-    if at_least is not None and not value >= at_least:
-        raise ConfigError(f"expected {option} of at least {at_least:g}, got {value:g}")
-
-
-_NAMES = {
-    int: "a whole number",
-    float: "a finite number",
-    str: "a text",
-    bool: "true or false",
-}
+        return "".join(f"{key} = {to_toml(value)}\n" for key, value in pairs)

@@ -4,7 +4,7 @@ It is an endless question answered lazily: worker 0 asks for the next message, a
 coordinator turns batches into commands by the guidance. It never waits for a worker; the
 reports that have come in meanwhile go to the observer::
 
-    loader ─▶ guidance ─▶ LocalStep | GlobalStep + Microbatch x M ─▶ worker 0 ─▶ ...
+    loader ─▶ guidance ─▶ LocalStep | GlobalStep + Microbatch x M | … ─▶ worker 0 ─▶ ...
                      observer ◀── records ◀── reports beside the pipeline
 """
 
@@ -12,10 +12,9 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -30,13 +29,16 @@ from pglpipe.commands import (
     LocalStep,
     Message,
     Microbatch,
+    StaleStep,
     Stop,
     TrainReport,
+    WindowStep,
 )
 from pglpipe.device import upload
 from pglpipe.errors import DataError, EdgeTimeout
 from pglpipe.guidance import Guidance
-from pglpipe.metrics import EvaluationRecord, Merger, StepRecord, Summary, summarize
+from pglpipe.metrics import EvaluationRecord, Merger, Summary, summarize
+from pglpipe.observers import Observer
 from pglpipe.timetable import parts_of
 from pglpipe.transport import Mailbox
 
@@ -44,16 +46,7 @@ _POLL_SECONDS = 0.01
 
 Batch = tuple[Tensor, Tensor]
 Loader = Iterable[Batch]
-
-
-class Observer(Protocol):
-    """Whoever wants to know how the run goes."""
-
-    def on_step(self, record: StepRecord) -> None:
-        """A step is complete on every worker."""
-
-    def on_evaluation(self, record: EvaluationRecord) -> None:
-        """An evaluation is complete on every worker."""
+Image = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -72,18 +65,30 @@ class Span:
 
 
 class Source:
-    """Messages made on demand, as the first worker's inbox; making them is not waiting."""
+    """Messages made on demand, as the first worker's inbox; making them is not waiting.
+
+    Args:
+        messages: on the CPU or the device.
+        device: the worker's.
+        image: what local losses want to see of the network's input; None if nothing.
+    """
 
     waited = 0.0
 
-    def __init__(self, messages: Iterator[Message], device: torch.device) -> None:
+    def __init__(
+        self, messages: Iterator[Message], device: torch.device, image: Image | None
+    ) -> None:
         self._messages = messages
         self._device = device
+        self._image = image
 
     def get(self) -> Message:
         """The next message, on the worker's device."""
         command, tensors = next(self._messages)
-        return Message(command, tuple(upload(t, self._device) for t in tensors))
+        here = tuple(upload(t, self._device) for t in tensors)
+        if self._image and isinstance(command, (LocalStep, StaleStep, Microbatch)):
+            here = *here, self._image(here[0])
+        return Message(command, here)
 
 
 class Coordinator:
@@ -97,6 +102,9 @@ class Coordinator:
         observer: told of every record; called from worker 0's thread.
         device: worker 0's.
         timeout: seconds to wait for the workers' last words.
+        image: what local losses want to see of the network's input; None if nothing.
+        compare_every: global steps from one to the next in which every stage compares its own
+            gradient with the true one, beginning with the first; 0 for none.
     """
 
     def __init__(
@@ -110,7 +118,11 @@ class Coordinator:
         observer: Observer,
         device: torch.device,
         timeout: float,
+        image: Image | None = None,
+        compare_every: int = 0,
     ) -> None:
+        self._image = image
+        self._compare_every = compare_every
         self._num_stages = num_stages
         self._num_workers = num_workers
         self._guidance = guidance
@@ -122,7 +134,7 @@ class Coordinator:
         self._merger = Merger(num_stages, num_workers)
         self._finals: dict[int, FinalReport] = {}
         self._evaluation: EvaluationRecord | None = None
-        self._steps = self._global_steps = 0
+        self._steps = self._guided_steps = self._global_steps = 0
         self._began = time.perf_counter()
 
     def cut(self, microbatches: int, batch: int) -> None:
@@ -150,7 +162,7 @@ class Coordinator:
         for epoch in range(span.epochs):
             before = self._steps
             for batch in _epoch(loader, epoch, span.total_steps - self._steps):
-                yield from self._step(epoch, *batch)
+                yield from self._step(epoch, span, *batch)
                 self._listen()
             if self._steps == before:
                 raise DataError(
@@ -164,15 +176,24 @@ class Coordinator:
             if is_last:
                 break
 
-    def _step(self, epoch: int, x: Tensor, targets: Tensor) -> Iterator[Message]:
+    def _step(
+        self, epoch: int, span: Span, x: Tensor, targets: Tensor
+    ) -> Iterator[Message]:
         step = self._steps
         self._steps += 1
-        if not self._guidance.is_global(step, epoch):
-            yield Message(LocalStep(step, epoch), (x, targets))
+        kind = self._guidance.kind(step, epoch, span.total_steps, span.epochs)
+        self._guided_steps += kind != "local"
+        if kind in ("local", "stale"):
+            locally = LocalStep if kind == "local" else StaleStep
+            yield Message(locally(step, epoch), (x, targets))
             return
-        self._global_steps += 1
         parts = self._parts(len(targets))
-        yield Message(GlobalStep(step, epoch, len(targets), parts))
+        if kind == "window":
+            yield Message(WindowStep(step, epoch, len(targets), parts))
+        else:
+            due = self._compare_every and self._global_steps % self._compare_every == 0
+            self._global_steps += 1
+            yield Message(GlobalStep(step, epoch, len(targets), parts, int(bool(due))))
         chunks = zip(x.tensor_split(parts), targets.tensor_split(parts), strict=True)
         for index, chunk in enumerate(chunks):
             yield Message(Microbatch(step, index), chunk)
@@ -186,7 +207,8 @@ class Coordinator:
     def _source(self, messages: Iterator[Message]) -> Source:
         """The messages and a last one, for a run that will have last words of its own."""
         self._finals.clear()
-        return Source(itertools.chain(messages, [Message(Stop())]), self._device)
+        whole = itertools.chain(messages, [Message(Stop())])
+        return Source(whole, self._device, self._image)
 
     # -- what came of it --------------------------------------------------------------
 
@@ -233,8 +255,9 @@ class Coordinator:
             self._evaluation,
             num_stages=self._num_stages,
             steps=self._steps,
-            global_steps=self._global_steps,
+            global_steps=self._guided_steps,
             wall_seconds=time.perf_counter() - self._began,
+            cosines=self._merger.cosines,
         )
 
 

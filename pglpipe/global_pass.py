@@ -15,18 +15,27 @@ loss that back-propagation through the uncut network would give.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from itertools import zip_longest
 
 import torch
 from torch import Tensor
 
-from pglpipe.commands import Clip, Command, GlobalStep, Message, Microbatch
+from pglpipe.commands import (
+    Clip,
+    Command,
+    GlobalStep,
+    Message,
+    Microbatch,
+    WindowStep,
+)
 from pglpipe.errors import ProtocolError
 from pglpipe.stage import Stage
+from pglpipe.stopwatch import Figures
 from pglpipe.timetable import Action, Row
 from pglpipe.transport import Links
-from pglpipe.wire import Wire, beside
+from pglpipe.wire import Wire
 
 
 class GlobalPass:
@@ -59,25 +68,33 @@ class GlobalPass:
         self._wire = wire
         self._recompute = recompute
 
-    def run(self, command: GlobalStep, links: Links) -> dict[int, Tensor]:
-        """Does one global step; returns the loss by stage, on the worker where it is known."""
+    def run(self, command: GlobalStep | WindowStep, links: Links) -> Figures:
+        """Does one step; returns the losses, and what was compared, of the stages that know."""
         self._links = links
-        self._links.outbox.put(Message(command))
+        self._command = command
+        self._compares = isinstance(command, GlobalStep) and bool(command.compares)
+        self._losses: dict[int, list[Tensor]] = defaultdict(list)
+        links.outbox.put(Message(command))
         for stage in self._stages:
             stage.zero_grad()
-        losses: list[Tensor] = []
         row = self._row(command.microbatches)
         for action, following in zip_longest(row, row[1:]):
             expected = Microbatch(command.step, action.microbatch)
             if action.kind == "F":
                 self._forward(expected, turns=following == Action("B", expected.index))
             else:
-                losses += self._backward(expected, command.samples)
-        if self._clips:
-            self._clip(Clip(command.step))
+                self._backward(expected)
+        figures = {
+            ("losses", stage): torch.stack(parts).sum()
+            for stage, parts in sorted(self._losses.items())
+        }
         for stage in self._stages:
-            stage.update(command.step)
-        return {self._stages[-1].index: torch.stack(losses).sum()} if losses else {}
+            if (cosine := stage.crossing.settle(compares=self._compares)) is not None:
+                figures["cosines", stage.index] = cosine
+        self._limit()
+        for stage in self._stages:
+            stage.update(command.step, guided=True)
+        return figures
 
     def _forward(self, expected: Microbatch, *, turns: bool) -> None:
         """Takes one microbatch through all stages here and sends it on.
@@ -86,53 +103,59 @@ class GlobalPass:
             turns: whether it comes straight back; the last stage here then loses nothing by
                 keeping its graph until then.
         """
-        x, targets, *scales = _only(expected, self._links.inbox.get())
-        packed = (x, *scales)
+        packet = self._wire.packet(only(expected, self._links.inbox.get()))
         for stage in self._stages:
-            x = stage.forward(
-                self._wire.unpack(*packed),
-                targets,
+            y = stage.forward(
+                self._wire.open(packet),
+                packet.targets,
                 expected.step,
+                image=packet.image,
                 microbatch=expected.index,
+                share=len(packet.targets) / self._command.samples,
                 crossing=True,
                 recompute=self._recompute and not (turns and stage is self._stages[-1]),
             )
-            packed = self._wire.pack(x, ends=stage.is_last)
-        self._links.outbox.put(Message(expected, beside(targets, packed)))
+            packet = packet.then(self._wire.pack(y, ends=stage.is_last))
+        self._links.outbox.put(Message(expected, packet.tensors))
 
-    def _backward(self, expected: Microbatch, samples: int) -> list[Tensor]:
-        """Takes one gradient back through all stages here; the loss, where it begins."""
-        losses = []
+    def _backward(self, expected: Microbatch) -> None:
+        """Takes one gradient back through all stages here; it begins at the true loss."""
         gradient: Tensor | None = None
         if self._links.gradients_in is not None:
-            (gradient,) = _only(expected, self._links.gradients_in.get())
+            (gradient,) = only(expected, self._links.gradients_in.get())
         for stage in reversed(self._stages):
+            loss: Tensor | None = None
             if stage.is_last:
-                gradient, loss = stage.backward_from_loss(samples)
-                losses.append(loss)
+                gradient, loss = stage.crossing.backward_from_loss()
             elif gradient is not None:
-                gradient = stage.backward(gradient)
+                gradient, loss = stage.crossing.backward(
+                    gradient, compares=self._compares
+                )
+            if loss is not None:
+                self._losses[stage.index].append(loss)
         if gradient is not None:
             self._links.gradients_out.put(Message(expected, (gradient,)))
-        return losses
 
-    def _clip(self, expected: Clip) -> None:
+    def _limit(self) -> None:
         """Norms of all gradients ride up to the first worker, the total norm rides down."""
+        if not self._clips:
+            return
+        expected = Clip(self._command.step)
         norms = torch.cat([stage.gradient_norms() for stage in self._stages])
         if self._links.gradients_in is not None:
-            (below,) = _only(expected, self._links.gradients_in.get())
+            (below,) = only(expected, self._links.gradients_in.get())
             norms = torch.cat([norms, below])
         self._links.gradients_out.put(Message(expected, (norms,)))
         if self._is_first:
             total = torch.linalg.vector_norm(norms)
         else:
-            (total,) = _only(expected, self._links.inbox.get())
+            (total,) = only(expected, self._links.inbox.get())
         self._links.outbox.put(Message(expected, (total,)))
         for stage in self._stages:
             stage.clip(total)
 
 
-def _only(expected: Command, message: Message) -> tuple[Tensor, ...]:
+def only(expected: Command, message: Message) -> tuple[Tensor, ...]:
     """The tensors of a message that must be the expected one."""
     if message.command != expected:
         raise ProtocolError(f"expected {expected}, got {message.command}")

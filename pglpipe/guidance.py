@@ -1,10 +1,23 @@
-"""When do the stages take a global step?
+"""When do the stages hear from the true loss?
 
 Most steps are *local*: every stage learns from its own loss. Guidance opens a window of
-*global* steps, in which one backward pass of the true loss crosses all stages::
+*guided* steps, in which the true loss's gradient crosses the stages::
 
-    step   0 1 2 | 3 4 5 6 7 8 | 9 ...      warmup=3, period=6, duration=2
-           L L L | G G L L L L | G ...
+    step   0 1 2 | 3 4 5 6 7 8 | 9 ... | 57 58 59      warmup=3, period=6, duration=2, final=3
+           L L L | G G L L L L | G ... |  G  G  G
+
+How far the gradient gets in a guided step is its *reach*:
+
+========= ==================================================================================
+global    one synchronized backward pass crosses all stages
+window    the gradient of each stage's loss crosses ``window`` stages; each stage learns from the
+          farthest that reaches it (Gomez et al. 2022, "Interlocking Backpropagation", arXiv
+          2010.04116)
+stale     the gradient rises one cut every ``delay`` steps, while the pipeline goes on; a stage
+          applies it to a replayed forward (Huo et al. 2018, "Features Replay", arXiv 1807.04511)
+stale-    both: each loss's gradient rises so, and crosses ``window`` stages
+window
+========= ==================================================================================
 
 It is a pure function of the step and epoch numbers: the coordinator and a repeated run
 ask the same question and get the same answer.
@@ -15,69 +28,128 @@ Periodic Global Guidance", 2022, arXiv 2208.00821. Its period and unit are param
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from pglpipe.errors import ConfigError, nearest
 
 UNITS = ("step", "epoch")
+REACHES = ("global", "window", "stale", "stale-window")
+WARMUPS = ("local", "global")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Guidance:
-    """Opens a window of ``duration`` global steps (or epochs) every ``period`` of them.
+    """Opens a window of ``duration`` guided steps (or epochs) every ``period`` of them.
 
     Attributes:
         period: units from the start of one window to the start of the next, at least 1.
-        duration: global units in a window; 0 is never, ``period`` is always.
-        warmup: local units before the first window.
+        duration: guided units in a window; 0 is never, ``period`` is always.
+        warmup: units before the first window.
         unit: ``"step"`` or ``"epoch"``.
+        warmup_kind: of the steps before the first window, ``"local"`` or ``"global"``.
+        final: units at the end of the run that are global.
+        reach: how far the gradient gets in a guided step, one of :data:`REACHES`.
+        window: stages that a gradient crosses, if the reach is a window; 1 is a local step.
+        delay: steps between two stages, if the gradient is stale; with ``stale``, 0 is a global step of
+            one microbatch, in which each stage is clipped alone.
 
     Raises:
-        ConfigError: a number is out of its range, or the unit is unknown.
+        ConfigError: a number is out of its range, or a word is unknown.
 
     Example:
         >>> guidance = Guidance(period=6, duration=2, warmup=3)
-        >>> "".join("LG"[guidance.is_global(step, epoch=0)] for step in range(10))
-        'LLLGGLLLLG'
+        >>> "".join(guidance.kind(step, epoch=0)[0] for step in range(10))
+        'lllggllllg'
     """
 
     period: int = 10
     duration: int = 1
     warmup: int = 0
     unit: str = "step"
+    warmup_kind: str = "local"
+    final: int = 0
+    reach: str = "global"
+    window: int = 2
+    delay: int = 1
 
     def __post_init__(self) -> None:
-        if self.unit not in UNITS:
-            raise ConfigError(
-                f"unknown guidance unit {self.unit!r}: {nearest(self.unit, UNITS)}"
-            )
-        if self.period < 1:
-            raise ConfigError(
-                f"expected a guidance period of at least 1, got {self.period}"
-            )
+        for option, given, known in (
+            ("unit", self.unit, UNITS),
+            ("warm-up", self.warmup_kind, WARMUPS),
+            ("reach", self.reach, REACHES),
+        ):
+            if given not in known:
+                raise ConfigError(
+                    f"unknown guidance {option} {given!r}: {nearest(given, known)}"
+                )
+        self._check("period", self.period, 1)
         if not 0 <= self.duration <= self.period:
             raise ConfigError(
                 f"expected a guidance duration from 0 (never) to the period {self.period} "
                 f"(always), got {self.duration}; lower --guidance-duration or raise --guidance-period"
             )
-        if self.warmup < 0:
+        self._check("warm-up", self.warmup, 0)
+        self._check("final phase", self.final, 0)
+        self._check("window", self.window, 1)
+        self._check("delay", self.delay, 1 if self.reach == "stale-window" else 0)
+
+    def _check(self, what: str, value: int, least: int) -> None:
+        if value < least:
             raise ConfigError(
-                f"expected a guidance warm-up of at least 0, got {self.warmup}"
+                f"expected a guidance {what} of at least {least}, got {value}"
             )
 
     @property
-    def kinds(self) -> tuple[str, ...]:
-        """Of the steps that there may be: ``"local"``, ``"global"``, or both."""
-        always = self.duration == self.period and not self.warmup
-        return (
-            *(() if always else ("local",)),
-            *(("global",) if self.duration else ()),
-        )
+    def is_stale(self) -> bool:
+        """Whether gradients rise while the pipeline goes on."""
+        return self.reach in ("stale", "stale-window")
 
-    def is_global(self, step: int, epoch: int) -> bool:
-        """Whether ``step`` of ``epoch``, both counted from 0 over the whole run, is global."""
-        index = (step if self.unit == "step" else epoch) - self.warmup
-        return index >= 0 and index % self.period < self.duration
+    @property
+    def has_stale_windows(self) -> bool:
+        """Whether gradients rise that cross windows, in some step."""
+        return self.reach == "stale-window" and self.duration > 0
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """Of the steps that there may be: ``"local"``, and those that are guided."""
+        always = self.duration == self.period and not self.is_stale
+        starts_global = self.warmup and self.warmup_kind == "global"
+        locally = not always or (self.warmup and not starts_global)
+        globally = starts_global or self.final
+        found = {
+            "local": locally,
+            "global": globally or (self.duration and self.reach == "global"),
+            "window": self.duration and self.reach == "window",
+            "stale": self.duration and self.is_stale,
+        }
+        return tuple(kind for kind, wanted in found.items() if wanted)
+
+    def kind(
+        self,
+        step: int,
+        epoch: int,
+        total_steps: float = math.inf,
+        total_epochs: float = math.inf,
+    ) -> str:
+        """What ``step`` of ``epoch`` is, both counted from 0 over the whole run.
+
+        Args:
+            total_steps, total_epochs: of the run; the final phase depends on them.
+
+        Returns:
+            ``"local"``, ``"global"``, ``"window"`` or ``"stale"``.
+        """
+        in_steps = self.unit == "step"
+        index, total = (step, total_steps) if in_steps else (epoch, total_epochs)
+        if index >= total - self.final:
+            return "global"
+        index -= self.warmup
+        if index < 0:
+            return self.warmup_kind
+        if index % self.period >= self.duration:
+            return "local"
+        return "stale" if self.is_stale else self.reach
 
 
 NEVER = Guidance(period=1, duration=0)

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from pglpipe.guided import Guided, LocalWeight
 from pglpipe.learning_rate import LearningRate
-from pglpipe.losses import Loss
+from pglpipe.losses import LocalLoss, Loss
 
 PRECISIONS = ("fp32", "bf16")
 OptimizerFactory = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
@@ -22,7 +24,7 @@ class Learning:
 
     Attributes:
         loss: the true loss, ``(outputs, targets) -> scalar``, a mean over the batch.
-        local_loss: the loss of a stage's head, of the same form.
+        local_loss: what a stage with a head minimizes.
         optimizer: makes a stage's optimizer from its parameters.
         learning_rate: factor on the optimizer's learning rates.
         clip_norm: largest gradient norm, of a stage in local steps and of the whole network
@@ -31,16 +33,27 @@ class Learning:
         bf16: whether forwards run under autocast to bfloat16. Its exponent is as wide as
             float32's, so no stage's loss is scaled; weights and updates stay in float32.
         compile: whether body and head of each stage are compiled.
+        guided: what is done in guided steps.
+        local_weight: of the heads' losses, ``(step, total_steps, place) -> weight``.
+        retains: whether a graph may be run backward more than once, to tell gradients apart.
     """
 
     loss: Loss
-    local_loss: Loss
+    local_loss: LocalLoss
     optimizer: OptimizerFactory
     learning_rate: LearningRate
     clip_norm: float
     seed: int
     bf16: bool = False
     compile: bool = False
+    guided: Guided = Guided()
+    local_weight: LocalWeight = LocalWeight()
+    retains: bool = False
+
+    @property
+    def image(self) -> Callable[[Tensor], Tensor] | None:
+        """From the network's input ``[B, ...]`` to what local losses want to see of it, if anything."""
+        return self.local_loss.image if self.local_loss.needs_image else None
 
     def autocast(self, device: torch.device) -> AbstractContextManager[object]:
         """Lets PyTorch choose the precision of each operation, where that is asked for."""
@@ -50,7 +63,9 @@ class Learning:
         return torch.autocast(device.type, torch.bfloat16, cache_enabled=False)
 
 
-def compiled(module: nn.Module) -> Callable[[Tensor], Tensor]:
+def compiled(
+    module: Callable[[Tensor], Any], *, retains: bool = False
+) -> Callable[[Tensor], Any]:
     """The module as one compiled graph; the module itself and its names stay what they are.
 
     All stages of a worker run the same function, ``nn.Sequential.forward``, and PyTorch limits how
@@ -59,7 +74,13 @@ def compiled(module: nn.Module) -> Callable[[Tensor], Tensor]:
 
     Sizes are never symbols: a second stage of other sizes in one process would get kernels
     that it does not get in a process of its own. A batch of another size compiles once more.
+
+    Args:
+        retains: whether a graph may be run backward more than once: then its backward must not
+            work in the memory of what was kept for it.
     """
+    if retains:
+        torch._functorch.config.donated_buffer = False
     torch._dynamo.config.recompile_limit = 1024
     torch._dynamo.config.accumulated_recompile_limit = 1024
     return torch.compile(module, fullgraph=True, dynamic=False)

@@ -37,4 +37,31 @@ def cosine(warmup_steps: int = 0) -> LearningRate:
     return factor
 
 
+def anew(
+    before: LearningRate,
+    begins: Callable[[int], int],
+    factor: float,
+    again: LearningRate,
+) -> LearningRate:
+    """A schedule that begins anew for the last steps of a run.
+
+    Args:
+        before: until then; it still counts the steps of the whole run.
+        begins: the first of them, from how many steps the run has.
+        factor: on what ``again``, counted from their first, says.
+
+    >>> schedule = anew(constant, lambda total: total - 3, 0.5, again=cosine(warmup_steps=1))
+    >>> [round(schedule(step, 5), 3) for step in range(5)]
+    [1.0, 1.0, 0.5, 0.5, 0.25]
+    """
+
+    def schedule(step: int, total_steps: int) -> float:
+        first = max(0, begins(total_steps))
+        if step < first:
+            return before(step, total_steps)
+        return factor * again(step - first, total_steps - first)
+
+    return schedule
+
+
 LR_SCHEDULES = ("constant", "cosine")

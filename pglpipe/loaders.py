@@ -10,6 +10,7 @@ import torch
 from pglpipe.blueprint import Sample
 from pglpipe.coordinator import Loader
 from pglpipe.errors import ConfigError, DataError
+from pglpipe.guidance import Guidance
 
 
 def largest_batch(loaders: Sequence[Loader]) -> Sample:
@@ -26,13 +27,26 @@ def _first_batch(loader: Loader) -> Sample:
     raise DataError("expected at least one batch, got an empty loader")
 
 
-def span_of(loader: Loader, epochs: int | None, steps: int | None) -> tuple[int, int]:
-    """How many epochs and steps a run has; the last epoch may be cut short."""
+def span_of(
+    loader: Loader,
+    epochs: int | None,
+    steps: int | None,
+    guidance: Guidance = Guidance(),
+) -> tuple[int, int]:
+    """How many epochs and steps a run has; the last epoch may be cut short.
+
+    Raises:
+        ConfigError: neither or both are given, or what guidance counts cannot be known.
+    """
     if (epochs is None) == (steps is None):
         raise ConfigError(
             f"expected either epochs or steps, got epochs={epochs}, steps={steps}"
         )
     length = len(loader) if isinstance(loader, Sized) else 0
+    if not length and guidance.final and guidance.unit == "epoch":
+        raise ConfigError(
+            "expected a loader with a length for a final phase in epochs, got none; count guidance in steps"
+        )
     if steps is not None:
         if steps < 1:
             raise ConfigError(f"expected at least 1 step, got {steps}")

@@ -6,9 +6,10 @@ pipeline and is complete when every stage has been heard.
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,7 +27,9 @@ class StepRecord:
     """One step of the whole pipeline.
 
     Attributes:
-        losses: by stage; None where a stage took none (all but the last in a global step).
+        losses: by stage; None where a stage took none (all but the last in a plain global step).
+        cosines: between the gradients of a stage's own loss and of the true one, by stage; None
+            where they were not compared.
         samples_per_second: rate at which the last worker finished this step.
         waited_fraction, memory_bytes: by worker.
     """
@@ -39,6 +42,7 @@ class StepRecord:
     samples_per_second: float
     waited_fraction: list[float]
     memory_bytes: list[int]
+    cosines: list[float | None]
 
 
 @dataclass(frozen=True)
@@ -101,6 +105,12 @@ class Merger:
         self._steps: dict[int, dict[int, StepReport]] = defaultdict(dict)
         self._evaluations: dict[int, dict[int, EvaluationReport]] = defaultdict(dict)
         self._memory = [0] * num_workers
+        self._cosines: list[list[float]] = [[] for _ in range(num_stages)]
+
+    @property
+    def cosines(self) -> list[float | None]:
+        """Means over the run so far, by stage; None where gradients were not compared."""
+        return [statistics.fmean(seen) if seen else None for seen in self._cosines]
 
     def add_training(self, report: TrainReport) -> Iterator[StepRecord]:
         """The steps that this report completes."""
@@ -133,11 +143,11 @@ class Merger:
 
     def _step_record(self, parts: dict[int, StepReport]) -> StepRecord:
         last = parts[self._num_workers - 1]
-        losses = {
-            stage: loss
-            for part in parts.values()
-            for stage, loss in part.losses.items()
-        }
+        losses = _merged(part.losses for part in parts.values())
+        cosines = _merged(part.cosines for part in parts.values())
+        for stage, cosine in cosines.items():
+            if math.isfinite(cosine):  # a gradient of zero has no direction
+                self._cosines[stage].append(cosine)
         return StepRecord(
             step=last.step,
             epoch=last.epoch,
@@ -149,7 +159,13 @@ class Merger:
                 parts[r].waited / parts[r].seconds for r in range(self._num_workers)
             ],
             memory_bytes=list(self._memory),
+            cosines=[cosines.get(stage) for stage in range(self._num_stages)],
         )
+
+
+def _merged(parts: Iterable[dict[int, float]]) -> dict[int, float]:
+    """What the workers say of their stages, of all stages."""
+    return {stage: value for part in parts for stage, value in part.items()}
 
 
 @dataclass(frozen=True)
@@ -157,13 +173,16 @@ class Summary:
     """How a run went: what ``summary.json`` holds beside configuration and versions.
 
     Attributes:
-        steps, global_steps: optimizer steps in all, and the global ones among them.
+        steps, global_steps: optimizer steps in all, and those among them that guidance opened: global,
+            windowed, or with a stale gradient.
         wall_seconds: from the first step to the last report, evaluations included.
         train_seconds: training steps after warm-up, of the slowest worker.
         samples_per_second: training only, after warm-up.
         step_seconds: median seconds of a step, by kind.
         test_loss, test_accuracy: of the whole network at the last evaluation, if there was one.
         exit_accuracy: of every stage's exit.
+        gradient_cosine: between the gradients of each stage's own loss and of the true one, the mean
+            over the global steps in which they were compared.
         workers: by rank; fractions are of the training time.
         parameters_sha256: over all body parameters and buffers: equal runs, equal digest.
     """
@@ -179,6 +198,7 @@ class Summary:
     test_loss: float | None
     test_accuracy: float | None
     exit_accuracy: list[float | None]
+    gradient_cosine: list[float | None]
     workers: list[dict[str, Any]]
     parameters_sha256: str
 
@@ -191,6 +211,7 @@ def summarize(
     steps: int,
     global_steps: int,
     wall_seconds: float,
+    cosines: list[float | None],
 ) -> Summary:
     """The summary of a run from the last words of its workers, in the order of their ranks."""
     slowest = max(finals, key=lambda final: final.train_seconds)
@@ -208,6 +229,7 @@ def summarize(
         test_loss=evaluation.losses[-1] if evaluation else None,
         test_accuracy=evaluation.accuracies[-1] if evaluation else None,
         exit_accuracy=list(evaluation.accuracies) if evaluation else [],
+        gradient_cosine=cosines,
         workers=[_worker_summary(final) for final in finals],
         parameters_sha256=combine(pair for final in finals for pair in final.digests),
     )

@@ -28,12 +28,13 @@ from pglpipe.errors import ConfigError
 from pglpipe.lanes import CudaLanes, Lanes
 from pglpipe.saved_bytes import SavedBytes
 from pglpipe.stage import Stage
-from pglpipe.wire import Wire, beside
+from pglpipe.stopwatch import Figures
+from pglpipe.wire import Wire
 
 DEVICES = ("cuda",)  # where there are lanes
 WARMUP_STEPS = 3  # not recorded: libraries choose and allocate in the first ones
 
-# Codes, targets, and scales if there are any: what a message holds.
+# What a message holds: a packet's tensors.
 Tensors = tuple[Tensor, ...]
 Send = Callable[[Tensors], None]
 
@@ -88,7 +89,7 @@ class Overlap:
         self._layout = self._layout or layout
         return layout == self._layout
 
-    def step(self, step: int, batch: Tensors, send: Send) -> dict[int, Tensor]:
+    def step(self, step: int, batch: Tensors, send: Send) -> Figures:
         """Queues one local step of every stage.
 
         Args:
@@ -99,7 +100,7 @@ class Overlap:
         Returns:
             The losses by stage; to be read in :meth:`joined`, or after :meth:`drain`.
         """
-        losses: dict[int, Tensor] = {}
+        losses: dict[tuple[str, int], Tensor] = {}
         for lane, track in enumerate(self._tracks):
             self._lanes.run(lane, partial(track.step, step, batch, send, losses))
         return losses
@@ -158,7 +159,7 @@ class _Track:
         step: int,
         batch: Tensors,
         send: Send,
-        losses: dict[int, Tensor],
+        losses: dict[tuple[str, int], Tensor],
     ) -> None:
         """One local step, of ``batch`` on the first stage and of what the source holds elsewhere."""
         if self._source is None:
@@ -172,7 +173,7 @@ class _Track:
             self._forward(step)
             put = send if self._sink is None else self._sink.fill
             put(self._output)
-            losses[self._stage.index] = self._learn(step)
+            losses["losses", self._stage.index] = self._learn(step)
 
     def _forward(self, step: int) -> None:
         if self._replay is None:
@@ -181,10 +182,11 @@ class _Track:
             self._replay[0]()
 
     def _compute(self, step: int) -> None:
-        x, targets, *scales = self._inputs
-        y = self._stage.forward(self._wire.unpack(x, *scales), targets, step)
-        packed = self._wire.pack(y, ends=self._stage.is_last)
-        self._output = beside(targets, packed)
+        packet = self._wire.packet(self._inputs)
+        y = self._stage.forward(
+            self._wire.open(packet), packet.targets, step, image=packet.image
+        )
+        self._output = packet.then(self._wire.pack(y, ends=self._stage.is_last)).tensors
 
     def _learn(self, step: int) -> Tensor:
         if self._replay is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict
 from collections.abc import Callable
 from functools import partial
@@ -13,17 +14,19 @@ from torch import nn
 from pglpipe import state
 from pglpipe.blueprint import Blueprint, Sample
 from pglpipe.commands import Report
+from pglpipe.duty import Duty
 from pglpipe.errors import DataError, WorkerError
+from pglpipe.guided import place_of
 from pglpipe.layer import initialize
-from pglpipe.learning import Learning
 from pglpipe.partition import slices
 from pglpipe.plan import Plan
 from pglpipe.seeding import derive, seeded
 from pglpipe.stage import Stage
 from pglpipe.timetable import parts_of
 from pglpipe.transport import EdgePlan, Edges, World, payload_bytes
+from pglpipe.windows import crossing
 from pglpipe.wire import Wire
-from pglpipe.worker import Duty, Worker
+from pglpipe.worker import Worker
 
 
 class Pipeline:
@@ -34,7 +37,6 @@ class Pipeline:
         blueprint: Blueprint,
         plan: Plan,
         sample: Sample,
-        learning: Learning,
         world: World,
         *,
         backend: str,
@@ -44,20 +46,25 @@ class Pipeline:
         wire = blueprint.wire(plan.activations[0])
         edge_plan = _edge_plan(blueprint, plan, sample, world, wire)
         stages = [
-            _stage(index, blueprint, plan, sample.trained, learning)
+            _stage(index, blueprint, plan, sample.trained)
             for index in plan.stages_of[world.rank]
         ]
         duty = Duty(
             rank=world.rank,
             size=world.size,
             timetable=blueprint.timetable,
-            clips=blueprint.clips,
+            clips=math.isfinite(blueprint.learning.clip_norm),
             layouts=plan.layouts,
             piece_bytes=min(edge_plan.up_bytes, default=1 << 20),
             device=blueprint.device,
             wire=wire,
             overlaps=blueprint.overlap_stages,
             recompute=plan.memory.recompute,
+            stale_windows=blueprint.guidance.has_stale_windows,
+            window=blueprint.guidance.window,
+            delay=blueprint.guidance.delay,
+            guided=blueprint.learning.guided,
+            loans=plan.loans,
         )
         self.plan = plan
         self._stages = stages
@@ -70,10 +77,9 @@ class Pipeline:
             stage.total_steps = total_steps
 
 
-def _stage(
-    index: int, blueprint: Blueprint, plan: Plan, batch: int, learning: Learning
-) -> Stage:
+def _stage(index: int, blueprint: Blueprint, plan: Plan, batch: int) -> Stage:
     """Builds one stage; its initial weights depend on its layers and the seed alone."""
+    learning = blueprint.learning
     part = slices(plan.balance)[index]
     body = nn.Sequential(
         OrderedDict(
@@ -85,7 +91,8 @@ def _stage(
     if index < len(plan.balance) - 1:
         activation = plan.activations[index]
         with seeded(derive(learning.seed, "head", index)):
-            head = plan.head(tuple(activation.shape[1:])).to(activation.dtype)
+            made = plan.head(tuple(activation.shape[1:]), part.stop - 1)
+            head = made.to(activation.dtype)
     if blueprint.weights is not None:
         _load(blueprint.weights, index, body, head)
     body.to(blueprint.device)
@@ -95,6 +102,7 @@ def _stage(
         head.to(blueprint.device) if head else None,
         learning,
         partial(parts_of, most=plan.memory.local_microbatches, batch=batch),
+        place_of(index, len(plan.balance)),
     )
 
 
@@ -116,20 +124,39 @@ def _load(path: Path, index: int, body: nn.Module, head: nn.Module | None) -> No
 def _edge_plan(
     blueprint: Blueprint, plan: Plan, sample: Sample, world: World, wire: Wire
 ) -> EdgePlan:
-    crossings = [plan.activations[stages[-1]] for stages in plan.stages_of[:-1]]
+    ends = [stages[-1] for stages in plan.stages_of[:-1]]
+    crossings = [plan.activations[end] for end in ends]
+    image = blueprint.image(sample.x)
+    beside = [sample.targets] if image is None else [sample.targets, image]
     # Beside gradients, the norms of all parameters travel up.
     parameters = sum(len(layout.body) + 1 for layout in plan.layouts)
     norms = torch.empty(parameters, dtype=torch.float64, device="meta")
+    # Where gradients cross windows, those of several losses travel together.
+    num_stages, window = len(plan.balance), blueprint.guidance.window
+    windowed = blueprint.guidance.reach in ("window", "stale-window")
+    together = [
+        max(1, len(crossing(end + 1, window, num_stages))) if windowed else 1
+        for end in ends
+    ]
+    loans = [
+        torch.empty(plan.loans.nbytes(end + 1), dtype=torch.uint8, device="meta")
+        for end in ends
+    ]
+    # A stale gradient may wait for so many steps.
+    delay = blueprint.guidance.delay if blueprint.guidance.is_stale else 0
     return EdgePlan(
         names=[plan.name(rank) for rank in range(world.size)],
         down_bytes=[
-            payload_bytes([*wire.pack(activation), sample.targets])
-            for activation in crossings
+            payload_bytes([*wire.pack(activation), *beside]) for activation in crossings
         ],
         up_bytes=[
-            max(payload_bytes([activation]), payload_bytes([norms]))
-            for activation in crossings
+            max(
+                number * payload_bytes([activation]),
+                payload_bytes([norms]),
+                payload_bytes([loan]),
+            )
+            for number, activation, loan in zip(together, crossings, loans, strict=True)
         ],
-        depth=blueprint.queue_depth,
+        depth=max(blueprint.queue_depth, delay),
         timeout=blueprint.edge_timeout,
     )

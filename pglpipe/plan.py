@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import chain
 from typing import Any
 
@@ -22,7 +23,9 @@ from torch import Tensor, nn
 from pglpipe.blueprint import Blueprint, Sample
 from pglpipe.body import dense
 from pglpipe.errors import ConfigError, PartitionError
-from pglpipe.heads import build_head
+from pglpipe.guidance import Guidance
+from pglpipe.guided import place_of
+from pglpipe.heads import Site, borrowed, build_head
 from pglpipe.layer import Layer
 from pglpipe.memory import Forecast, ForecastError, MemorySettings, fit
 from pglpipe.partition import (
@@ -38,6 +41,7 @@ from pglpipe.partition import (
     measure,
     slices,
 )
+from pglpipe.refresh import Loans
 from pglpipe.state import StateLayout
 from pglpipe.transport import World
 from pglpipe.wire import Wire
@@ -57,8 +61,9 @@ class Plan:
         stages_of: the stages of each worker, by rank.
         activations: the output of each stage for the largest batch, on the meta device.
         layouts: the weights of each stage.
-        head: makes the head for an activation's shape.
+        head: makes the auxiliary module for an activation's shape, after a layer.
         memory: what is done to keep less for backward.
+        loans: what heads borrow from later stages.
         predicted: bytes kept for backward at their peak, by rank and kind of step; 0 for a
             kind that no step will have, None where it is not foretold.
     """
@@ -69,6 +74,7 @@ class Plan:
     activations: list[Tensor]
     layouts: list[StateLayout]
     head: HeadBuilder
+    loans: Loans = Loans()
     memory: MemorySettings = MemorySettings()
     predicted: Sequence[dict[str, int] | None] = ()
 
@@ -97,7 +103,7 @@ def draft(
     """
     layers = blueprint.layers
     outputs = activations(layers, sample.x)
-    head = _head_builder(blueprint, outputs[-1])
+    head = _head_builder(blueprint, sample, outputs[-1])
     timed = blueprint.balance == "time" and world.rank == 0
     costs = (
         measure(layers, sample.x, head, device=blueprint.device)
@@ -111,8 +117,11 @@ def draft(
     )
     check_cut(layers, balance)
     if blueprint.overlap_stages:
+        image = blueprint.image(sample.x)
+        local = partial(blueprint.learning.local_loss, image=image)
+        batch = sample.x, sample.targets
         check_draws_nothing(
-            layers, balance, (sample.x, sample.targets), head, blueprint.losses
+            layers, balance, batch, head, (blueprint.learning.loss, local)
         )
     rows = describe(balance, *costs)
     loads = agree(lambda: [row.seconds or float(row.macs) for row in rows])
@@ -131,22 +140,37 @@ def draft(
         activations=crossing,
         layouts=[StateLayout.of(*skeleton) for skeleton in skeletons],
         head=head,
+        loans=_loans(blueprint, balance, skeletons),
         memory=MemorySettings(**memory),
         predicted=predicted,
     )
 
 
-def _head_builder(blueprint: Blueprint, output: Tensor) -> HeadBuilder:
-    """The named head for as many classes as the network's output ``[B, N]`` has."""
-    if callable(blueprint.head):
-        return blueprint.head
-    name = blueprint.head
-    if output.ndim != 2 and blueprint.num_stages > 1:
+def _head_builder(blueprint: Blueprint, sample: Sample, output: Tensor) -> HeadBuilder:
+    """What makes a stage's head, and whatever its loss wants trained beside it.
+
+    Args:
+        output: of the network, ``[B, N]`` for N classes.
+    """
+    layers, named = blueprint.layers, blueprint.head
+    local_loss = blueprint.learning.local_loss
+    if not callable(named) and output.ndim != 2 and blueprint.num_stages > 1:
         raise PartitionError(
-            f"head {name!r} classifies like a network with outputs [B, classes], got outputs of "
+            f"head {named!r} classifies like a network with outputs [B, classes], got outputs of "
             f"shape {tuple(output.shape)}; pass head= a function from shape to module"
         )
-    return lambda shape: build_head(name, shape, output.shape[-1])
+
+    def build(shape: tuple[int, ...], position: int) -> nn.Module:
+        if callable(named):
+            head = named(shape)
+        else:
+            # How deep a head is may depend on where it is, not on the stages it is chosen for.
+            place = place_of(position, len(layers))
+            num_outputs = local_loss.outputs(output.shape[-1])
+            head = build_head(named, Site(shape, num_outputs, position, layers, place))
+        return local_loss.auxiliary(head, shape, tuple(sample.x.shape[1:]))
+
+    return build
 
 
 def _skeletons(
@@ -161,7 +185,7 @@ def _skeletons(
                 OrderedDict((layer.name, layer.skeleton()) for layer in layers[part])
             ),
             (
-                _head_skeleton(head, outputs[part.stop - 1])
+                _head_skeleton(head, outputs[part.stop - 1], part.stop - 1)
                 if part.stop < len(layers)
                 else None
             ),
@@ -170,10 +194,33 @@ def _skeletons(
     ]
 
 
-def _head_skeleton(head: HeadBuilder, output: Tensor) -> nn.Module:
+def _head_skeleton(head: HeadBuilder, output: Tensor, position: int) -> nn.Module:
     return Layer(
-        "head", lambda: head(tuple(output.shape[1:])).to(output.dtype)
+        "head", lambda: head(tuple(output.shape[1:]), position).to(output.dtype)
     ).skeleton()
+
+
+def _loans(
+    blueprint: Blueprint, balance: Sequence[int], skeletons: Sequence[Skeleton]
+) -> Loans:
+    borrowing = [
+        {c.position for c in borrowed(head) if list(c.parameters())}
+        for _, head in skeletons
+    ]
+    if any(borrowing) and blueprint.overlap_stages:
+        raise ConfigError(
+            f"expected --overlap-stages or the head {blueprint.head!r}, whose borrowed layers are "
+            "renewed between steps, got both; drop one"
+        )
+    return Loans(
+        starts=[part.start for part in slices(balance)],
+        borrowing=borrowing,
+        shapes={
+            position: list(blueprint.layers[position].skeleton().parameters())
+            for position in sorted(set[int]().union(*borrowing))
+        },
+        every=blueprint.refresh_every,
+    )
 
 
 def _foretold(
@@ -210,27 +257,34 @@ def _weigh(
     x, targets = (t[: sample.trained].clone() for t in (sample.x, sample.targets))
     forecast = Forecast(
         skeletons,
-        blueprint.losses,
+        (blueprint.learning.loss, blueprint.learning.local_loss),
         x,
         targets,
         stages_of,
         blueprint.timetable,
         lambda y: wire.rounded(dense(y)),
         blueprint.overlap_stages,
-        blueprint.device.type if blueprint.bf16 else None,
+        blueprint.device.type if blueprint.learning.bf16 else None,
+        blueprint.runs_heads,
     )
-    memory = blueprint.memory
+    memory, kinds = blueprint.memory, _weighed_kinds(blueprint.guidance)
     if blueprint.memory_budget is not None:
         memory = fit(
             memory,
             blueprint.memory_budget,
-            blueprint.kinds,
+            kinds,
             sample.trained,
             forecast.peaks,
         )
-    peaks = {kind: forecast.peaks(kind, memory) for kind in blueprint.kinds}
+    peaks = {kind: forecast.peaks(kind, memory) for kind in kinds}
     predicted: list[dict[str, int] | None] = [
         {kind: peaks[kind][rank] if kind in peaks else 0 for kind in KINDS}
         for rank in range(len(stages_of))
     ]
     return asdict(memory), predicted
+
+
+def _weighed_kinds(guidance: Guidance) -> list[str]:
+    """Of the steps that will be taken; a windowed one keeps what a global one does."""
+    kinds = ["global" if kind == "window" else kind for kind in guidance.kinds]
+    return list(dict.fromkeys(kinds))

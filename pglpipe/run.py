@@ -22,12 +22,14 @@ from torch import nn
 from pglpipe import data
 from pglpipe import device as devices
 from pglpipe import display, models, state, tables
-from pglpipe.config import RunConfig, resolve
-from pglpipe.coordinator import Loader, Observer
+from pglpipe.config import RunConfig
+from pglpipe.config_file import resolve
+from pglpipe.coordinator import Loader
+from pglpipe.data import Recipe
 from pglpipe.errors import UserError
-from pglpipe.learning_rate import LearningRate, constant, cosine
-from pglpipe.losses import build_loss
-from pglpipe.metrics import EvaluationRecord, StepRecord, Summary
+from pglpipe.ingredients import compare_every, learning_rate, local_loss, optimizer
+from pglpipe.metrics import Summary
+from pglpipe.observers import Observer, Observers
 from pglpipe.plan import Plan
 from pglpipe.run_directory import RunDirectory, default_path
 from pglpipe.trainer import Trainer
@@ -128,14 +130,15 @@ class Material:
     image_shape: tuple[int, int, int]
     num_classes: int
     steps_per_epoch: int
+    recipe: Recipe
 
 
 def _load(config: RunConfig, world: World) -> Material:
     """Loads the data on worker 0 and tells the others what they need to know of it."""
     if world.rank > 0:
         # Decoding or downloading takes as long as it takes.
-        shape, num_classes, steps = world.mailbox.share(timeout=math.inf)
-        return Material((), (), tuple(shape), num_classes, steps)
+        shape, classes, steps, recipe = world.mailbox.share(timeout=math.inf)
+        return Material((), (), tuple(shape), classes, steps, Recipe(**recipe))
     device = devices.pick(config.device, world.local_rank)
     found = data.load(
         config.dataset,
@@ -159,8 +162,8 @@ def _load(config: RunConfig, world: World) -> Material:
         for images in (found.train, found.test)
     )
     facts = (found.train.image_shape, len(found.train.classes), len(train))
-    world.mailbox.share(facts)
-    return Material(train, test, *facts)
+    world.mailbox.share([*facts, dataclasses.asdict(found.recipe)])
+    return Material(train, test, *facts, found.recipe)
 
 
 def _trainer(
@@ -181,19 +184,15 @@ def _trainer(
         layers,
         num_stages=config.stages,
         loss=nn.CrossEntropyLoss(),
-        optimizer=lambda parameters: torch.optim.SGD(
-            parameters,
-            lr=config.lr,
-            momentum=config.momentum,
-            nesterov=config.nesterov,
-            weight_decay=config.weight_decay,
-            # Not fused: that fails on heads, which have no momentum yet after a global step.
-            foreach=True,
-        ),
+        optimizer=optimizer(config),
         head=config.head,
-        local_loss=build_loss(config.local_loss),
+        local_loss=local_loss(config, material.recipe),
+        local_weight=config.local_weight(),
         guidance=config.guidance(),
-        learning_rate=_learning_rate(config, material.steps_per_epoch),
+        guided=config.guided(),
+        compare_every=compare_every(config),
+        refresh_every=config.refresh_every,
+        learning_rate=learning_rate(config, material.steps_per_epoch),
         balance=config.balance,
         microbatches=config.microbatches,
         recompute=config.recompute,
@@ -217,12 +216,6 @@ def _trainer(
     )
 
 
-def _learning_rate(config: RunConfig, steps_per_epoch: int) -> LearningRate:
-    if config.lr_schedule == "constant":
-        return constant
-    return cosine(warmup_steps=round(config.warmup_epochs * steps_per_epoch))
-
-
 def _set_threads(config: RunConfig) -> None:
     if config.threads:
         torch.set_num_threads(config.threads)
@@ -236,23 +229,6 @@ def _finished(run_dir: Path) -> RunConfig:
             "of a run that has ended"
         )
     return resolve(run_dir / "config.toml", {})
-
-
-class Observers:
-    """Several observers as one."""
-
-    def __init__(self) -> None:
-        self.members: list[Observer] = []
-
-    def on_step(self, record: StepRecord) -> None:
-        """Tells all of them."""
-        for member in self.members:
-            member.on_step(record)
-
-    def on_evaluation(self, record: EvaluationRecord) -> None:
-        """Tells all of them."""
-        for member in self.members:
-            member.on_evaluation(record)
 
 
 @contextmanager

@@ -82,6 +82,7 @@ class RunDirectory:
             kind=record.kind,
             samples=record.samples,
             loss=record.losses,
+            cosine=record.cosines,
             samples_per_second=record.samples_per_second,
             waited_fraction=record.waited_fraction,
             memory_bytes=record.memory_bytes,
@@ -107,7 +108,11 @@ class RunDirectory:
             **dataclasses.asdict(summary),
         }
         text = json.dumps(_finite(fields), indent=2)
-        (self.path / "summary.json").write_text(text + "\n", encoding="utf-8")
+        # Whole or not at all, for whoever watches the folder.
+        whole = self.path / "summary.json"
+        part = whole.with_suffix(".part")
+        part.write_text(text + "\n", encoding="utf-8")
+        part.replace(whole)
 
     def _write(self, **fields: Any) -> None:
         assert self._metrics is not None, "open comes first"

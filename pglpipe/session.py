@@ -18,13 +18,11 @@ from typing import Any
 from pglpipe.blueprint import Blueprint, Sample
 from pglpipe.coordinator import Coordinator, Source
 from pglpipe.errors import ConfigError, UserError, WorkerError
-from pglpipe.learning import Learning
 from pglpipe.metrics import Summary
+from pglpipe.observers import Observer
 from pglpipe.pipeline import Pipeline
 from pglpipe.plan import Plan, draft
 from pglpipe.transport import World, pick_backend
-
-CoordinatorFactory = Callable[..., Coordinator]
 
 
 class Session:
@@ -33,20 +31,14 @@ class Session:
     Args:
         world: who takes part.
         blueprint: what is to be built.
-        coordinator: makes worker 0's coordinator, ``(mailbox=, num_workers=)``.
+        observer: told of every record, on worker 0.
     """
 
-    def __init__(
-        self, world: World, blueprint: Blueprint, coordinator: CoordinatorFactory
-    ) -> None:
+    def __init__(self, world: World, blueprint: Blueprint, observer: Observer) -> None:
         self._world = world
         self._blueprint = blueprint
         self._mailbox = world.mailbox
-        self._coordinator = (
-            coordinator(mailbox=self._mailbox, num_workers=world.size)
-            if self.leads
-            else None
-        )
+        self._coordinator = self._make_coordinator(observer) if self.leads else None
         self._sample: Sample | None = None
         self._plan: Plan | None = None
         self.pipeline: Pipeline | None = None
@@ -84,14 +76,14 @@ class Session:
             )
             blueprint = self._blueprint
             if not trains:
-                blueprint = dataclasses.replace(blueprint, foretells=False)
+                blueprint = dataclasses.replace(blueprint, trains=False)
             self._plan = draft(blueprint, self._sample, self._world, self.agree)
             if self._coordinator is not None:
                 parts = self._plan.memory.microbatches
                 self._coordinator.cut(parts, self._sample.trained)
         return self._plan
 
-    def build(self, learning: Learning, *, trains: bool = True) -> Pipeline:
+    def build(self, *, trains: bool = True) -> Pipeline:
         """Builds this worker's stages and opens its edges, once.
 
         Raises:
@@ -110,7 +102,6 @@ class Session:
                     self._blueprint,
                     self._plan,
                     self._sample,
-                    learning,
                     self._world,
                     backend=self._backend(),
                     post=self._mailbox.post,
@@ -143,6 +134,21 @@ class Session:
         if self._world.size > 1 and self._mailbox.fail(text):
             print(f"pglpipe: {text}", file=sys.stderr, flush=True)
         return self._mailbox.failure() or text
+
+    def _make_coordinator(self, observer: Observer) -> Coordinator:
+        blueprint = self._blueprint
+        return Coordinator(
+            num_stages=blueprint.num_stages,
+            num_workers=self._world.size,
+            guidance=blueprint.guidance,
+            microbatches=blueprint.memory.microbatches,
+            mailbox=self._mailbox,
+            observer=observer,
+            device=blueprint.device,
+            timeout=blueprint.edge_timeout,
+            image=blueprint.learning.image,
+            compare_every=blueprint.compare_every,
+        )
 
     def _summary(self) -> dict[str, Any]:
         assert self._coordinator is not None, "asked on worker 0 only"

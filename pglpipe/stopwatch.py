@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -28,6 +28,8 @@ from pglpipe.commands import StepReport
 
 STEPS_AHEAD = 2  # that a GPU may have before it, for each lane
 
+# What is known of a step when its work has passed: scalars by name ("losses", "cosines") and stage.
+Figures = Mapping[tuple[str, int], Tensor]
 Span = tuple[torch.cuda.Event, torch.cuda.Event]
 
 
@@ -63,23 +65,29 @@ def stalling(device: torch.device, spans: list[Span]) -> Iterator[None]:
 
 
 class Timing:
-    """A step whose seconds and losses are known already: the host's."""
+    """A step whose seconds and figures are known already: the host's."""
 
-    def __init__(self, step: StepReport, losses: Mapping[int, Tensor]) -> None:
-        self._step, self._losses = step, losses
+    def __init__(self, step: StepReport, figures: Figures) -> None:
+        self._step, self._figures = step, figures
 
     def has_passed(self) -> bool:
         """Whether reading needs no waiting."""
         return True
 
     def read(self) -> StepReport:
-        """The step with its seconds and losses; waits until it has passed."""
-        losses = {stage: float(loss) for stage, loss in self._losses.items()}
-        return dataclasses.replace(self._step, losses=losses)
+        """The step with its seconds and figures; waits until it has passed."""
+        return self._told(map(float, self._figures.values()))
+
+    def _told(self, values: Iterable[float]) -> StepReport:
+        found: dict[str, dict[int, float]] = {"losses": {}, "cosines": {}}
+        for (name, stage), value in zip(self._figures, values, strict=True):
+            found[name][stage] = value
+        losses, cosines = found["losses"], found["cosines"]
+        return dataclasses.replace(self._step, losses=losses, cosines=cosines)
 
 
 class _DeviceTiming(Timing):
-    """A step on its way through a GPU's queue, and its losses on their way to the host.
+    """A step on its way through a GPU's queue, and its figures on their way to the host.
 
     Its time begins where the step before ended, if that was later than its own beginning: stages
     that overlap begin a step before the last one has ended.
@@ -88,16 +96,16 @@ class _DeviceTiming(Timing):
     def __init__(
         self,
         step: StepReport,
-        losses: Mapping[int, Tensor],
+        figures: Figures,
         stalls: Stalls,
         began: torch.cuda.Event,
         before: torch.cuda.Event | None,
     ) -> None:
         # Held until they have passed, so that no stream reuses their memory too early.
-        super().__init__(step, losses)
+        super().__init__(step, figures)
         self._values = (
-            torch.stack(list(losses.values())).to("cpu", non_blocking=True)
-            if losses
+            torch.stack(list(figures.values())).to("cpu", non_blocking=True)
+            if figures
             else torch.empty(0)
         )
         self._stalls, self._began, self._before = stalls, began, before
@@ -110,8 +118,7 @@ class _DeviceTiming(Timing):
         self.ended.synchronize()
         starts = [self._began] if self._before is None else [self._began, self._before]
         return dataclasses.replace(
-            self._step,
-            losses=dict(zip(self._losses, self._values.tolist(), strict=True)),
+            self._told(self._values.tolist()),
             seconds=min(_seconds(start, self.ended) for start in starts),
             waited_recv=sum(_seconds(*span) for span in self._stalls.received),
             waited_send=sum(_seconds(*span) for span in self._stalls.sent),
@@ -139,16 +146,14 @@ class Stopwatch:
         stalls.take()
         self._began = _now() if self._device.type == "cuda" else None
 
-    def end(
-        self, step: StepReport, losses: Mapping[int, Tensor], stalls: Stalls
-    ) -> Timing:
+    def end(self, step: StepReport, figures: Figures, stalls: Stalls) -> Timing:
         """A step is done, or queued in the current stream; its host's seconds stand in ``step``.
 
         On a GPU, waits until no more than the steps allowed are ahead of it.
         """
         if self._began is None:
-            return Timing(step, losses)
-        timing = _DeviceTiming(step, losses, stalls.take(), self._began, self._ended)
+            return Timing(step, figures)
+        timing = _DeviceTiming(step, figures, stalls.take(), self._began, self._ended)
         self._ended = timing.ended
         self._queued.append(timing.ended)
         if len(self._queued) > self._ahead:

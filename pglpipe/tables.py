@@ -10,7 +10,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from pglpipe.display import clock, layers_of, percent, worker_of
+from pglpipe.display import clock, layers_of, number, percent, worker_of
 from pglpipe.memory import as_text
 from pglpipe.metrics import Summary
 from pglpipe.plan import KINDS, Plan
@@ -60,17 +60,20 @@ def show_exits(plan: Plan, summary: Summary, folder: Path | None = None) -> None
         "exit",
         "after",
         "test accuracy",
+        "gradient cosine",
         "worker",
         "waiting",
         "peak memory",
         box=SIMPLE_HEAD,
     )
-    for row, accuracy in zip(plan.rows, summary.exit_accuracy, strict=True):
+    exits = zip(plan.rows, summary.exit_accuracy, summary.gradient_cosine, strict=True)
+    for row, accuracy, cosine in exits:
         worker = summary.workers[worker_of(plan, row.index)]
         table.add_row(
             str(row.index),
             row.last,
             percent(accuracy),
+            number(cosine),
             str(worker["rank"]),
             percent(1 - worker["busy_fraction"]),
             f"{worker['peak_memory_bytes'] / _MIB:.0f} MiB",
@@ -80,7 +83,7 @@ def show_exits(plan: Plan, summary: Summary, folder: Path | None = None) -> None
     if summary.steps:
         console.print(_memory(plan, summary.workers), _settings(plan))
         console.print(
-            f"{summary.steps} steps, {summary.global_steps} of them global, at "
+            f"{summary.steps} steps, {summary.global_steps} of them guided, at "
             f"{summary.samples_per_second:.0f} samples/s; {clock(summary.wall_seconds)} in all"
         )
     if folder:

@@ -1,11 +1,5 @@
 """The Python interface: a chain of layers in, a trained ordinary network out.
 
-The same script runs as one process and under torchrun::
-
-    trainer = pglpipe.Trainer(layers, num_stages=4, loss=nn.CrossEntropyLoss(), optimizer=...)
-    trainer.fit(train_loader, epochs=10, evaluate=test_loader)
-    trainer.export("model.pt")
-
 Every method is called by all workers alike. Worker 0 reads the data and drives the
 pipeline through its coordinator; the others follow the commands until ``Stop``. Whatever
 is measured or counted on worker 0 (the size of a batch, the cut by time) is shared with the
@@ -16,7 +10,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -26,16 +19,18 @@ from pglpipe import device as devices
 from pglpipe import state
 from pglpipe.blueprint import Blueprint
 from pglpipe.checks import check_choice, check_numbers, check_together
-from pglpipe.coordinator import Coordinator, Loader, Observer, Span
+from pglpipe.coordinator import Loader, Span
 from pglpipe.errors import ConfigError
 from pglpipe.guidance import Guidance
+from pglpipe.guided import Guided, LocalWeight
 from pglpipe.learning import PRECISIONS, Learning, OptimizerFactory
 from pglpipe.learning_rate import LearningRate, constant
 from pglpipe.loaders import largest_batch, span_of
-from pglpipe.losses import Loss
+from pglpipe.losses import LocalLoss, Loss, Supervised
 from pglpipe.memory import MemorySettings
-from pglpipe.metrics import EvaluationRecord, StepRecord, Summary
+from pglpipe.metrics import Summary
 from pglpipe.models import as_layers
+from pglpipe.observers import Observer, Observers
 from pglpipe.overlap import check_device
 from pglpipe.plan import Plan
 from pglpipe.session import Session
@@ -54,8 +49,14 @@ class Trainer:
         loss: the true loss, ``(outputs, targets) -> scalar``, a mean over the batch.
         optimizer: makes a stage's optimizer from its parameters.
         head: the stages' auxiliary heads: a name, or ``shape of one activation -> module``.
-        local_loss: the loss of the heads' outputs; the true loss if None.
-        guidance: when steps are global.
+        local_loss: what stages with a head minimize: a loss of the head's outputs and the targets,
+            or a :class:`~pglpipe.losses.LocalLoss`; the true loss if None.
+        local_weight: of that loss, over the run and the depth.
+        guidance: when steps are guided by the true loss, and how far its gradient gets.
+        guided: what a stage does in such a step.
+        compare_every: global steps from one to the next in which every stage compares its own
+            gradient with the true one, beginning with the first; 0 for none.
+        refresh_every: steps from one renewal of the layers that heads borrow to the next.
         learning_rate: ``(step, total_steps) -> factor`` on the optimizer's learning rates.
         balance: where to cut: ``flops``, ``params``, ``memory``, ``time``, ``published``, or the
             numbers of layers, ``"2,3,3"``.
@@ -66,7 +67,8 @@ class Trainer:
         memory_budget: bytes that any worker may keep for backward; what is needed of
             ``recompute``, and of more microbatches, is then chosen. None for no limit.
         timetable: the order of a global step's microbatches, ``1f1b`` or ``gpipe``.
-        clip_norm: largest gradient norm: of a stage in local steps, of the network in global ones.
+        clip_norm: largest gradient norm: of the network in global steps, whose heads are clipped alone;
+            of a stage in all others.
         transport: what several workers talk over: ``p2p`` (which ``auto`` picks), or ``rpc``.
         queue_depth: messages that may wait at either end of an edge.
         edge_dtype: the format of activations between stages: ``same``, ``bf16``, ``fp8``, ``int8``.
@@ -96,8 +98,12 @@ class Trainer:
         loss: Loss,
         optimizer: OptimizerFactory,
         head: str | Callable[[tuple[int, ...]], nn.Module] = "0c1f",
-        local_loss: Loss | None = None,
+        local_loss: Loss | LocalLoss | None = None,
+        local_weight: LocalWeight = LocalWeight(),
         guidance: Guidance = Guidance(),
+        guided: Guided = Guided(),
+        compare_every: int = 0,
+        refresh_every: int = 20,
         learning_rate: LearningRate = constant,
         balance: str = "flops",
         microbatches: int = 1,
@@ -129,9 +135,33 @@ class Trainer:
         check_choice("edge-dtype", edge_dtype, WIRE_FORMATS)
         check_choice("precision", precision, PRECISIONS)
         check_choice("transport", transport, TRANSPORTS)
-        check_together(memory, memory_budget is not None, compile, overlap_stages)
         on_device = devices.pick(device, world.local_rank)
-        losses = _on(on_device, loss), _on(on_device, local_loss or loss)
+        if overlap_stages:
+            check_device(on_device)
+        learning = Learning(
+            loss=_on(on_device, loss),
+            local_loss=_local(on_device, local_loss or loss),
+            optimizer=optimizer,
+            learning_rate=learning_rate,
+            clip_norm=clip_norm,
+            seed=seed,
+            bf16=precision == "bf16",
+            compile=compile,
+            guided=guided,
+            local_weight=local_weight,
+            retains=compare_every > 0 or guidance.reach == "window",
+        )
+        budgeted = memory_budget is not None
+        check_together(
+            memory,
+            budgeted,
+            compile,
+            overlap_stages,
+            guidance,
+            guided,
+            local_weight,
+            learning.local_loss,
+        )
         blueprint = Blueprint(
             layers=as_layers(layers),
             num_stages=num_stages,
@@ -139,46 +169,22 @@ class Trainer:
             balance=balance,
             model=model,
             timetable=TIMETABLES[timetable],
-            clips=math.isfinite(clip_norm),
             transport=transport,
             queue_depth=queue_depth,
             edge_timeout=edge_timeout,
             device=on_device,
             weights=weights,
-            losses=losses,
-            kinds=guidance.kinds,
+            learning=learning,
+            guidance=guidance,
             memory=memory,
             memory_budget=memory_budget,
             edge_dtype=edge_dtype,
             overlap_stages=overlap_stages,
-            bf16=precision == "bf16",
-            foretells=not compile,
+            compare_every=compare_every,
+            refresh_every=refresh_every,
         )
-        if overlap_stages:
-            check_device(blueprint.device)
-        self._learning = Learning(
-            loss=losses[0],
-            local_loss=losses[1],
-            optimizer=optimizer,
-            learning_rate=learning_rate,
-            clip_norm=clip_norm,
-            seed=seed,
-            bf16=precision == "bf16",
-            compile=compile,
-        )
-        self._session = Session(
-            world,
-            blueprint,
-            partial(
-                Coordinator,
-                num_stages=num_stages,
-                guidance=guidance,
-                microbatches=microbatches,
-                observer=observer or _Silent(),
-                device=blueprint.device,
-                timeout=edge_timeout,
-            ),
-        )
+        self._session = Session(world, blueprint, observer or Observers())
+        self._guidance = guidance
         self._fitted = False
 
     # -- what a user calls, on every worker alike -------------------------------------
@@ -222,9 +228,11 @@ class Trainer:
                 "expected one call of fit, got a second; make a new Trainer"
             )
         self.prepare(train, *([] if evaluate is None else [evaluate]))
-        length, total_steps = self._session.agree(lambda: span_of(train, epochs, steps))
+        length, total_steps = self._session.agree(
+            lambda: span_of(train, epochs, steps, self._guidance)
+        )
         span = Span(length, total_steps, evaluate_every)
-        self._session.build(self._learning).set_total_steps(total_steps)
+        self._session.build().set_total_steps(total_steps)
         self._fitted = True
         return self._session.drive(
             lambda coordinator: coordinator.fit(train, span, evaluate)
@@ -233,7 +241,7 @@ class Trainer:
     def evaluate(self, test: Loader) -> Summary:
         """Evaluates every exit on ``test``; trains nothing."""
         self._session.plan(lambda: largest_batch([test]), trains=False)
-        self._session.build(self._learning, trains=False)
+        self._session.build(trains=False)
         return self._session.drive(lambda coordinator: coordinator.evaluate(test))
 
     def export(self, path: str | Path) -> None:
@@ -273,16 +281,14 @@ class Trainer:
         self._session.close()
 
 
-class _Silent:
-    """The observer of those who did not bring one."""
-
-    def on_step(self, record: StepRecord) -> None:
-        """Nothing to say."""
-
-    def on_evaluation(self, record: EvaluationRecord) -> None:
-        """Nothing to say."""
-
-
 def _on(device: torch.device, loss: Loss) -> Loss:
     """The loss, with the weights that it may have on the device."""
     return loss.to(device) if isinstance(loss, nn.Module) else loss
+
+
+def _local(device: torch.device, loss: Loss | LocalLoss) -> LocalLoss:
+    """What stages with a head minimize."""
+    local = loss if isinstance(loss, LocalLoss) else Supervised(loss)
+    for module in local.modules():
+        module.to(device)
+    return local

@@ -21,7 +21,9 @@ int8   1               256 even steps from each sample's least value to its larg
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -32,6 +34,32 @@ _FP8 = torch.float8_e4m3fn
 _STEPS = 255  # between the 256 codes of int8, which are kept as uint8
 
 
+class Packet(NamedTuple):
+    """What stands behind a command that has data.
+
+    Attributes:
+        codes: an activation ``[B, ...]`` as it travels.
+        targets: ``[B, ...]``.
+        image: the network's input ``[B, ...]``, where a local loss needs it.
+        scales: of the codes, where they have some.
+    """
+
+    codes: Tensor
+    targets: Tensor
+    image: Tensor | None = None
+    scales: Tensor | None = None
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """Those that there are, in the order in which they travel."""
+        return tuple(tensor for tensor in self if tensor is not None)
+
+    def then(self, packed: Sequence[Tensor]) -> Packet:
+        """The same batch one stage further down; ``packed`` is what :meth:`Wire.pack` gave."""
+        scales = packed[1] if len(packed) > 1 else None
+        return self._replace(codes=packed[0], scales=scales)
+
+
 @dataclass(frozen=True)
 class Wire:
     """The format of the activations between stages.
@@ -39,10 +67,26 @@ class Wire:
     Attributes:
         format: one of ``WIRE_FORMATS``.
         dtype: of the activations where they are computed with.
+        images: whether the network's input travels with what is learned from.
     """
 
     format: str = "same"
     dtype: torch.dtype = torch.float32
+    images: bool = False
+
+    def packet(self, tensors: Sequence[Tensor], *, learns: bool = True) -> Packet:
+        """The tensors of a message, by name.
+
+        Args:
+            learns: whether there will be a local loss of this batch.
+        """
+        codes, targets, *others = tensors
+        image = others.pop(0) if self.images and learns else None
+        return Packet(codes, targets, image, others[0] if others else None)
+
+    def open(self, packet: Packet) -> Tensor:
+        """The activation ``[B, ...]`` of a packet, rounded if it was packed."""
+        return self.unpack(packet.codes, packet.scales)
 
     def pack(self, x: Tensor, *, ends: bool = False) -> tuple[Tensor, ...]:
         """What travels for an activation ``[B, ...]``: codes of its shape, and perhaps scales.
@@ -81,11 +125,6 @@ class Wire:
     def rounded(self, x: Tensor) -> Tensor:
         """What the next stage makes of ``x``, whoever hosts it."""
         return self.unpack(*self.pack(x))
-
-
-def beside(targets: Tensor, packed: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """The tensors of a message: codes, targets, scales if there are any."""
-    return packed[0], targets, *packed[1:]
 
 
 def _not_zero(scale: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ The whole control flow of training stands here, one line per command::
 
     inbox ─▶ command ─▶ local step     forward, send on, local loss, backward, update
                         global step    the worker's row of the timetable, then update
+                        window step    the same, with gradients of several losses
                         evaluate       count what every exit gets right
                         collect        hand the weights up
                         stop
@@ -16,11 +17,11 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import replace
 
-import torch
 from torch import Tensor
 
+from pglpipe.collecting import Collecting
 from pglpipe.commands import (
     Collect,
     Command,
@@ -30,49 +31,26 @@ from pglpipe.commands import (
     LocalStep,
     Message,
     Report,
-    State,
+    StaleStep,
     StepReport,
     Stop,
+    TrainStep,
+    WindowStep,
 )
+from pglpipe.duty import Duty
 from pglpipe.errors import ProtocolError
 from pglpipe.global_pass import GlobalPass
+from pglpipe.local_steps import local_pass
 from pglpipe.overlap import Overlap, lanes_on
+from pglpipe.refresh import Refresh, Sorted
 from pglpipe.reporter import Reporter
 from pglpipe.saved_bytes import SavedBytes
 from pglpipe.stage import Stage
-from pglpipe.state import StateLayout, digests, flatten, pieces
-from pglpipe.stopwatch import Stopwatch
-from pglpipe.timetable import Row, Timetable
+from pglpipe.state import digests
+from pglpipe.stopwatch import Figures, Stopwatch
+from pglpipe.timetable import Row
 from pglpipe.transport import Links
-from pglpipe.wire import Wire, beside
-
-
-@dataclass(frozen=True)
-class Duty:
-    """What a worker is told once, before the first command.
-
-    Attributes:
-        rank, size: its number and how many workers there are.
-        timetable: ``(num_workers, num_microbatches) -> Timetable``.
-        clips: whether global steps clip the norm of the whole network's gradient.
-        layouts: the weights of every stage of the network, to relay those of others.
-        piece_bytes: the most bytes of weights in one message up.
-        device: where its stages are.
-        wire: the format of the activations between stages.
-        overlaps: whether its stages take local steps side by side.
-        recompute: whether global steps run the stages' bodies again instead of keeping graphs.
-    """
-
-    rank: int
-    size: int
-    timetable: Callable[[int, int], Timetable]
-    clips: bool
-    layouts: Sequence[StateLayout]
-    piece_bytes: int
-    device: torch.device
-    wire: Wire = Wire()
-    overlaps: bool = False
-    recompute: bool = False
+from pglpipe.window_pass import WindowPass
 
 
 class Worker:
@@ -81,18 +59,23 @@ class Worker:
     def __init__(
         self, duty: Duty, stages: Sequence[Stage], post: Callable[[Report], None]
     ) -> None:
-        self.collected: dict[int, Tensor] = {}
         self.doing: Command | None = None
         self._duty = duty
         self._stages = stages
         self._reporter = Reporter(duty.rank, duty.device, post, self._idle_bytes)
         self._stopwatch = Stopwatch(duty.device, len(stages) if duty.overlaps else 1)
         self._saved = {kind: _saved_bytes(stages) for kind in ("local", "global")}
+        self._counted: set[type[TrainStep]] = set()
         self._training: bool | None = None
+        self._first_stale: int | None = None
         self._overlap: Overlap | None = None
         if duty.overlaps:
             lanes = lanes_on(duty.device, len(stages))
             self._overlap = Overlap(stages, lanes, duty.wire)
+        num_stages = len(duty.layouts)
+        self._collecting = Collecting(duty, stages)
+        self._refresh = Refresh(stages, duty.loans)
+        self._local_pass = local_pass(duty, stages)
         self._global_pass = GlobalPass(
             stages,
             self._row,
@@ -101,9 +84,24 @@ class Worker:
             wire=duty.wire,
             recompute=duty.recompute,
         )
+        self._window_pass = WindowPass(
+            stages,
+            self._row,
+            window=duty.window,
+            num_stages=num_stages,
+            wire=duty.wire,
+            recompute=duty.recompute,
+        )
+
+    @property
+    def collected(self) -> dict[int, Tensor]:
+        """The weights that were handed up, by stage: uint8 ``[bytes]``; on the first worker."""
+        return self._collecting.collected
 
     def run(self, links: Links) -> None:
         """Obeys until told to stop."""
+        if links.gradients_in is not None:
+            links = replace(links, gradients_in=Sorted(links.gradients_in))
         self._links = links
         # A step lasts from the end of the command before it, so that all of them, telling
         # about them included, add up to the time on the wall.
@@ -113,39 +111,39 @@ class Worker:
             self.doing = None
             message = links.inbox.get()
             self.doing = message.command
-            losses = self._obey(message)
+            figures = self._obey(message)
             began, ended = ended, time.perf_counter()
             before, waited = waited, self._waits()
             match message.command:
-                case LocalStep() | GlobalStep() as step:
+                case LocalStep() | StaleStep() | GlobalStep() | WindowStep() as step:
                     samples = _samples(step, message.tensors)
                     report = _step_report(step, samples, ended - began, before, waited)
                     with self._overlap.joined() if self._overlap else nullcontext():
-                        timing = self._stopwatch.end(report, losses, links.stalls)
+                        timing = self._stopwatch.end(report, figures, links.stalls)
                     self._reporter.stepped(timing)
                 case Stop():
                     return
 
-    def _obey(self, message: Message) -> dict[int, Tensor]:
-        """Does one command; returns the losses by stage, none where nothing was learned."""
+    def _obey(self, message: Message) -> Figures:
+        """Does one command; returns what came of it, nothing where nothing was learned."""
         command, tensors = message
         if not isinstance(command, LocalStep):
             self._drain()
+        if isinstance(command, (GlobalStep, WindowStep, Stop)):
+            self._local_pass.forget(self._links)
         match command:
-            case LocalStep():
+            case LocalStep() | StaleStep() | GlobalStep() | WindowStep():
                 self._train(True)
-                return self._local_step(command, *tensors)
-            case GlobalStep():
-                self._train(True)
-                with self._counting("global"):
-                    return self._global_pass.run(command, self._links)
+                figures = self._step(command, tensors)
+                self._refresh.after(command.step, self._links)
+                return figures
             case Evaluate():
                 self._train(False)
-                self._evaluate(command, *tensors)
+                self._evaluate(command, tensors)
             case Conclude():
                 self._conclude(command)
             case Collect():
-                self._collect(command)
+                self._collecting.run(command, self._links)
             case Stop():
                 self._stop(command)
             case _:
@@ -156,72 +154,44 @@ class Worker:
 
     # -- training ---------------------------------------------------------------------
 
+    def _step(self, command: TrainStep, tensors: tuple[Tensor, ...]) -> Figures:
+        if isinstance(command, (LocalStep, StaleStep)):
+            return self._local_step(command, tensors)
+        whole = isinstance(command, GlobalStep)
+        run = self._global_pass.run if whole else self._window_pass.run
+        with self._counting("global", command):
+            return run(command, self._links)
+
     def _local_step(
-        self, command: LocalStep, x: Tensor, targets: Tensor, *scales: Tensor
-    ) -> dict[int, Tensor]:
-        tensors = (x, targets, *scales)
+        self, command: LocalStep | StaleStep, tensors: tuple[Tensor, ...]
+    ) -> Figures:
         if self._overlap and self._overlap.takes(tensors):
             put = self._links.outbox.put
             return self._overlap.step(
                 command.step, tensors, lambda output: put(Message(command, output))
             )
         self._drain()
-        losses = {}
-        wire, packed = self._duty.wire, (x, *scales)
-        with self._counting("local"):
-            for stage in self._stages:
-                x = stage.forward(wire.unpack(*packed), targets, command.step)
-                packed = wire.pack(x, ends=stage.is_last)
-                if stage is self._stages[-1]:
-                    # Before its own backward: the next worker need not wait for that.
-                    self._links.outbox.put(Message(command, beside(targets, packed)))
-                losses[stage.index] = stage.learn(command.step)
-        return losses
+        with self._counting("local", command, self._first_gradients_rise(command)):
+            packet = self._duty.wire.packet(tensors)
+            return self._local_pass.run(command, packet, self._links)
 
     # -- evaluation and weights -------------------------------------------------------
 
-    def _evaluate(
-        self, command: Evaluate, x: Tensor, targets: Tensor, *scales: Tensor
-    ) -> None:
-        wire, packed = self._duty.wire, (x, *scales)
+    def _evaluate(self, command: Evaluate, tensors: tuple[Tensor, ...]) -> None:
+        wire = self._duty.wire
+        packet = wire.packet(tensors, learns=False)
         for stage in self._stages:
-            x = stage.evaluate(wire.unpack(*packed), targets)
-            packed = wire.pack(x, ends=stage.is_last)
-        self._links.outbox.put(Message(command, beside(targets, packed)))
+            y = stage.evaluate(wire.open(packet), packet.targets)
+            packet = packet.then(wire.pack(y, ends=stage.is_last))
+        self._links.outbox.put(Message(command, packet.tensors))
 
     def _conclude(self, command: Conclude) -> None:
         self._links.outbox.put(Message(command))
         exits = {stage.index: stage.conclude() for stage in self._stages}
         self._reporter.evaluated(command.step, command.epoch, exits)
 
-    def _collect(self, command: Collect) -> None:
-        """Hands up the weights of the stages here, then those from further down."""
-        self._links.outbox.put(Message(command))
-        for stage in self._stages:
-            for offset, piece in pieces(
-                flatten(stage.tensors()), self._duty.piece_bytes
-            ):
-                self._hand_up(State(stage.index, offset), piece)
-        below = self._duty.layouts[self._stages[-1].index + 1 :]
-        remaining = sum(layout.nbytes for layout in below)
-        while remaining and self._links.gradients_in is not None:
-            state, (piece,) = self._links.gradients_in.get()
-            if not isinstance(state, State):
-                raise ProtocolError(f"expected a piece of the weights, got {state}")
-            self._hand_up(state, piece.cpu())
-            remaining -= len(piece)
-
-    def _hand_up(self, state: State, piece: Tensor) -> None:
-        if self._duty.rank > 0:
-            self._links.gradients_out.put(Message(state, (piece,)))
-            return
-        size = self._duty.layouts[state.stage].nbytes
-        whole = self.collected.setdefault(
-            state.stage, torch.empty(size, dtype=torch.uint8)
-        )
-        whole[state.offset : state.offset + len(piece)] = piece
-
     def _stop(self, command: Stop) -> None:
+        self._refresh.forget(self._links)
         self._links.outbox.put(Message(command))
         peaks = {kind: saved.peak for kind, saved in self._saved.items()}
         if self._overlap:
@@ -262,22 +232,37 @@ class Worker:
             links.outbox.waited + links.gradients_out.waited,
         )
 
-    def _counting(self, kind: str) -> AbstractContextManager[object]:
-        """Counts the bytes saved for backward in the first step of each kind.
+    def _counting(
+        self, kind: str, command: TrainStep, more: bool = False
+    ) -> AbstractContextManager[object]:
+        """Counts the bytes saved for backward in the first step of each command.
 
-        No later batch is larger, and the hooks that count are not free.
+        No later batch is larger, and the hooks that count are not free; ``more`` says that a
+        later step may keep more all the same.
         """
-        saved = self._saved[kind]
-        return nullcontext() if saved.peak else saved
+        known = type(command) in self._counted
+        self._counted.add(type(command))
+        return nullcontext() if known and not more else self._saved[kind]
+
+    def _first_gradients_rise(self, command: LocalStep | StaleStep) -> bool:
+        """Whether the first stale gradient is under way, and with it the most inputs wait."""
+        if self._first_stale is None and isinstance(command, StaleStep):
+            self._first_stale = command.step
+        if self._first_stale is None:
+            return False
+        way = self._duty.delay * (len(self._duty.layouts) - 1)
+        return command.step <= self._first_stale + way
 
 
-def _samples(command: LocalStep | GlobalStep, tensors: tuple[Tensor, ...]) -> int:
-    """The size of a step's batch; a global step's images come later."""
-    return command.samples if isinstance(command, GlobalStep) else len(tensors[1])
+def _samples(command: TrainStep, tensors: tuple[Tensor, ...]) -> int:
+    """The size of a step's batch; where it is cut into microbatches, its images come later."""
+    if isinstance(command, (GlobalStep, WindowStep)):
+        return command.samples
+    return len(tensors[1])
 
 
 def _step_report(
-    command: LocalStep | GlobalStep,
+    command: TrainStep,
     samples: int,
     seconds: float,
     before: tuple[float, float],
@@ -287,7 +272,7 @@ def _step_report(
     return StepReport(
         step=command.step,
         epoch=command.epoch,
-        kind="local" if isinstance(command, LocalStep) else "global",
+        kind=type(command).__name__.removesuffix("Step").lower(),
         samples=samples,
         losses={},
         seconds=seconds,

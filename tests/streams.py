@@ -17,8 +17,10 @@ from worlds import sgd
 
 from pglpipe.lanes import Lanes, Signal
 from pglpipe.learning import Learning
+from pglpipe.losses import Supervised
 from pglpipe.overlap import Overlap
 from pglpipe.stage import Stage
+from pglpipe.stopwatch import Figures
 from pglpipe.wire import Wire
 
 Work = Callable[[], None]
@@ -125,7 +127,7 @@ def stages(
     torch.manual_seed(0)
     learning = Learning(
         loss=nn.CrossEntropyLoss(),
-        local_loss=nn.CrossEntropyLoss(),
+        local_loss=Supervised(nn.CrossEntropyLoss()),
         optimizer=sgd,
         learning_rate=lambda step, total: 1 / (1 + step),
         clip_norm=clip_norm,
@@ -156,17 +158,17 @@ def equal(some: list[Tensor], others: list[Tensor]) -> bool:
     return len(some) == len(others) and all(map(torch.equal, some, others))
 
 
-Result = tuple[list[Tensor], list[dict[int, Tensor]], list[Tensor]]
+Result = tuple[list[Tensor], list[Figures], list[Tensor]]
 
 
 def one_after_another(batches: list[tuple[Tensor, Tensor]], **options: Any) -> Result:
     """Weights, losses by step and what the last stage sent on."""
     made, losses, sent = stages(**options), [], []
     for step, (x, targets) in enumerate(batches):
-        found = {}
+        found: dict[tuple[str, int], Tensor] = {}
         for stage in made:
             x = stage.forward(x, targets, step)
-            found[stage.index] = stage.learn(step)
+            found["losses", stage.index] = stage.learn(step)
         losses.append(found)
         sent.append(x)
     return tensors(made), losses, sent

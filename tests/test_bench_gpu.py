@@ -22,7 +22,7 @@ def test_resnet50_is_the_published_network() -> None:
     name = "benchmarks.resnet50:resnet50"
     layers = build(name, image_shape=(3, 224, 224), num_classes=1000)
     sample = torch.empty(2, 3, 224, 224, device="meta")
-    costs, _ = analyse(layers, sample, lambda shape: torch.nn.Flatten())
+    costs, _ = analyse(layers, sample, lambda *_: torch.nn.Flatten())
     assert len(layers) == 18
     assert sum(cost.parameters for cost in costs) == 25_557_032
     # He et al. give 3.8 G for the stride in the first convolution; in the 3x3 one it is more.
@@ -60,7 +60,7 @@ def test_every_row_of_pglpipe_has_its_stages_and_guidance() -> None:
         "end to end, CUDA graphs": True,
     }
     guided = gpu_row.PIPELINES["PGL 10 %, overlapped"][1]
-    assert sum(guided.is_global(step, 0) for step in range(60)) == 6
+    assert sum(guided.kind(step, 0) == "global" for step in range(60)) == 6
 
 
 def test_without_a_gpu_it_says_so_in_one_line(

@@ -10,7 +10,7 @@ from torch import nn
 from worlds import on_every_rank, sgd
 
 from pglpipe import NEVER, Trainer
-from pglpipe.config import resolve
+from pglpipe.config_file import resolve
 from pglpipe.errors import DataError
 from pglpipe.seeding import seeded
 from pglpipe.transport import World

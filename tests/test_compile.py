@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from commands import draw_images, module, run, small_run, summary_of, torchrun
 from safetensors.torch import load_file
+from worlds import image_batches, small_resnet, trainer
+
+from pglpipe import ALWAYS, Guidance
+from pglpipe.guided import Guided
+from pglpipe.transport import World
 
 pytestmark = [
     pytest.mark.slow,
@@ -60,3 +66,30 @@ def test_stages_of_other_sizes_in_one_process_change_no_bit(tmp_path: Path) -> N
         run(command, cwd=tmp_path, timeout=400).check()
         digests.add(summary_of(tmp_path / name)["parameters_sha256"])
     assert len(digests) == 1
+
+
+# PyTorch warns of what it does itself.
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"guidance": Guidance(period=1, reach="window", window=2)},
+        {"guidance": ALWAYS, "guided": Guided(local_weight=0.5)},
+        {"guidance": ALWAYS, "compare_every": 1},
+    ],
+    ids=["window", "mixed", "compared"],
+)
+def test_a_compiled_stage_tells_the_gradients_of_several_losses_apart(
+    options: dict[str, Any],
+) -> None:
+    found = []
+    for compile in (False, True):
+        made = trainer(
+            World(), small_resnet("resnet8"), compile=compile, head="0c1f", **options
+        )
+        made.fit(image_batches(8, 8), epochs=1)
+        body, _ = made.weights()
+        made.close()
+        found.append(torch.cat([w.double().flatten() for w in body.values()]))
+    eager, compiled = found
+    assert torch.allclose(eager, compiled, rtol=1e-3, atol=1e-4)

@@ -12,7 +12,8 @@ import pytest
 from commands import call
 
 from pglpipe import run
-from pglpipe.config import DEFAULT_EPOCHS, RunConfig, read, resolve
+from pglpipe.config import DEFAULT_EPOCHS, RunConfig
+from pglpipe.config_file import read, resolve
 from pglpipe.errors import ConfigError
 
 FIELDS = {field.name: field for field in dataclasses.fields(RunConfig)}
@@ -30,12 +31,28 @@ VALUES: dict[str, tuple[Any, Any]] = {
     "width": (4, 6),
     "stages": (2, 3),
     "balance": ("memory", "2,3"),
-    "head": ("0c1f", "1c2f"),
-    "local_loss": ("ce", "ce"),
+    "head": ("auglocal-2", "mlp-sr"),
+    "local_loss": ("predsim", "infopro"),
+    "refresh_every": (5, 1),
+    "infopro_lambdas": ("5,0.05,0.2,0.5", "1,2,3,4e-1"),
+    "local_weight_end": (0.5, 0.0),
+    "local_weight_deepest": (0.25, 2.0),
     "guidance_period": (5, 7),
     "guidance_duration": (2, 0),
     "guidance_warmup": (1, 2),
+    "guidance_warmup_kind": ("global", "local"),
+    "guidance_final": (3, 0),
     "guidance_unit": ("epoch", "step"),
+    "guidance_reach": ("window", "stale"),
+    "guidance_window": (3, 4),
+    "guidance_delay": (2, 0),
+    "guided_weight": (0.5, 2.0),
+    "guided_local_weight": (0.5, 0.25),
+    "guided_heads": ("trained", "frozen"),
+    "guided_optimizer": ("separate", "reset"),
+    "guided_lr_scale": (0.5, 2.0),
+    "guided_shrink": (0.5, 0.25),
+    "compare_every": (3, 0),
     "microbatches": (2, 4),
     "timetable": ("gpipe", "1f1b"),
     "recompute": (True, False),
@@ -51,6 +68,8 @@ VALUES: dict[str, tuple[Any, Any]] = {
     "weight_decay": (0.25, 0.0),
     "lr_schedule": ("constant", "cosine"),
     "warmup_epochs": (1.5, 2.0),
+    "final_lr": (0.5, 0.1),
+    "final_warmup_epochs": (0.5, 1.0),
     "clip_norm": (1.0, 2.0),
     "seed": (3, 4),
     "device": ("cpu", "auto"),
@@ -66,10 +85,22 @@ VALUES: dict[str, tuple[Any, Any]] = {
     "quiet": (True, False),
 }
 
+# What a value of a field makes no sense without.
+BESIDE: dict[str, dict[str, Any]] = {
+    "final_lr": {"guidance_final": 3},
+    "final_warmup_epochs": {"guidance_final": 3, "final_lr": 0.5},
+    "guided_shrink": {"guidance_reach": "stale"},
+    "infopro_lambdas": {"local_loss": "infopro"},
+}
+
 # What the command line promises; the rest of RunConfig is for free.
 PROMISED = """
     dataset data-root download train-limit test-limit model stages balance head local-loss
-    guidance-period guidance-duration guidance-warmup guidance-unit microbatches timetable
+    infopro-lambdas local-weight-end local-weight-deepest
+    guidance-period guidance-duration guidance-warmup guidance-warmup-kind guidance-final
+    guidance-unit guidance-reach guidance-window guidance-delay
+    guided-weight guided-local-weight guided-heads guided-optimizer guided-lr-scale guided-shrink
+    compare-every final-lr final-warmup-epochs microbatches timetable
     recompute local-microbatches memory-budget
     epochs steps batch-size lr momentum weight-decay lr-schedule warmup-epochs seed device
     precision compile overlap-stages transport queue-depth edge-dtype run-dir quiet
@@ -121,8 +152,8 @@ def option(name: str, value: Any) -> list[str]:
 
 
 def with_value(name: str, value: Any) -> RunConfig:
-    """The defaults with one value changed."""
-    return RunConfig(**{name: value})
+    """The defaults with one value changed, and what makes no sense without it."""
+    return RunConfig(**BESIDE.get(name, {}), **{name: value})
 
 
 def test_this_file_knows_every_field() -> None:
@@ -139,9 +170,11 @@ def test_the_command_line_beats_the_file_and_the_file_the_default(
     in_file, given = VALUES[name]
     lines = with_value(name, in_file).to_toml().splitlines()
     path = toml(next(line for line in lines if line.startswith(f"{name} = ")))
+    words = [word for pair in BESIDE.get(name, {}).items() for word in option(*pair)]
+    words += ["--config", str(path)]
     assert getattr(train(), name) == resolved_default(name)
-    assert getattr(train("--config", str(path)), name) == in_file
-    assert getattr(train("--config", str(path), *option(name, given)), name) == given
+    assert getattr(train(*words), name) == in_file
+    assert getattr(train(*words, *option(name, given)), name) == given
 
 
 def resolved_default(name: str) -> Any:
@@ -228,7 +261,8 @@ def test_a_value_of_the_wrong_type_is_refused_by_its_option(name: str) -> None:
 @pytest.mark.parametrize("name", [n for n in FIELDS if kind_of(n) in (int, float)])
 def test_every_number_has_a_least_value_and_below_it_is_refused(name: str) -> None:
     least = kind_of(name)(FIELDS[name].metadata["at_least"])
-    assert getattr(RunConfig(nesterov=False, **{name: least}), name) == least
+    beside = BESIDE.get(name, {})
+    assert getattr(RunConfig(nesterov=False, **beside, **{name: least}), name) == least
     with pytest.raises(ConfigError, match=f"--{dashed(name)} of at least {least:g}"):
         with_value(name, least - 1)
 

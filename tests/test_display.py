@@ -26,7 +26,7 @@ PLAN = Plan(
     stages_of=[range(0, 2), range(2, 3)],
     activations=[],
     layouts=[],
-    head=lambda shape: nn.Identity(),
+    head=lambda shape, position: nn.Identity(),
 )
 STEP = StepRecord(
     step=4,
@@ -37,6 +37,7 @@ STEP = StepRecord(
     samples_per_second=640.0,
     waited_fraction=[0.0, 0.5],
     memory_bytes=[3 * 2**20, 5 * 2**20],
+    cosines=[None, None, None],
 )
 EVALUATION = EvaluationRecord(
     step=10, epoch=1, losses=[1.0, 0.5, 0.2], accuracies=[0.25, 0.5, 1.0]

@@ -2,18 +2,29 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 from typing import Any
 
 import pytest
 
 from pglpipe.errors import ConfigError
-from pglpipe.guidance import ALWAYS, NEVER, Guidance
+from pglpipe.guidance import ALWAYS, NEVER, REACHES, Guidance
 
 
-def drawn(guidance: Guidance, steps: int, steps_per_epoch: int = 3) -> str:
-    return "".join(
-        "LG"[guidance.is_global(step, step // steps_per_epoch)] for step in range(steps)
-    )
+def drawn(
+    guidance: Guidance,
+    steps: int,
+    steps_per_epoch: int = 3,
+    *,
+    ends: bool = True,
+) -> str:
+    """The kinds of a run's steps; of an endless one if it does not end."""
+    total = (steps, -(-steps // steps_per_epoch)) if ends else (math.inf, math.inf)
+    kinds = [
+        guidance.kind(step, step // steps_per_epoch, *total) for step in range(steps)
+    ]
+    return "".join(kind[0].upper() for kind in kinds)
 
 
 @pytest.mark.parametrize(
@@ -28,6 +39,30 @@ def drawn(guidance: Guidance, steps: int, steps_per_epoch: int = 3) -> str:
         (Guidance(period=3, duration=2, warmup=1, unit="epoch"), "LLLGGGGGGLLL"),
         (NEVER, "LLLLLLLLLLLL"),
         (ALWAYS, "GGGGGGGGGGGG"),
+        # a warm-up end to end
+        (Guidance(period=4, warmup=3, warmup_kind="global"), "GGGGLLLGLLLG"),
+        (
+            Guidance(period=2, duration=0, warmup=2, warmup_kind="global"),
+            "GGLLLLLLLLLL",
+        ),
+        (
+            Guidance(period=2, warmup=1, warmup_kind="global", unit="epoch"),
+            "GGGGGGLLLGGG",
+        ),
+        # a final phase end to end
+        (Guidance(period=5, duration=0, final=4), "LLLLLLLLGGGG"),
+        (Guidance(period=4, warmup=1, final=2), "LGLLLGLLLGGG"),
+        (Guidance(period=9, duration=0, final=1, unit="epoch"), "LLLLLLLLLGGG"),
+        (Guidance(period=9, duration=0, final=99), "GGGGGGGGGGGG"),
+        # it outlasts the warm-up that it meets
+        (Guidance(period=5, duration=0, warmup=10, final=6), "LLLLLLGGGGGG"),
+        # other reaches
+        (Guidance(period=4, duration=2, reach="window"), "WWLLWWLLWWLL"),
+        (Guidance(period=3, warmup=2, reach="stale", final=3), "LLSLLSLLSGGG"),
+        (
+            Guidance(period=3, warmup=2, reach="window", warmup_kind="global"),
+            "GGWLLWLLWLLW",
+        ),
     ],
 )
 def test_guidance_is_the_line_it_is_drawn_as(guidance: Guidance, expected: str) -> None:
@@ -50,6 +85,39 @@ def test_after_the_warm_up_every_period_has_as_many_global_units_as_its_duration
                 assert line[warmup:] == window * 4
 
 
+def test_the_final_phase_replaces_the_end_of_the_line_and_nothing_before_it() -> None:
+    for reach, unit, final in itertools.product(REACHES, ("step", "epoch"), range(5)):
+        options: dict[str, Any] = dict(period=3, warmup=2, reach=reach, unit=unit)
+        without = drawn(Guidance(**options), 12)
+        last = final if unit == "step" else 3 * final
+        line = drawn(Guidance(**options, final=final), 12)
+        assert line == without[: 12 - last] + "G" * last
+
+
+def test_a_run_that_does_not_say_how_long_it_is_has_no_final_phase() -> None:
+    assert drawn(Guidance(period=2, final=5), 12, ends=False) == "GL" * 6
+
+
+def test_the_kinds_are_those_of_the_steps_that_a_long_run_has() -> None:
+    settings = itertools.product(
+        REACHES, ("local", "global"), (0, 2), (0, 2), (1, 3), (0, 1, 3)
+    )
+    for reach, warmup_kind, warmup, final, period, duration in settings:
+        if duration <= period:
+            guidance = Guidance(
+                period=period,
+                duration=duration,
+                warmup=warmup,
+                warmup_kind=warmup_kind,
+                final=final,
+                reach=reach,
+            )
+            seen = set(drawn(guidance, 20))
+            # The gradients of stale steps rise in local ones, and are local ones themselves.
+            seen |= {"L"} if "S" in seen else set()
+            assert {kind[0].upper() for kind in guidance.kinds} == seen, guidance
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [
@@ -57,7 +125,12 @@ def test_after_the_warm_up_every_period_has_as_many_global_units_as_its_duration
         ({"period": 3, "duration": 4}, "from 0 (never) to the period 3"),
         ({"duration": -1}, "got -1"),
         ({"warmup": -1}, "warm-up of at least 0, got -1"),
+        ({"final": -1}, "final phase of at least 0, got -1"),
+        ({"window": 0}, "window of at least 1, got 0"),
+        ({"delay": -1}, "delay of at least 0, got -1"),
         ({"unit": "epochs"}, "did you mean 'epoch'"),
+        ({"reach": "windows"}, "did you mean 'window'"),
+        ({"warmup_kind": "globl"}, "did you mean 'global'"),
     ],
 )
 def test_what_is_out_of_range_is_refused_on_one_line(

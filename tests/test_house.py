@@ -114,12 +114,12 @@ def test_clean_leaves_nothing_that_a_verb_made(make: Make, checkout: Path) -> No
     before = set(checkout.iterdir())
     make("test")
     (checkout / "pglpipe" / "__pycache__").mkdir(parents=True)
-    for name in ("demo", "bench", "slow-links", "soak", "transports", "guidance"):
+    for name in ("demo", "bench", "slow-links", "soak", "transports", "accuracy"):
         (checkout / "runs" / name).mkdir(parents=True)
     make("clean")
     assert set(checkout.iterdir()) - before == {checkout / "pglpipe", checkout / "runs"}
     # What takes hours and goes on where it stopped stays.
-    assert [run.name for run in (checkout / "runs").iterdir()] == ["guidance"]
+    assert [run.name for run in (checkout / "runs").iterdir()] == ["accuracy"]
     assert not any((checkout / "pglpipe").iterdir())
 
 

@@ -122,6 +122,7 @@ def summary_of(finals: list[FinalReport], evaluation: EvaluationRecord | None) -
         steps=10,
         global_steps=1,
         wall_seconds=60.0,
+        cosines=[0.5, None],
     )
 
 

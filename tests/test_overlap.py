@@ -48,7 +48,9 @@ def test_lanes_that_race_change_no_bit(threads: Threads, clip_norm: float) -> No
     assert threads.errors == [] and threads.recorded == [2] * STAGES
     assert equal(got[0], expected[0]) and equal(got[2], expected[2])
     for some, others in zip(got[1], expected[1], strict=True):
-        assert some == others and sorted(some) == list(range(STAGES))
+        assert some == others and sorted(some) == [
+            ("losses", index) for index in range(STAGES)
+        ]
 
 
 def test_stages_learn_different_batches_at_the_same_time(threads: Threads) -> None:
@@ -58,10 +60,10 @@ def test_stages_learn_different_batches_at_the_same_time(threads: Threads) -> No
 
     def meet(lanes: Lanes, timeout: float) -> None:
         class Watched(Stage):
-            def update(self, step: int) -> None:
+            def update(self, step: int, *, guided: bool = False) -> None:
                 if (together := step + self.index) in range(STAGES - 1, steps):
                     meetings[together].wait(timeout)
-                super().update(step)
+                super().update(step, guided=guided)
 
         made = stages()
         for stage in made:

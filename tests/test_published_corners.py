@@ -57,7 +57,7 @@ def reference(
         for x, targets in BATCHES:
             for optimizer in optimizers:
                 optimizer.zero_grad()
-            crossing = guidance.is_global(len(losses), epoch)
+            crossing = guidance.kind(len(losses), epoch) == "global"
             row: list[float | None] = []
             for body, head in zip(bodies, heads, strict=True):
                 y = body(x)

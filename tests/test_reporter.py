@@ -41,7 +41,9 @@ def finish(reporter: Reporter) -> None:
 def test_steps_are_posted_together_and_none_is_lost() -> None:
     reporter, posted = made()
     for number in range(4):
-        reporter.stepped(Timing(step(number), {6: torch.tensor(number + 0.5)}))
+        reporter.stepped(
+            Timing(step(number), {("losses", 6): torch.tensor(number + 0.5)})
+        )
     assert posted == []
     exits = {6: ExitCount(4, 2, 1.0)}
     reporter.evaluated(4, 0, exits)
@@ -84,7 +86,7 @@ def test_the_last_words_are_complete() -> None:
 def test_a_loss_is_read_only_when_it_is_reported() -> None:
     reporter, posted = made()
     loss = torch.tensor(1.0)
-    reporter.stepped(Timing(step(0), {0: loss}))
+    reporter.stepped(Timing(step(0), {("losses", 0): loss}))
     loss.fill_(2.0)
     finish(reporter)
     assert isinstance(posted[0], TrainReport)

@@ -17,7 +17,7 @@ from pglpipe import state
 
 SUMMARY_KEYS = """
     config versions num_stages num_workers steps global_steps wall_seconds train_seconds
-    samples_per_second step_seconds test_loss test_accuracy exit_accuracy workers
+    samples_per_second step_seconds test_loss test_accuracy exit_accuracy gradient_cosine workers
     parameters_sha256
 """.split()
 WORKER_KEYS = """
@@ -25,7 +25,7 @@ WORKER_KEYS = """
     peak_activation_bytes bytes_sent_forward bytes_sent_backward predicted_activation_bytes
 """.split()
 TRAIN_KEYS = """
-    event step epoch kind samples loss samples_per_second waited_fraction memory_bytes
+    event step epoch kind samples loss cosine samples_per_second waited_fraction memory_bytes
 """.split()
 EVALUATION_KEYS = "event step epoch loss accuracy".split()
 
@@ -101,7 +101,10 @@ def test_every_step_is_a_line_with_a_loss_of_every_stage_that_took_one(
     assert kinds(finished) == "GLLLGLLLG"
     for line in lines:
         known = [loss is not None for loss in line["loss"]]
-        assert known == [line["kind"] == "local"] * 2 + [True]
+        # The first global step asks the heads, to compare gradients.
+        compares = line["step"] == 0
+        assert known == [line["kind"] == "local" or compares] * 2 + [True]
+        assert [c is not None for c in line["cosine"]] == [compares] * 2 + [False]
         assert all(loss > 0 for loss in line["loss"] if loss is not None)
         assert line["samples_per_second"] > 0
 

@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 
 from pglpipe import EvaluationRecord, StepRecord, Summary
-from pglpipe.config import RunConfig, resolve
+from pglpipe.config import RunConfig
+from pglpipe.config_file import resolve
 from pglpipe.errors import ConfigError
 from pglpipe.run_directory import RunDirectory, default_path, versions
 
@@ -26,6 +27,7 @@ STEP = StepRecord(
     samples_per_second=100.0,
     waited_fraction=[0.0, 0.25],
     memory_bytes=[10, 20],
+    cosines=[0.25, None],
 )
 EVALUATION = EvaluationRecord(
     step=4, epoch=1, losses=[1.0, 0.5], accuracies=[0.5, None]
@@ -42,6 +44,7 @@ SUMMARY = Summary(
     test_loss=0.5,
     test_accuracy=0.75,
     exit_accuracy=[0.5, 0.75],
+    gradient_cosine=[0.25, None],
     workers=[{"rank": 0, "stages": [0, 1], "busy_fraction": 1.0}],
     parameters_sha256="0" * 64,
 )
@@ -82,6 +85,7 @@ def test_a_step_is_a_line_as_soon_as_it_is_complete(folder: RunDirectory) -> Non
             "kind": "local",
             "samples": 16,
             "loss": [1.5, None],
+            "cosine": [0.25, None],
             "samples_per_second": 100.0,
             "waited_fraction": [0.0, 0.25],
             "memory_bytes": [10, 20],

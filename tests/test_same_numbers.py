@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 import random
 import time
-from collections.abc import Callable
 from functools import cache
 from typing import Any
 
@@ -20,6 +19,7 @@ from worlds import (
     Trained,
     image_batches,
     on_every_rank,
+    plan_quickly,
     same,
     small_resnet,
     train,
@@ -30,7 +30,6 @@ from pglpipe import ALWAYS, NEVER, Guidance
 from pglpipe.data.batches import Batches
 from pglpipe.data.image_set import ImageSet, Recipe
 from pglpipe.layer import Layer
-from pglpipe.partition import activations, analyse
 from pglpipe.transport import World
 from pglpipe.wire import WIRE_FORMATS
 
@@ -42,24 +41,7 @@ RECIPE = Recipe(mean=(0.5,) * 3, std=(0.25,) * 3, padding=2, flip=True)
 @pytest.fixture(autouse=True)
 def analysed_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Spares the many runs the costs of the same layers, which take longer than the training."""
-    monkeypatch.setattr("pglpipe.plan.analyse", remembered(analyse))
-    monkeypatch.setattr("pglpipe.plan.activations", remembered(activations))
-
-
-MEMORY: dict[object, Any] = {}
-
-
-def remembered(compute: Callable[..., Any]) -> Callable[..., Any]:
-    """The same function for layers, a batch and a head, told apart by their names and shapes."""
-
-    def look_up(layers: list[Layer], sample: Tensor, *head: Any) -> Any:
-        names = tuple(layer.name for layer in layers)
-        key = (compute.__name__, names, sample.shape)
-        if key not in MEMORY:
-            MEMORY[key] = compute(layers, sample, *head)
-        return MEMORY[key]
-
-    return look_up
+    plan_quickly(monkeypatch)
 
 
 def batches(*, train: bool) -> Batches:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from pglpipe.commands import ExitCount
 from pglpipe.errors import ConfigError
 from pglpipe.learning import Learning
+from pglpipe.losses import Supervised
 from pglpipe.saved_bytes import SavedBytes
 from pglpipe.stage import Stage
 
@@ -21,7 +22,7 @@ X, TARGETS = torch.randn(6, 4), torch.tensor([0, 1, 2, 0, 1, 2])
 def learning(**changes: Any) -> Learning:
     defaults: dict[str, Any] = dict(
         loss=nn.CrossEntropyLoss(),
-        local_loss=nn.CrossEntropyLoss(),
+        local_loss=Supervised(nn.CrossEntropyLoss()),
         optimizer=lambda params: torch.optim.SGD(params, lr=0.5),
         learning_rate=lambda step, total_steps: 1.0,
         clip_norm=math.inf,
@@ -69,8 +70,8 @@ def test_the_gradient_that_comes_back_is_that_of_the_input() -> None:
     made, gradient = stage(body), torch.randn(6, 3)
     made.zero_grad()
     made.forward(X, TARGETS, step=0, crossing=True)
-    returned = made.backward(gradient)
-    assert returned is not None
+    returned, loss = made.crossing.backward(gradient)
+    assert returned is not None and loss is None
     assert torch.equal(returned, gradient @ body.weight)
     assert torch.equal(made.gradient_norms(), torch.stack([p.grad.norm() for p in body.parameters()]))  # type: ignore[union-attr]
 
@@ -83,7 +84,7 @@ def test_a_global_step_leaves_the_head_as_it_is() -> None:
     after_local = snapshot(made)
     made.zero_grad()
     made.forward(X, TARGETS, step=1, crossing=True)
-    made.backward(torch.randn(6, 3))
+    made.crossing.backward(torch.randn(6, 3))
     made.update(step=1)
     after_global = snapshot(made)
     assert not torch.equal(before[2], after_local[2])
@@ -96,8 +97,9 @@ def test_microbatches_come_back_in_the_order_in_which_they_went() -> None:
     made = stage(nn.Linear(4, 3), last=True)
     parts = [(X[:4], TARGETS[:4]), (X[4:], TARGETS[4:])]
     for index, (x, targets) in enumerate(parts):
-        made.forward(x, targets, 0, microbatch=index, crossing=True)
-    losses = [made.backward_from_loss(samples=6) for _ in parts]
+        share = len(x) / 6
+        made.forward(x, targets, 0, microbatch=index, share=share, crossing=True)
+    losses = [made.crossing.backward_from_loss() for _ in parts]
     assert [len(gradient) for gradient, _ in losses if gradient is not None] == [4, 2]
     whole = nn.functional.cross_entropy(made.body(X), TARGETS)
     assert float(sum(loss for _, loss in losses)) == pytest.approx(whole.item())
@@ -106,7 +108,7 @@ def test_microbatches_come_back_in_the_order_in_which_they_went() -> None:
 def test_the_first_stage_has_no_gradient_to_give() -> None:
     made = stage(nn.Linear(4, 3), index=0)
     made.forward(X, TARGETS, step=0, crossing=True)
-    assert made.backward(torch.randn(6, 3)) is None
+    assert made.crossing.backward(torch.randn(6, 3)) == (None, None)
 
 
 def test_an_input_that_nothing_depends_on_has_gradient_zero() -> None:
@@ -120,7 +122,7 @@ def test_an_input_that_nothing_depends_on_has_gradient_zero() -> None:
 
     made = stage(Deaf())
     made.forward(X, TARGETS, step=0, crossing=True)
-    gradient = made.backward(torch.ones(6, 3))
+    gradient, _ = made.crossing.backward(torch.ones(6, 3))
     assert gradient is not None and torch.equal(gradient, torch.zeros(6, 4))
 
 
@@ -129,7 +131,7 @@ def test_a_body_that_begins_in_place_leaves_its_input_alone(crossing: bool) -> N
     body = nn.Sequential(nn.Sequential(nn.ReLU(inplace=True)), nn.Linear(4, 3))
     made, x = stage(body), X.clone()
     made.forward(x, TARGETS, step=0, crossing=crossing)
-    made.backward(torch.ones(6, 3)) if crossing else made.learn(step=0)
+    made.crossing.backward(torch.ones(6, 3)) if crossing else made.learn(step=0)
     assert torch.equal(x, X)
 
 
@@ -196,7 +198,7 @@ def test_a_stage_without_parameters_learns_nothing_and_fails_nowhere() -> None:
     made = Stage(1, nn.Tanh(), None, learning())
     made.zero_grad()
     made.forward(X, TARGETS, step=0, crossing=True)
-    gradient, loss = made.backward_from_loss(samples=6)
+    gradient, loss = made.crossing.backward_from_loss()
     made.clip(torch.tensor(1.0))
     made.update(step=0)
     assert gradient is not None and gradient.shape == X.shape and loss > 0
@@ -270,13 +272,14 @@ def test_a_recomputed_stage_ends_with_the_same_bits(last: bool) -> None:
         for step in range(2):
             made.zero_grad()
             for part, x in enumerate(X.clone().split(3)):
-                options = dict(microbatch=part, crossing=True, recompute=recompute)
-                seen.append(made.forward(x, TARGETS[:3], step, **options))
+                options = dict(share=0.5, crossing=True, recompute=recompute)
+                y = made.forward(x, TARGETS[:3], step, microbatch=part, **options)
+                seen.append(y)
             for _ in range(2):
-                gradient = (
-                    made.backward_from_loss(samples=6)[0]
+                gradient, _ = (
+                    made.crossing.backward_from_loss()
                     if last
-                    else made.backward(torch.ones(3, 3))
+                    else made.crossing.backward(torch.ones(3, 3))
                 )
                 assert gradient is not None
                 seen.append(gradient)
@@ -294,7 +297,7 @@ def test_batchnorm_hears_of_a_recomputed_batch_once_and_of_the_next_ones_too() -
     made = stage(nn.Sequential(norm, silent, nn.Linear(4, 3)))
     for step in range(3):
         made.forward(X, TARGETS, step, crossing=True, recompute=True)
-        made.backward(torch.ones(6, 3))
+        made.crossing.backward(torch.ones(6, 3))
     assert norm.num_batches_tracked is not None
     assert int(norm.num_batches_tracked) == 3
     assert (norm.track_running_stats, silent.track_running_stats) == (True, False)
@@ -309,7 +312,7 @@ def test_a_recomputed_stage_keeps_its_input_until_its_backward_has_come() -> Non
             )
         waiting = saved.peak
         for _ in range(3):
-            made.backward(torch.ones(6, 3))
+            made.crossing.backward(torch.ones(6, 3))
     assert waiting == 3 * X.nbytes + TARGETS.nbytes
     assert saved.peak == waiting + 6 * 50 * 4 + 6 * 3 * 4, "hidden layer and output"
 

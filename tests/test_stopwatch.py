@@ -57,7 +57,7 @@ def test_on_the_cpu_the_hosts_seconds_stand() -> None:
     timer.begin(stalls)
     with stalling(CPU, stalls.received):
         pass
-    timing = timer.end(step(), {3: torch.tensor(0.5)}, stalls)
+    timing = timer.end(step(), {("losses", 3): torch.tensor(0.5)}, stalls)
     assert timing.has_passed() and stalls == Stalls()
     read = timing.read()
     assert (read.seconds, read.waited_recv, read.losses) == (0.001, 0.0005, {3: 0.5})
@@ -72,7 +72,7 @@ def test_on_a_gpu_step_and_waits_are_the_queues(gpu: Queue) -> None:
         gpu.queued += 5.0
         with stalling(CUDA, stalls.sent):
             gpu.queued += 1.0
-        timing = timer.end(step(number), {1: torch.tensor(0.25)}, stalls)
+        timing = timer.end(step(number), {("losses", 1): torch.tensor(0.25)}, stalls)
         assert not timing.has_passed()
         gpu.done = gpu.queued
         assert timing.has_passed()
@@ -104,7 +104,9 @@ def test_what_has_not_passed_is_reported_later_and_in_order(
         timer.begin(Stalls())
         gpu.queued += 1.0
         gpu.done = max(0.0, gpu.queued - 2.0)  # the queue is two steps long
-        reporter.stepped(timer.end(step(number), {0: torch.ones(())}, Stalls()))
+        reporter.stepped(
+            timer.end(step(number), {("losses", 0): torch.ones(())}, Stalls())
+        )
     reporter.evaluated(4, 0, {})
     steps = [r.steps for r in posted if isinstance(r, TrainReport)]
     assert [[s.step for s in some] for some in steps] == [[0], [1], [2, 3]]

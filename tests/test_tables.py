@@ -25,7 +25,7 @@ PLAN = Plan(
     stages_of=[range(0, 2), range(2, 3)],
     activations=[],
     layouts=[],
-    head=lambda shape: nn.Identity(),
+    head=lambda shape, position: nn.Identity(),
     memory=MemorySettings(recompute=True, microbatches=8),
     predicted=[{"local": 2**21, "global": 2**11}, {"local": 2**20, "global": 0}],
 )
@@ -41,6 +41,7 @@ SUMMARY = Summary(
     test_loss=0.5,
     test_accuracy=1.0,
     exit_accuracy=[None, 0.5, 1.0],
+    gradient_cosine=[None, 0.25, None],
     workers=[
         {
             "rank": 0,
@@ -96,10 +97,10 @@ def test_the_end_shows_every_exit_and_what_it_took(
 ) -> None:
     tables.show_exits(PLAN, SUMMARY, Path("runs/one"))
     text = printed(capsys)
-    assert "0 block1 – 0 12.5 % 3 MiB" in text
-    assert "1 block2 50.0 % 0 12.5 % 3 MiB" in text
-    assert "2 classifier 100.0 % 1 0.0 % 5 MiB" in text
-    assert "20 steps, 4 of them global, at 321 samples/s; 1:15 in all" in text
+    assert "0 block1 – – 0 12.5 % 3 MiB" in text
+    assert "1 block2 50.0 % 0.250 0 12.5 % 3 MiB" in text
+    assert "2 classifier 100.0 % – 1 0.0 % 5 MiB" in text
+    assert "20 steps, 4 of them guided, at 321 samples/s; 1:15 in all" in text
     assert "written to runs/one" in text
 
 

@@ -28,13 +28,15 @@ from pglpipe.commands import (
     Stop,
     TrainReport,
 )
+from pglpipe.duty import Duty
 from pglpipe.errors import ProtocolError
 from pglpipe.learning import Learning
+from pglpipe.losses import Supervised
 from pglpipe.stage import Stage
 from pglpipe.state import StateLayout, flatten
 from pglpipe.timetable import one_forward_one_backward
 from pglpipe.transport import Links
-from pglpipe.worker import Duty, Worker
+from pglpipe.worker import Worker
 
 BATCH = (torch.randn(4, 3), torch.tensor([0, 1, 0, 1]))
 
@@ -62,7 +64,7 @@ class Wire:
 def stage(index: int, *, last: bool, kind: type[Stage] = Stage) -> Stage:
     learning = Learning(
         loss=nn.CrossEntropyLoss(),
-        local_loss=nn.CrossEntropyLoss(),
+        local_loss=Supervised(nn.CrossEntropyLoss()),
         optimizer=lambda params: torch.optim.SGD(params, lr=0.1),
         learning_rate=lambda step, total: 1.0,
         clip_norm=math.inf,

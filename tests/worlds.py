@@ -11,6 +11,7 @@ stack of each of them instead of hanging it.
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 import threading
 import traceback
@@ -24,8 +25,10 @@ from torch import Tensor, nn
 from torch.distributed import HashStore
 
 from pglpipe import EvaluationRecord, StepRecord, Summary, Trainer
+from pglpipe.blueprint import Blueprint
 from pglpipe.layer import Layer
 from pglpipe.models import build
+from pglpipe.partition import activations, analyse
 from pglpipe.transport import World
 
 T = TypeVar("T")
@@ -198,6 +201,42 @@ def train(
     (summary, body, heads), *others = on_every_rank(size, work)
     assert all(other == (summary, {}, {}) for other in others)
     return Trained(summary, body, heads, records)
+
+
+# What was analysed, by its names and shapes.
+_analysed: dict[object, Any] = {}
+
+
+def plan_quickly(patch: pytest.MonkeyPatch, *, foretells: bool = True) -> None:
+    """Spares many small runs the plan, which takes longer than their training.
+
+    Args:
+        foretells: whether what is kept for backward is still worked out.
+    """
+    patch.setattr("pglpipe.plan.analyse", remembered(analyse))
+    patch.setattr("pglpipe.plan.activations", remembered(activations))
+    if not foretells:
+        patch.setattr("pglpipe.plan._foretold", nothing_foretold)
+
+
+def remembered(compute: Callable[..., Any]) -> Callable[..., Any]:
+    """The same function for layers, a batch and a head, told apart by their names and shapes."""
+
+    def look_up(layers: list[Layer], sample: Tensor, *head: Any) -> Any:
+        names = tuple(layer.name for layer in layers)
+        key = (compute.__name__, names, sample.shape, sample.dtype)
+        if key not in _analysed:
+            _analysed[key] = compute(layers, sample, *head)
+        return _analysed[key]
+
+    return look_up
+
+
+def nothing_foretold(
+    blueprint: Blueprint, sample: Any, skeletons: Any, stages_of: list[range], wire: Any
+) -> tuple[dict[str, Any], list[None]]:
+    """The settings as they were asked for."""
+    return dataclasses.asdict(blueprint.memory), [None] * len(stages_of)
 
 
 def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:

@@ -6,6 +6,7 @@ A new head is a function ``Site -> nn.Module`` and one line in :data:`HEADS`.
 ``0c1f 0c2f 1c1f 1c2f 1c3f 2c2f``   X convolutions, Y fully connected layers (InfoPro)
 ``mlp mlp-sr cnn``                  of decoupled greedy learning (DGL)
 ``auglocal-D``                      D blocks like later ones, fewer towards the end (AugLocal)
+``man solo thin-D``                 with layers borrowed from later stages
 ==================================  ===========================================================
 """
 
@@ -19,11 +20,21 @@ from torch import nn
 
 from pglpipe.errors import ConfigError, nearest
 from pglpipe.heads.auglocal import auglocal_head
-from pglpipe.heads.conv import conv_head
+from pglpipe.heads.borrowed import Borrowed, borrowed, man_head, solo_head, thin_head
+from pglpipe.heads.conv import TOKEN_HEADS, conv_head
 from pglpipe.heads.dgl import cnn_head, mlp_head, mlp_sr_head
 from pglpipe.heads.site import Site
 
-__all__ = ["HEADS", "HEAD_NAMES", "HeadFunction", "Site", "build_head", "find_head"]
+__all__ = [
+    "Borrowed",
+    "HEADS",
+    "HEAD_NAMES",
+    "HeadFunction",
+    "Site",
+    "borrowed",
+    "build_head",
+    "find_head",
+]
 
 HeadFunction = Callable[[Site], nn.Module]
 
@@ -37,9 +48,16 @@ HEADS: dict[str, HeadFunction] = {
     "mlp": mlp_head,
     "mlp-sr": mlp_sr_head,
     "cnn": cnn_head,
+    "man": man_head,
+    "solo": solo_head,
+}
+# With a depth D in their names.
+DEEP: dict[str, Callable[..., nn.Module]] = {
+    "auglocal": auglocal_head,
+    "thin": thin_head,
 }
 
-HEAD_NAMES = (*sorted(HEADS), "auglocal-D")  # as shown to users; D is a depth
+HEAD_NAMES = (*sorted(HEADS), *(f"{name}-D" for name in DEEP))  # as shown to users
 
 
 def find_head(name: str) -> HeadFunction:
@@ -48,10 +66,11 @@ def find_head(name: str) -> HeadFunction:
     Raises:
         ConfigError: there is no such head.
     """
-    if match := re.fullmatch(r"auglocal-([1-9]\d*)", name):
-        return partial(auglocal_head, depth=int(match[1]))
+    match = re.fullmatch(r"([a-z]+)-([1-9]\d*)", name)
+    if match and match[1] in DEEP:
+        return partial(DEEP[match[1]], depth=int(match[2]))
     if name not in HEADS:
-        raise ConfigError(f"unknown head {name!r}: {nearest(name, HEAD_NAMES)}")
+        raise ConfigError(f"unknown --head {name!r}: {nearest(name, HEAD_NAMES)}")
     return HEADS[name]
 
 
@@ -59,7 +78,7 @@ def build_head(name: str, site: Site) -> nn.Module:
     """The head called ``name`` for one place in a network.
 
     Args:
-        name: a key of :data:`HEADS`, or ``auglocal-D`` with a depth D of 1 or more.
+        name: a key of :data:`HEADS`, or ``auglocal-3``, ``thin-2`` and the like.
         site: where it is put.
 
     Returns:
@@ -72,7 +91,12 @@ def build_head(name: str, site: Site) -> nn.Module:
     Linear(in_features=64, out_features=10, bias=True)
     """
     build = find_head(name)
-    if len(site.shape) not in (1, 3):
+    if len(site.shape) == 2 and name not in TOKEN_HEADS:
+        raise ConfigError(
+            f"head {name} expects activations (C, H, W) or (F,), got {tuple(site.shape)}; tokens "
+            f"(T, F) go to a head {' or '.join(TOKEN_HEADS)}, or to one of your own"
+        )
+    if len(site.shape) not in (1, 2, 3):
         raise ConfigError(
             f"head {name} expects activations (C, H, W) or (F,), got {tuple(site.shape)}; "
             "cut after another layer, or give a head of your own"

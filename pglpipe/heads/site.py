@@ -13,7 +13,7 @@ class Site:
     """A place in a network after which there is a head.
 
     Attributes:
-        shape: of one sample's activation, ``(C, H, W)`` or ``(F,)``.
+        shape: of one sample's activation, ``(C, H, W)``, ``(F,)``, or ``(T, F)`` for T tokens.
         num_outputs: how many outputs the head shall have.
         position: index of the layer before the cut.
         layers: the whole network; empty where the caller has none.

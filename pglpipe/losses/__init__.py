@@ -25,7 +25,12 @@ from pglpipe.errors import ConfigError, nearest
 from pglpipe.losses.base import Beside, LocalLoss, Loss, Shape, Supervised
 from pglpipe.losses.contrast import SupervisedContrast, contrast
 from pglpipe.losses.infopro import InfoPro
-from pglpipe.losses.lambdas import LAMBDAS, Lambdas, published_lambdas
+from pglpipe.losses.lambdas import (
+    LAMBDAS,
+    Lambdas,
+    as_lambdas,
+    published_lambdas,
+)
 from pglpipe.losses.predsim import PredSim, Similarity
 
 __all__ = [
@@ -42,6 +47,7 @@ __all__ = [
     "Similarity",
     "Supervised",
     "SupervisedContrast",
+    "as_lambdas",
     "build_loss",
     "contrast",
     "published_lambdas",

@@ -12,6 +12,7 @@ Letters: B samples, C channels, H and W the sides of an image or a map, F featur
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -103,6 +104,19 @@ class LocalLoss:
         """
         raise NotImplementedError
 
+    def modules(self) -> list[nn.Module]:
+        """What has weights of its own, to be where the activations are; empty for most."""
+        return []
+
+    def evaluate(self, output: Tensor, targets: Tensor) -> Tensor:
+        """What an evaluation reports of the head's output alone ``[B, N]``; a scalar.
+
+        Cross-entropy where the head classifies, else not a number.
+        """
+        if self.classifies:
+            return nn.functional.cross_entropy(output, targets)
+        return output.new_full((), math.nan)
+
 
 class Supervised(LocalLoss):
     """A loss of the head's output and the targets alone.
@@ -122,6 +136,12 @@ class Supervised(LocalLoss):
         place: float = 0.0,
     ) -> Tensor:
         return self.loss(said, targets)
+
+    def modules(self) -> list[nn.Module]:
+        return [self.loss] if isinstance(self.loss, nn.Module) else []
+
+    def evaluate(self, output: Tensor, targets: Tensor) -> Tensor:
+        return self.loss(output, targets)
 
 
 class Beside(nn.Module):

@@ -54,6 +54,9 @@ class InfoPro(LocalLoss):
         self.task = task
         self.classifies, self.compares = task.classifies, task.compares
 
+    def modules(self) -> list[nn.Module]:
+        return self.task.modules()
+
     def outputs(self, num_classes: int) -> int:
         return self.task.outputs(num_classes)
 

@@ -64,3 +64,22 @@ def published_lambdas(model: str, dataset: str, num_stages: int) -> Lambdas:
             f"stages, only for {known}; give --infopro-lambdas"
         )
     return lambdas
+
+
+def as_lambdas(text: str) -> Lambdas:
+    """Four weights as they are typed.
+
+    Raises:
+        ConfigError: the text is not four numbers.
+
+    >>> as_lambdas("5,0.05,0.2,0.5")
+    (5.0, 0.05, 0.2, 0.5)
+    """
+    try:
+        a, b, c, d = map(float, text.split(","))
+    except ValueError:
+        raise ConfigError(
+            "expected four numbers for --infopro-lambdas, such as 5,0.05,0.2,0.5, or published; "
+            f"got {text!r}"
+        ) from None
+    return a, b, c, d

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from pglpipe.errors import ConfigError
 from pglpipe.losses.base import Beside, LocalLoss, Shape, full_precision, widened
 from pglpipe.modules import prepared
 
@@ -71,6 +72,11 @@ def projection(shape: Shape) -> nn.Module:
     if len(shape) == 3:
         channels = shape[0]
         return prepared(nn.Conv2d(channels, channels, 3, padding=1, bias=False))
+    if len(shape) != 1:
+        raise ConfigError(
+            f"expected activations (C, H, W) or (F,) for a loss of similarity, got {tuple(shape)}; "
+            "choose --local-loss ce"
+        )
     return nn.Linear(shape[0], shape[0], bias=False)
 
 

@@ -6,6 +6,7 @@ import copy
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from itertools import chain
 
 import torch
@@ -13,9 +14,10 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from pglpipe.errors import PartitionError
-from pglpipe.losses import Loss
+from pglpipe.guided import place_of
+from pglpipe.losses import LocalLoss, Loss
 from pglpipe.memory.fit import MemorySettings
-from pglpipe.memory.weigh import StageBytes, global_peak, local_peak, weigh
+from pglpipe.memory.weigh import Criterion, StageBytes, global_peak, local_peak, weigh
 from pglpipe.timetable import Timetable
 
 
@@ -35,6 +37,7 @@ class Forecast:
         carry: what the next stage makes of an output.
         overlaps: whether a worker's stages take local steps side by side.
         autocast: the type of device whose choice of precision counts; None for none.
+        heads: whether guided steps run the heads.
 
     Raises:
         ForecastError: nothing can be foretold of these stages.
@@ -43,7 +46,7 @@ class Forecast:
     def __init__(
         self,
         stages: Sequence[tuple[nn.Module, nn.Module | None]],
-        losses: tuple[Loss, Loss],
+        losses: tuple[Loss, LocalLoss],
         x: Tensor,
         targets: Tensor,
         stages_of: Sequence[range],
@@ -51,12 +54,16 @@ class Forecast:
         carry: Callable[[Tensor], Tensor] = lambda output: output,
         overlaps: bool = False,
         autocast: str | None = None,
+        heads: bool = False,
     ) -> None:
-        # A loss that is a module may have weights, and those have to be where its inputs are.
-        self._losses = [
-            copy.deepcopy(loss).to("meta") if isinstance(loss, nn.Module) else loss
-            for loss in losses
-        ]
+        # A loss may have weights, and those have to be where its inputs are.
+        true, local = copy.deepcopy(losses)
+        own = [true] if isinstance(true, nn.Module) else []
+        self._movable = [*own, *local.modules()]
+        for loss in self._movable:
+            loss.to("meta")
+        self._true, self._local_loss = true, local
+        self._heads = heads
         self._stages = list(stages)
         self._batch = x, targets
         self._precision: Callable[[], AbstractContextManager[object]] = nullcontext
@@ -84,7 +91,7 @@ class Forecast:
             ForecastError: nothing can be foretold of these stages.
         """
         if kind == "local":
-            return self._local(settings.local_microbatches)
+            return self._locally(settings.local_microbatches)
         return self._global(settings.microbatches, settings.recompute)
 
     def _pretend(self, device: str) -> None:
@@ -101,7 +108,7 @@ class Forecast:
                 yield
 
         self._stages = copy.deepcopy(self._stages)
-        modules = [*chain.from_iterable(self._stages), *self._losses]
+        modules = [*chain.from_iterable(self._stages), *self._movable]
         with mode:
             for module in modules:
                 if isinstance(module, nn.Module):
@@ -110,7 +117,7 @@ class Forecast:
             self._batch = there(x), there(targets)
         self._precision = precision
 
-    def _local(self, microbatches: int) -> list[int]:
+    def _locally(self, microbatches: int) -> list[int]:
         whole = self._weigh(self.samples, crossing=False)
         part = self._weigh(-(-self.samples // microbatches), crossing=False)
         together = sum if self._overlaps else max
@@ -136,6 +143,7 @@ class Forecast:
                 [part[own.start : own.stop] for part in (weights if rank else views)],
                 recompute=recompute,
                 ends=rank == workers - 1,
+                heads=self._heads,
             )
             for rank, (row, own) in enumerate(
                 zip(self._timetable(workers, parts), self._stages_of, strict=True)
@@ -152,11 +160,16 @@ class Forecast:
     def _weighed(self, size: int, crossing: bool) -> Iterator[StageBytes]:
         x, targets = (t[:size].clone() for t in self._batch)
         copied = False
+        local, num_stages = self._local_loss, len(self._stages)
+        image = local.image(x) if local.needs_image else None
         for index, (body, head) in enumerate(self._stages):
             x.requires_grad_(crossing and index > 0 and x.is_floating_point())
-            loss = self._losses[0 if head is None else 1]
+            place = place_of(index, num_stages)
+            loss: Criterion = (
+                self._true if head is None else partial(local, image=image, place=place)
+            )
             try:
-                stage, output = weigh(body, head, loss, x, targets)
+                stage, output = weigh(body, head, loss, x, targets, image)
                 x = self._carry(output)
             except Exception as error:
                 reason = (

@@ -14,17 +14,20 @@ recomputation there is one stage's graph at a time. The counts are those of
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise, zip_longest
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from pglpipe.body import starts_in_place
-from pglpipe.losses import Loss
+from pglpipe.modules import starts_in_place
 from pglpipe.saved_bytes import SavedBytes
 from pglpipe.timetable import Action, Row
+
+# Of what a module put out and the targets.
+Criterion = Callable[[Any, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -38,6 +41,7 @@ class StageBytes:
         output: its output alone; 0 where that is its input's memory.
         exit: what the head and its loss keep beside all that; the true loss in the last stage.
         copied: whether its input is not the memory of what the stage before put out.
+        image: what its loss wants to see of the network's input.
     """
 
     input: int
@@ -46,38 +50,47 @@ class StageBytes:
     output: int
     exit: int
     copied: bool = False
+    image: int = 0
+
+    @property
+    def batch(self) -> int:
+        """What the worker has of a batch before its first stage has run."""
+        return self.input + self.targets + self.image
 
 
 def weigh(
     body: nn.Module,
     head: nn.Module | None,
-    loss: Loss,
+    loss: Criterion,
     x: Tensor,
     targets: Tensor,
+    image: Tensor | None = None,
 ) -> tuple[StageBytes, Tensor]:
     """What a stage keeps, and its output ``[B, ...]``, all of it on the meta device.
 
     Args:
         x: ``[B, ...]``; requires a gradient if one is to flow back to it.
         targets: ``[B, ...]``.
+        image: what the loss, which holds it, sees of the network's input.
 
     A loss that cannot be computed on the meta device is taken to keep as much as its argument has.
     """
     modules = [body] if head is None else [body, head]
     own = [t for m in modules for t in m.state_dict(keep_vars=True).values()]
-    with torch.enable_grad(), SavedBytes([*own, x, targets]) as saved:
+    seen = [] if image is None else [image]
+    with torch.enable_grad(), SavedBytes([*own, x, targets, *seen]) as saved:
         y = body(x.clone() if starts_in_place(body) else x)
         shares = y.untyped_storage()._cdata == x.untyped_storage()._cdata
         if not shares:
             saved.hold(y)
         graph = saved.peak
-        z = y
+        z: Any = y
         if head is not None:
             z = head(y.clone() if starts_in_place(head) else y)
         try:
             end = loss(z, targets)
         except Exception:
-            end = z.clone()
+            end = (z[0] if isinstance(z, tuple) else z).clone()
             saved.hold(end)
         exit = saved.peak - graph
     del end
@@ -88,6 +101,7 @@ def weigh(
             graph=graph,
             output=0 if shares else y.untyped_storage().nbytes(),
             exit=exit,
+            image=sum(tensor.untyped_storage().nbytes() for tensor in seen),
         ),
         y.detach(),
     )
@@ -100,11 +114,16 @@ def local_peak(whole: StageBytes, part: StageBytes) -> int:
         whole: what it would keep for the batch.
         part: for the largest of the parts that the batch is cut into.
     """
-    return whole.input + whole.targets + part.graph + part.exit
+    return whole.batch + part.graph + part.exit
 
 
 def global_peak(
-    row: Row, parts: Sequence[Sequence[StageBytes]], *, recompute: bool, ends: bool
+    row: Row,
+    parts: Sequence[Sequence[StageBytes]],
+    *,
+    recompute: bool,
+    ends: bool,
+    heads: bool = False,
 ) -> int:
     """The most that a worker keeps in a global step, beside the batch itself on the first worker.
 
@@ -114,6 +133,7 @@ def global_peak(
             input and targets are views of the batch, and 0 here.
         recompute: whether graphs are made again for the backward.
         ends: whether the worker holds the last stage, and with it the true loss.
+        heads: whether every stage's head and loss are run when its backward comes.
     """
     kept: dict[int, int] = {}
     peak = 0
@@ -125,7 +145,7 @@ def global_peak(
             peak = max(peak, sum(kept.values()))
             continue
         waiting = sum(kept.values()) - kept.pop(action.microbatch)
-        peak = max(peak, waiting + _backward(stages, recompute, ends))
+        peak = max(peak, waiting + _backward(stages, recompute, ends, heads))
     return peak
 
 
@@ -135,24 +155,28 @@ def _forward(stages: Sequence[StageBytes], recompute: bool, turns: bool) -> int:
     if recompute:
         return _inputs(stages) + (stages[-1].graph if turns else 0)
     copies = sum(stage.input for stage in others if stage.copied)
-    return first.input + first.targets + copies + sum(stage.graph for stage in stages)
+    return first.batch + copies + sum(stage.graph for stage in stages)
 
 
-def _backward(stages: Sequence[StageBytes], recompute: bool, ends: bool) -> int:
-    """The most that the backward of one microbatch has at a time."""
-    loss = stages[-1].exit if ends else 0
-    if not recompute:
-        return _forward(stages, False, True) + loss
+def _backward(
+    stages: Sequence[StageBytes], recompute: bool, ends: bool, heads: bool
+) -> int:
+    """The most that the backward of one microbatch has at a time: it frees the later stages first."""
+    last = len(stages) - 1
     return max(
-        _inputs(stages[: end + 1]) + stage.graph + (loss if stage is stages[-1] else 0)
+        (
+            _inputs(stages[: end + 1]) + stage.graph
+            if recompute
+            else _forward(stages[: end + 1], False, True)
+        )
+        + (stage.exit if heads or (ends and end == last) else 0)
         for end, stage in enumerate(stages)
     )
 
 
 def _inputs(stages: Sequence[StageBytes]) -> int:
     """The input of each stage, each storage once."""
-    first = stages[0].input + stages[0].targets
-    return first + sum(
+    return stages[0].batch + sum(
         stage.input if stage.copied else before.output
         for before, stage in pairwise(stages)
     )

@@ -16,10 +16,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from pglpipe.errors import PartitionError
+from pglpipe.errors import PartitionError, UserError
 from pglpipe.layer import Layer
 
-HeadBuilder = Callable[[tuple[int, ...]], nn.Module]
+# From the shape of one sample's activation, and the number of the layer that it comes from.
+HeadBuilder = Callable[[tuple[int, ...], int], nn.Module]
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,8 @@ def analyse(layers: Sequence[Layer], sample: Tensor, head: HeadBuilder) -> Costs
         x, cost = _analyse(layer, x, saved)
         layer_costs.append(cost)
         if index < len(layers) - 1:
-            _, cost = _analyse(head_layer(layer, head, x), x, saved.copy())
+            exit_layer = head_layer(layer, head, x, index)
+            _, cost = _analyse(exit_layer, x, saved.copy(), is_head=True)
             head_costs.append(cost)
     return layer_costs, head_costs
 
@@ -96,10 +98,12 @@ def activations(layers: Sequence[Layer], sample: Tensor) -> list[Tensor]:
     return outputs
 
 
-def head_layer(layer: Layer, head: HeadBuilder, output: Tensor) -> Layer:
-    """The head after ``layer``, as a layer of the type of what the layer puts out."""
+def head_layer(layer: Layer, head: HeadBuilder, output: Tensor, index: int) -> Layer:
+    """The head after ``layer``, number ``index``, as a layer of the type of its output."""
     shape = tuple(output.shape[1:])
-    return Layer(f"head after {layer.name}", lambda: head(shape).to(output.dtype))
+    return Layer(
+        f"head after {layer.name}", lambda: head(shape, index).to(output.dtype)
+    )
 
 
 @dataclass
@@ -128,12 +132,16 @@ class _Saved:
             self.num_bytes += storage.nbytes()
 
 
-def _analyse(layer: Layer, x: Tensor, saved: _Saved) -> tuple[Tensor, LayerCost]:
+def _analyse(
+    layer: Layer, x: Tensor, saved: _Saved, *, is_head: bool = False
+) -> tuple[Tensor, LayerCost]:
     before, batch = saved.num_bytes, len(x)
     with _blaming(layer.name, f"cannot take a batch of shape {tuple(x.shape)}"):
         module = layer.skeleton().train()
         saved.ignore(module)
         output, flops = _forward(module, x, saved)
+    if is_head and isinstance(output, tuple):
+        output = output[0]  # what a local loss wants beside it is of no use to others
     output = _one_tensor(output, layer.name, batch)
     return output, LayerCost(
         name=layer.name,
@@ -161,6 +169,8 @@ def _blaming(name: str, what: str) -> Iterator[None]:
     """Turns whatever a user's layer raises into one line that names the layer."""
     try:
         yield
+    except UserError:
+        raise  # it says already what is wrong, and with what
     except Exception as error:
         reason = (str(error).splitlines() or [""])[0] or type(error).__name__
         raise PartitionError(

@@ -20,7 +20,8 @@ from pglpipe.layer import Layer
 from pglpipe.partition.cost import HeadBuilder, head_layer
 from pglpipe.partition.split import slices
 
-Loss = Callable[[Tensor, Tensor], Tensor]  # as in pglpipe.losses
+# Of what a module put out and the targets.
+Criterion = Callable[[Any, Tensor], Tensor]
 
 
 def check_draws_nothing(
@@ -28,7 +29,7 @@ def check_draws_nothing(
     sizes: Sequence[int],
     sample: tuple[Tensor, Tensor],
     head: HeadBuilder,
-    losses: tuple[Loss, Loss],
+    losses: tuple[Criterion, Criterion],
 ) -> None:
     """Raises ConfigError where a layer, the head of a stage or a loss draws random numbers.
 
@@ -46,23 +47,22 @@ def check_draws_nothing(
     for number, layer in enumerate(layers, start=1):
         x = _run(layer, x)
         if number in ends:
-            _lose(
-                "local loss", local_loss, _run(head_layer(layer, head, x), x), targets
-            )
+            said = _run(head_layer(layer, head, x, number - 1), x)
+            _lose("local loss", local_loss, said, targets)
     _lose("loss", loss, x, targets)
 
 
 @torch.no_grad()
-def _run(layer: Layer, x: Tensor) -> Tensor:
+def _run(layer: Layer, x: Tensor) -> Any:
     module = layer.skeleton().train()  # which draws its first weights
     with _Draws() as draws:  # type: ignore[no-untyped-call]
-        output: Tensor = module(x)
+        output = module(x)
     draws.refuse(layer.name)
     return output
 
 
 @torch.no_grad()
-def _lose(name: str, loss: Loss, output: Tensor, targets: Tensor) -> None:
+def _lose(name: str, loss: Criterion, output: Any, targets: Tensor) -> None:
     with _Draws() as draws, suppress(Exception):  # type: ignore[no-untyped-call]
         # Its weights may be on a GPU.
         on_meta = deepcopy(loss).to("meta") if isinstance(loss, nn.Module) else loss

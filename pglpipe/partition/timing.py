@@ -65,7 +65,7 @@ def measure(
             # All but the network's input carry a gradient.
             x = output.requires_grad_(output.is_floating_point())
             if index < len(head_costs):
-                exit_layer = head_layer(layer, head, x)
+                exit_layer = head_layer(layer, head, x, index)
                 _, timed = stopwatch.time(exit_layer, head_costs[index], x)
                 timed_heads.append(timed)
     return timed_layers, timed_heads
@@ -109,11 +109,11 @@ class _Stopwatch:
 
 
 def _step(module: nn.Module, x: Tensor) -> Tensor:
-    output = module(x.clone())  # the module may work in place
-    if output.requires_grad:
-        # Any gradient of this shape will do, and this one costs nothing.
-        output.backward(output.detach())
+    said = module(x.clone())  # the module may work in place
+    outputs: tuple[Tensor, ...] = said if isinstance(said, tuple) else (said,)
+    roots = [output for output in outputs if output.requires_grad]
+    # Any gradients of these shapes will do, and these cost nothing.
+    torch.autograd.backward(roots, [root.detach() for root in roots])
     module.zero_grad()
     x.grad = None
-    detached: Tensor = output.detach()
-    return detached
+    return outputs[0].detach()

@@ -2,7 +2,7 @@
 
 The header is a fixed row of whole numbers; nothing is ever unpickled::
 
-    magic version sequence command f0 f1 f2 f3 bytes tensors | dtype ndim shape x6 stride x6 | x3
+    magic version sequence command f0 … f4 bytes tensors | dtype ndim shape x6 stride x6 | x4
 
 The payload is one run of bytes in which every tensor starts at a multiple of 64, as
 PyTorch's own allocations do, and keeps its strides: a kernel meets the same memory layout
@@ -22,11 +22,11 @@ from pglpipe.commands import COMMANDS, Command, Message
 from pglpipe.errors import ProtocolError
 
 MAGIC = 0x70676C70697065  # "pglpipe"
-VERSION = 1
+VERSION = 2
 ALIGNMENT = 64  # bytes
 
-_MAX_FIELDS = 4
-_MAX_TENSORS = 3
+_MAX_FIELDS = 5
+_MAX_TENSORS = 4
 _MAX_DIMS = 6
 _FIXED = 6 + _MAX_FIELDS
 _PER_TENSOR = 2 + 2 * _MAX_DIMS

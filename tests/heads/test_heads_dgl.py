@@ -44,7 +44,7 @@ def test_heads_cost_what_the_published_study_says(name: str) -> None:
     layers, heads = analyse(
         study(),
         torch.empty(2, 3, 32, 32, device="meta"),
-        lambda shape: build_head(name, Site(shape, 10)),
+        lambda shape, _: build_head(name, Site(shape, 10)),
     )
     network = sum(cost.macs for cost in layers)
     five = sum(cost.macs for cost in heads[:5])
@@ -56,7 +56,7 @@ def test_a_head_mlp_sr_costs_111_percent_of_the_first_layer() -> None:
     layers, heads = analyse(
         study()[:2],
         torch.empty(2, 3, 32, 32, device="meta"),
-        lambda shape: build_head("mlp-sr", Site(shape, 10)),
+        lambda shape, _: build_head("mlp-sr", Site(shape, 10)),
     )
     assert round(100 * heads[0].macs / layers[0].macs) == 111
 

@@ -152,7 +152,7 @@ def test_decoders_at_the_published_cuts_cost_what_was_computed_from_the_papers(
     layers, decoders = analyse(
         build(model, image_shape=(3, 32, 32), num_classes=10),
         torch.empty(2, 3, 32, 32, device="meta"),
-        lambda shape: Decoder(shape[0], (3, 32, 32)),
+        lambda shape, _: Decoder(shape[0], (3, 32, 32)),
     )
     network = sum(cost.macs for cost in layers)
     for num_stages, percent in DECODERS[model].items():

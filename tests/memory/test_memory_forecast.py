@@ -11,7 +11,9 @@ from worlds import Trained, image_batches, small_resnet, train
 
 from pglpipe import ALWAYS, NEVER, Guidance
 from pglpipe.errors import ConfigError, PartitionError
+from pglpipe.guided import Guided
 from pglpipe.layer import Layer
+from pglpipe.losses import LossSettings, build_loss
 from pglpipe.memory import as_bytes
 from pglpipe.models import build
 
@@ -71,6 +73,97 @@ def test_a_residual_network_keeps_what_is_foretold(settings: dict[str, Any]) -> 
     options = dict(guidance=Guidance(period=2), **settings)
     trained = train(2, small_resnet("resnet8"), BATCHES, **options)
     assert kept(trained) == kept(trained, "predicted")
+
+
+# Steps that run the heads as well: in some of them for their own sake, in others to compare.
+TRAINED = Guided(heads="trained")
+WINDOW = Guidance(period=2, reach="window", window=3)
+ASKING: dict[str, dict[str, Any]] = {
+    "heads trained": {"guided": TRAINED},
+    "mixed": {"guided": Guided(local_weight=0.5)},
+    "compared": {"compare_every": 1},
+    "compared now and then": {"compare_every": 3},
+    "window of one": {"guidance": Guidance(period=2, reach="window", window=1)},
+    "window of three": {"guidance": WINDOW},
+    "window after a global warm-up": {
+        "guidance": Guidance(
+            period=2, warmup=1, warmup_kind="global", reach="window", window=3
+        )
+    },
+}
+WAYS: list[dict[str, Any]] = [
+    {},
+    {"microbatches": 5, "recompute": True},
+    {"microbatches": 4, "timetable": "gpipe"},
+]
+
+
+@pytest.mark.parametrize("way", WAYS, ids=str)
+@pytest.mark.parametrize("asking", ASKING)
+def test_heads_that_are_asked_in_guided_steps_keep_what_is_foretold(
+    asking: str, way: dict[str, Any]
+) -> None:
+    options = dict(guidance=Guidance(period=2)) | ASKING[asking] | way
+    options |= dict(num_stages=6, head="0c1f")
+    trained = train(3, mixed_layers(), BATCHES + BATCHES, **options)
+    assert kept(trained) == kept(trained, "predicted")
+
+
+@pytest.mark.parametrize("asking", ["mixed", "window of three"])
+def test_residual_networks_that_ask_heads_keep_what_is_foretold(asking: str) -> None:
+    options = dict(guidance=Guidance(period=2)) | ASKING[asking]
+    trained = train(2, small_resnet("resnet8"), BATCHES, microbatches=3, **options)
+    assert kept(trained) == kept(trained, "predicted")
+
+
+@pytest.mark.parametrize(
+    "way",
+    [
+        {},
+        *({"guided": TRAINED} | way for way in WAYS),
+        {"local_microbatches": 3, "edge_dtype": "int8"},
+    ],
+    ids=str,
+)
+def test_images_that_travel_are_foretold_too(way: dict[str, Any]) -> None:
+    settings = LossSettings((5, 0.05, 0.2, 0.5), (0.5,) * 3, (0.25,) * 3)
+    trained = train(
+        2,
+        small_resnet("resnet8"),
+        BATCHES,
+        guidance=Guidance(period=2),
+        local_loss=build_loss("infopro", settings),
+        **way,
+    )
+    assert kept(trained) == kept(trained, "predicted")
+
+
+@pytest.mark.parametrize("name", ["predsim", "supcon"])
+def test_what_other_losses_keep_is_foretold(name: str) -> None:
+    trained = train(
+        2,
+        small_resnet("resnet8"),
+        BATCHES,
+        guidance=Guidance(period=2),
+        guided=TRAINED,
+        local_loss=build_loss(name),
+    )
+    assert kept(trained) == kept(trained, "predicted")
+
+
+def test_stale_guidance_is_counted_at_its_fullest_and_not_foretold() -> None:
+    def counted(delay: int, steps: int) -> list[dict[str, int]]:
+        guidance = Guidance(period=1, reach="stale", delay=delay)
+        trained = train(
+            1, small_resnet("resnet8"), image_batches(*[8] * steps), guidance=guidance
+        )
+        assert kept(trained, "predicted") == [None]
+        return kept(trained)
+
+    peaks = [counted(delay, 9)[0]["local"] for delay in (0, 1, 2)]
+    assert peaks == sorted(set(peaks)), "more inputs wait"
+    assert counted(1, 2)[0]["local"] < counted(1, 9)[0]["local"]
+    assert counted(1, 4) == counted(1, 9), "and no more than fit on the way"
 
 
 @pytest.mark.slow

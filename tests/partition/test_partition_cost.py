@@ -16,11 +16,11 @@ from pglpipe.models import as_layers, build
 from pglpipe.partition import activations, analyse
 
 
-def linear_head(shape: tuple[int, ...]) -> nn.Module:
+def linear_head(shape: tuple[int, ...], position: int) -> nn.Module:
     return nn.Sequential(nn.Flatten(), nn.Linear(math.prod(shape), 3))
 
 
-def pool_head(shape: tuple[int, ...]) -> nn.Module:
+def pool_head(shape: tuple[int, ...], position: int) -> nn.Module:
     pool = nn.AdaptiveAvgPool2d(1)
     return nn.Sequential(pool, nn.Flatten(), nn.Linear(shape[0], 3))
 
@@ -55,7 +55,7 @@ def test_the_sum_of_all_layers_is_what_the_real_network_keeps(name: str) -> None
 def test_memory_that_two_layers_keep_is_counted_once() -> None:
     # ReLU keeps its output, and the next layer keeps the same as its input.
     layers = as_layers([nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8)])
-    costs, heads = analyse(layers, torch.empty(5, 8), lambda shape: nn.Linear(8, 2))
+    costs, heads = analyse(layers, torch.empty(5, 8), lambda *_: nn.Linear(8, 2))
     assert [cost.saved_bytes for cost in costs] == [32, 32, 0]
     assert [head.saved_bytes for head in heads] == [32, 0]
 
@@ -144,7 +144,7 @@ class Returns(nn.Module):
 def refused(modules: Sequence[object], match: str) -> None:
     layers, sample = as_layers(list(modules)), torch.empty(4, 8)
     for compute in (
-        lambda: analyse(layers, sample, lambda shape: nn.Identity()),
+        lambda: analyse(layers, sample, lambda *_: nn.Identity()),
         lambda: activations(layers, sample),
     ):
         with pytest.raises(PartitionError, match=match) as caught:
@@ -180,7 +180,7 @@ def test_a_layer_that_cannot_be_built_is_refused_by_name() -> None:
 
 
 def test_a_head_that_cannot_be_built_is_refused_by_the_layer_before_it() -> None:
-    def head(shape: tuple[int, ...]) -> nn.Module:
+    def head(shape: tuple[int, ...], position: int) -> nn.Module:
         raise ValueError(f"no head for {shape}")
 
     layers = [Layer("a", nn.ReLU), Layer("b", nn.ReLU)]

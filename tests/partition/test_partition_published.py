@@ -61,7 +61,7 @@ def costs() -> Callable[[str], Costs]:
     def analysed(model: str) -> Costs:
         layers = build(model, image_shape=(3, 32, 32), num_classes=10)
 
-        def head(shape: tuple[int, ...]) -> nn.Module:
+        def head(shape: tuple[int, ...], position: int) -> nn.Module:
             return build_head("1c2f", Site(shape, 10))
 
         return analyse(layers, torch.empty(2, 3, 32, 32, device="meta"), head)

@@ -17,7 +17,7 @@ from pglpipe.models import as_layers, build
 from pglpipe.partition import analyse, measure
 
 
-def head(shape: tuple[int, ...]) -> nn.Module:
+def head(shape: tuple[int, ...], position: int) -> nn.Module:
     return nn.Sequential(nn.Flatten(), nn.Linear(math.prod(shape), 2))
 
 

@@ -107,8 +107,8 @@ def test_what_no_edge_can_carry_is_refused(tensor: Tensor) -> None:
 
 
 # Where things stand in a header of one tensor of shape [2, 3].
-SEQUENCE, COMMAND, NBYTES, TENSORS = 2, 3, 8, 9
-DTYPE, NDIM, SHAPE, STRIDE = 10, 11, 12, 18
+SEQUENCE, COMMAND, NBYTES, TENSORS = 2, 3, 9, 10
+DTYPE, NDIM, SHAPE, STRIDE = 11, 12, 13, 19
 
 WRONG: dict[str, tuple[dict[int, int], str]] = {
     "magic": ({0: 1}, "protocol"),
@@ -117,7 +117,7 @@ WRONG: dict[str, tuple[dict[int, int], str]] = {
     "a skipped message": ({SEQUENCE: 6}, "expected message 5 of this edge, got 6"),
     "unknown command": ({COMMAND: len(COMMANDS)}, "known command"),
     "negative command": ({COMMAND: -2}, "known command"),
-    "too many tensors": ({TENSORS: 4}, "4 tensors"),
+    "too many tensors": ({TENSORS: 5}, "5 tensors"),
     "negative tensors": ({TENSORS: -1}, "-1 tensors"),
     "a tensor too few": ({TENSORS: 0}, "announces"),
     "type code": ({DTYPE: len(packing.DTYPES)}, "type code"),

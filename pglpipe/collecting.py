@@ -1,0 +1,58 @@
+"""The weights' way up the edges, at the end of a run, to whoever writes them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from pglpipe.commands import Collect, Message, State
+from pglpipe.duty import Duty
+from pglpipe.errors import ProtocolError
+from pglpipe.stage import Stage
+from pglpipe.state import flatten, pieces
+from pglpipe.transport import Links
+
+
+class Collecting:
+    """Hands up the weights of one worker's stages, then those from further down.
+
+    Args:
+        duty: the worker's.
+        stages: its own, in order.
+
+    Attributes:
+        collected: on the first worker, the weights by stage: uint8 ``[bytes]``.
+    """
+
+    def __init__(self, duty: Duty, stages: Sequence[Stage]) -> None:
+        self.collected: dict[int, Tensor] = {}
+        self._duty = duty
+        self._stages = stages
+
+    def run(self, command: Collect, links: Links) -> None:
+        """Passes the command on and the weights up."""
+        links.outbox.put(Message(command))
+        for stage in self._stages:
+            flat = flatten(stage.tensors())
+            for offset, piece in pieces(flat, self._duty.piece_bytes):
+                self._hand_up(State(stage.index, offset), piece, links)
+        below = self._duty.layouts[self._stages[-1].index + 1 :]
+        remaining = sum(layout.nbytes for layout in below)
+        while remaining and links.gradients_in is not None:
+            state, (piece,) = links.gradients_in.get()
+            if not isinstance(state, State):
+                raise ProtocolError(f"expected a piece of the weights, got {state}")
+            self._hand_up(state, piece.cpu(), links)
+            remaining -= len(piece)
+
+    def _hand_up(self, state: State, piece: Tensor, links: Links) -> None:
+        if self._duty.rank > 0:
+            links.gradients_out.put(Message(state, (piece,)))
+            return
+        size = self._duty.layouts[state.stage].nbytes
+        whole = self.collected.setdefault(
+            state.stage, torch.empty(size, dtype=torch.uint8)
+        )
+        whole[state.offset : state.offset + len(piece)] = piece

@@ -1,0 +1,70 @@
+"""What a run's options ask for, as the objects that a trainer takes."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from pglpipe.config import RunConfig
+from pglpipe.data import Recipe
+from pglpipe.learning import OptimizerFactory
+from pglpipe.learning_rate import LearningRate, anew, constant, cosine
+from pglpipe.losses import LocalLoss, LossSettings, build_loss, published_lambdas
+
+
+def optimizer(config: RunConfig) -> OptimizerFactory:
+    """SGD, as in all published recipes for these networks."""
+    return lambda parameters: torch.optim.SGD(
+        parameters,
+        lr=config.lr,
+        momentum=config.momentum,
+        nesterov=config.nesterov,
+        weight_decay=config.weight_decay,
+        # Not fused: that fails on heads, which have no momentum yet after a global step.
+        foreach=True,
+    )
+
+
+def local_loss(config: RunConfig, recipe: Recipe) -> LocalLoss:
+    """What stages with a head minimize.
+
+    Args:
+        recipe: how the images were normalized.
+    """
+    lambdas = config.lambdas()
+    if lambdas is None and config.local_loss.startswith("infopro"):
+        lambdas = published_lambdas(config.model, config.dataset, config.stages)
+    settings = LossSettings(lambdas, recipe.mean, recipe.std)
+    return build_loss(config.local_loss, settings)
+
+
+def compare_every(config: RunConfig) -> int:
+    """Global steps from one comparison of gradients to the next.
+
+    Compiled stages that may be run backward twice keep more, and a budget has no room for heads.
+    """
+    return 0 if config.compile or config.memory_budget else config.compare_every
+
+
+def learning_rate(config: RunConfig, steps_per_epoch: int) -> LearningRate:
+    """The factor on ``--lr``, over the run."""
+
+    def schedule(warmup_epochs: float) -> LearningRate:
+        if config.lr_schedule == "constant":
+            return constant
+        return cosine(warmup_steps=round(warmup_epochs * steps_per_epoch))
+
+    whole = schedule(config.warmup_epochs)
+    if not config.final_lr:
+        return whole
+
+    def begins(total_steps: int) -> int:
+        """The first step of the final phase, as guidance counts."""
+        if config.guidance_unit == "step":
+            return total_steps - config.guidance_final
+        epochs = math.ceil(total_steps / steps_per_epoch)
+        return (epochs - config.guidance_final) * steps_per_epoch
+
+    again = schedule(config.final_warmup_epochs)
+    return anew(whole, begins, config.final_lr, again)

@@ -1,0 +1,34 @@
+"""Whoever wants to know how a run goes."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from pglpipe.metrics import EvaluationRecord, StepRecord
+
+
+class Observer(Protocol):
+    """Is told of every record of a run."""
+
+    def on_step(self, record: StepRecord) -> None:
+        """A step is complete on every worker."""
+
+    def on_evaluation(self, record: EvaluationRecord) -> None:
+        """An evaluation is complete on every worker."""
+
+
+class Observers:
+    """Several observers as one."""
+
+    def __init__(self) -> None:
+        self.members: list[Observer] = []
+
+    def on_step(self, record: StepRecord) -> None:
+        """Tells all of them."""
+        for member in self.members:
+            member.on_step(record)
+
+    def on_evaluation(self, record: EvaluationRecord) -> None:
+        """Tells all of them."""
+        for member in self.members:
+            member.on_evaluation(record)

@@ -1,0 +1,154 @@
+"""What went wrong once where guidance meets other options, each as a story."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from worlds import Trained, image_batches, plan_quickly, same, small_resnet, train
+
+from pglpipe import ALWAYS, NEVER, Guidance
+from pglpipe.config import RunConfig
+from pglpipe.errors import ConfigError
+from pglpipe.guided import Guided
+from pglpipe.heads import Borrowed
+from pglpipe.heads.borrowed import _Sum
+from pglpipe.ingredients import learning_rate
+from pglpipe.layer import Layer
+from pglpipe.loaders import span_of
+from pglpipe.losses import InfoPro, Supervised, build_loss
+from pglpipe.losses.predsim import projection
+
+BATCHES = image_batches(8, 8)
+
+
+@pytest.fixture(autouse=True)
+def planned_quickly(monkeypatch: pytest.MonkeyPatch) -> None:
+    plan_quickly(monkeypatch, foretells=False)
+
+
+def run(size: int, guidance: Guidance, **options: Any) -> Trained:
+    chosen = {"epochs": 2, **options}
+    return train(size, small_resnet("resnet8"), BATCHES, guidance=guidance, **chosen)
+
+
+def vectors(*layers: nn.Module) -> nn.Sequential:
+    return nn.Sequential(nn.Flatten(), nn.Linear(192, 6), *layers)
+
+
+def test_a_weight_of_guided_steps_does_nothing_in_local_ones() -> None:
+    half = Guided(weight=0.5)
+    not_yet = Guidance(period=1, reach="stale-window", warmup=99)
+    assert same(run(1, not_yet, guided=half).body, run(1, NEVER).body)
+
+
+def test_windows_that_never_come_let_local_steps_learn_from_all_parts() -> None:
+    never = Guidance(period=1, duration=0, reach="stale-window")
+    parts = {"local_microbatches": 2}
+    assert same(run(1, never, **parts).body, run(1, NEVER, **parts).body)
+
+
+@pytest.mark.parametrize("reach", ["window", "stale-window"])
+def test_windows_of_one_stage_leave_room_for_a_global_step(reach: str) -> None:
+    guidance = Guidance(period=1, reach=reach, window=1, final=2)
+    alone, apart = (run(size, guidance) for size in (1, 2))
+    assert same(alone.body, apart.body)
+
+
+def test_a_worker_whose_first_stage_has_no_tensors_hands_weights_on() -> None:
+    def trained(size: int) -> Trained:
+        torch.manual_seed(0)
+        layers = vectors(nn.Tanh(), nn.Linear(6, 10), nn.LogSoftmax(dim=1))
+        options = dict(balance="2,1,1,1", head="thin-9", refresh_every=1)
+        return train(size, layers, BATCHES, guidance=NEVER, **options)
+
+    assert same(trained(1).body, trained(4).body)
+
+
+def test_a_module_that_stands_at_two_places_is_counted_twice() -> None:
+    def trained(size: int, *twice: nn.Module) -> Trained:
+        torch.manual_seed(0)
+        parts = twice[0], nn.Linear(6, 6), twice[-1], nn.Linear(6, 10)
+        options = dict(num_stages=2, balance="2,4", head="thin-9", refresh_every=1)
+        return train(size, vectors(*parts), BATCHES, guidance=NEVER, **options)
+
+    shared, apart = trained(2, nn.ReLU()), trained(2, nn.ReLU(), nn.ReLU())
+    assert list(shared.body.values())[-1].equal(list(apart.body.values())[-1])
+
+
+def test_man_lets_a_block_that_starts_in_place_spoil_nothing() -> None:
+    layer = Layer("relu", lambda: nn.ReLU(inplace=True))
+    own = nn.Sequential(nn.ReLU(inplace=True), nn.Linear(3, 3))
+    h = torch.randn(2, 3, requires_grad=True)
+    _Sum(Borrowed(layer, 1), own)(h.clone()).sum().backward()
+    assert h.grad is not None
+
+
+def test_heads_are_clipped_in_global_steps_too() -> None:
+    tiny = {"clip_norm": 1e-9, "guided": Guided(heads="trained")}
+    still, moved = run(1, NEVER, epochs=1, **tiny), run(1, ALWAYS, epochs=1, **tiny)
+    for index, head in moved.heads.items():
+        for name, tensor in head.items():
+            if "running" not in name and tensor.is_floating_point():
+                # Weight decay alone moves them.
+                torch.testing.assert_close(
+                    tensor, still.heads[index][name], rtol=1e-3, atol=1e-4
+                )
+
+
+def test_the_learning_rate_begins_anew_where_the_final_phase_does() -> None:
+    options: dict[str, Any] = dict(
+        steps=350,
+        guidance_unit="epoch",
+        guidance_final=1,
+        guidance_duration=0,
+        final_lr=0.5,
+        lr_schedule="constant",
+    )
+    config = RunConfig(**options)
+    rate, guidance = learning_rate(config, 100), config.guidance()
+    for step in range(350):
+        is_global = guidance.kind(step, step // 100, 350, 4) == "global"
+        assert rate(step, 350) == (0.5 if is_global else 1.0)
+
+
+def test_a_final_phase_in_epochs_needs_to_know_when_they_end() -> None:
+    guidance = Guidance(final=1, unit="epoch")
+    with pytest.raises(ConfigError, match="loader with a length for a final phase"):
+        span_of(iter(BATCHES), None, 10, guidance)
+    assert span_of(BATCHES, None, 10, guidance) == (5, 10)
+
+
+def test_all_weights_of_a_loss_are_known() -> None:
+    weighted = nn.CrossEntropyLoss(weight=torch.ones(10))
+    task = Supervised(weighted)
+    inner = InfoPro((1, 1, 1, 1), (0.5,), (0.5,), task)
+    assert task.modules() == inner.modules() == [weighted]
+    assert Supervised(lambda logits, targets: logits.sum()).modules() == []
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"local_loss": build_loss("sim"), "local_microbatches": 2}, "another loss"),
+    ],
+)
+def test_a_loss_that_compares_samples_is_given_whole_batches(
+    options: dict[str, Any], words: str
+) -> None:
+    with pytest.raises(ConfigError, match=words):
+        run(1, Guidance(period=1, reach="window"), **options)
+
+
+def test_what_is_recorded_once_has_one_weight() -> None:
+    with pytest.raises(ConfigError, match="--overlap-stages or --local-weight-end"):
+        RunConfig(overlap_stages=True, local_weight_end=0.5)
+
+
+def test_similarity_is_not_one_of_tokens() -> None:
+    with pytest.raises(ConfigError, match=r"or \(F,\) for a loss of similarity"):
+        projection((5, 8))
+    assert math.prod(projection((8,))(torch.ones(2, 8)).shape) == 16

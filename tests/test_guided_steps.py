@@ -1,0 +1,258 @@
+"""Each kind of guided step is what its published words say, to the last bit.
+
+The reference (``reference_guided.py``) is one short loop in one process that knows no pipeline.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+from reference_guided import Reference, Rules, reference
+from torch import Tensor, nn
+from worlds import Batch, Trained, image_batches, plan_quickly, small_resnet, train
+
+from pglpipe import Guidance
+from pglpipe.guided import Guided, LocalWeight
+from pglpipe.layer import Layer
+
+
+@pytest.fixture(autouse=True)
+def planned_quickly(monkeypatch: pytest.MonkeyPatch) -> None:
+    plan_quickly(monkeypatch, foretells=False)
+
+
+BATCHES = image_batches(8, 8, 5)
+EPOCHS = 2
+BALANCE = [1, 2, 1, 1]
+
+
+def falling(step: int, total_steps: int) -> float:
+    """A learning rate that tells one step from another."""
+    return 1.0 - 0.1 * step
+
+
+def rules(guidance: Guidance, **options: Any) -> Rules:
+    """Beside what is tested, a learning rate that no step shares with another."""
+    return Rules(guidance, learning_rate=falling, **options)
+
+
+OFTEN = Guidance(period=2)
+WINDOW = Guidance(period=3, duration=2, reach="window", window=2)
+WEIGHTS = LocalWeight(end=0.25, deepest=0.5)
+
+GLOBAL = {
+    "plain": rules(OFTEN),
+    "warm-up and final phase": rules(
+        Guidance(period=4, duration=0, warmup=2, warmup_kind="global", final=1)
+    ),
+    "weight": rules(OFTEN, guided=Guided(weight=0.5)),
+    "mixed with the local losses": rules(OFTEN, guided=Guided(local_weight=0.5)),
+    "mixed, heads trained": rules(
+        OFTEN, guided=Guided(weight=2.0, local_weight=0.25, heads="trained")
+    ),
+    "heads trained": rules(OFTEN, guided=Guided(heads="trained")),
+    "separate optimizers": rules(OFTEN, guided=Guided(optimizer="separate")),
+    "optimizer reset": rules(
+        Guidance(period=3, duration=2), guided=Guided(optimizer="reset")
+    ),
+    "learning rate": rules(OFTEN, guided=Guided(lr_scale=0.5)),
+    "falling local weights": rules(OFTEN, local_weight=WEIGHTS),
+    "all of it": rules(
+        OFTEN,
+        guided=Guided(
+            weight=0.5,
+            local_weight=0.5,
+            heads="trained",
+            optimizer="separate",
+            lr_scale=0.5,
+        ),
+        local_weight=WEIGHTS,
+        clip_norm=0.5,
+    ),
+}
+WINDOWED = {
+    f"{n} stages": rules(Guidance(period=1, reach="window", window=n))
+    for n in (1, 2, 3, 4, 9)
+} | {
+    "now and then": rules(WINDOW, local_weight=WEIGHTS),
+    "with settings": rules(
+        WINDOW,
+        guided=Guided(weight=0.5, optimizer="separate", lr_scale=0.5),
+        clip_norm=0.5,
+    ),
+}
+STALE = {
+    f"delay {delay}, {name}": rules(
+        Guidance(period=period, reach="stale", delay=delay), guided=Guided(**guided)
+    )
+    for delay, period, name, guided in [
+        (0, 2, "plain", {}),
+        (1, 1, "always", {}),
+        (1, 2, "shrunk", {"shrink": 0.5, "weight": 2.0}),
+        (2, 3, "plain", {}),
+        (1, 2, "mixed", {"local_weight": 0.5}),
+        (1, 2, "heads trained", {"heads": "trained"}),
+        (1, 1, "mixed, heads trained", {"local_weight": 0.5, "heads": "trained"}),
+        (1, 2, "separate", {"optimizer": "separate", "lr_scale": 0.5}),
+        (1, 3, "reset", {"optimizer": "reset"}),
+    ]
+} | {
+    "interrupted": rules(
+        Guidance(
+            period=1, reach="stale", delay=1, warmup=1, warmup_kind="global", final=1
+        )
+    ),
+    "clipped, weighted": rules(
+        Guidance(period=1, reach="stale"), local_weight=WEIGHTS, clip_norm=0.5
+    ),
+}
+KINDS = {"global": GLOBAL, "window": WINDOWED, "stale": STALE}
+CASES = [(kind, name) for kind, cases in KINDS.items() for name in cases]
+
+
+@cache
+def expected(kind: str, name: str) -> Reference:
+    """The reference, which the sizes share."""
+    return reference(
+        small_resnet("resnet8"), BALANCE, BATCHES, EPOCHS, KINDS[kind][name]
+    )
+
+
+def piped(
+    size: int, layers: list[Layer], batches: list[Batch], told: Rules, **options: Any
+) -> Trained:
+    """The same by a pipeline."""
+    return train(
+        size,
+        layers,
+        batches,
+        epochs=EPOCHS,
+        balance=",".join(map(str, BALANCE)),
+        guidance=told.guidance,
+        guided=told.guided,
+        local_weight=told.local_weight,
+        optimizer=told.optimizer,
+        learning_rate=told.learning_rate,
+        clip_norm=told.clip_norm,
+        compare_every=int(told.compares),
+        **options,
+    )
+
+
+def losses(trained: Trained) -> list[list[float | None]]:
+    return [record.losses for record in trained.records.steps]
+
+
+def heads(trained: Trained) -> list[Tensor]:
+    return [t for index in trained.heads for t in trained.heads[index].values()]
+
+
+@pytest.mark.parametrize("size", [1, 2])
+@pytest.mark.parametrize(("kind", "name"), CASES, ids=[": ".join(c) for c in CASES])
+def test_every_bit_is_that_of_a_plain_loop(kind: str, name: str, size: int) -> None:
+    told, by_hand = KINDS[kind][name], expected(kind, name)
+    got = piped(size, small_resnet("resnet8"), BATCHES, told)
+    assert losses(got) == by_hand.losses
+    assert all(map(torch.equal, got.body.values(), by_hand.body))
+    assert all(map(torch.equal, heads(got), by_hand.head))
+    assert len(got.body) == len(by_hand.body) and len(heads(got)) == len(by_hand.head)
+
+
+def test_no_two_cases_are_the_same() -> None:
+    ends = set()
+    for case in CASES:
+        found = expected(*case)
+        parts = [tensor.flatten().double() for tensor in [*found.body, *found.head]]
+        ends.add(tuple(torch.cat(parts).tolist()))
+    # Windows of four and of nine stages are alike, and stale without delay is global.
+    assert len(ends) == len(CASES) - 2
+
+
+# -- in float64, and in parts ---------------------------------------------------------
+
+
+def double_layers() -> list[Layer]:
+    """Five layers in float64 without BatchNorm, whose batch would be the microbatch."""
+    builders: list[Callable[[], nn.Module]] = [
+        lambda: nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.Tanh()).double(),
+        lambda: nn.Conv2d(4, 6, 3, stride=2).double(),
+        lambda: nn.Sequential(nn.ReLU(inplace=True), nn.Conv2d(6, 6, 3)).double(),
+        lambda: nn.Sequential(nn.Flatten(), nn.Linear(6, 8), nn.Tanh()).double(),
+        lambda: nn.Linear(8, 10).double(),
+    ]
+    return [Layer(f"part{index}", build) for index, build in enumerate(builders)]
+
+
+DOUBLES = [(x.double(), targets) for x, targets in BATCHES]
+MIXED = Guided(weight=0.7, local_weight=0.3, heads="trained", lr_scale=0.9)
+IN_DOUBLE = {
+    "global": rules(OFTEN, guided=MIXED, local_weight=WEIGHTS, compares=True),
+    "global, heads frozen": rules(
+        OFTEN, guided=Guided(local_weight=0.3), compares=True, clip_norm=0.3
+    ),
+    "global, compared": rules(OFTEN, compares=True),
+    "window": rules(WINDOW, guided=MIXED, local_weight=WEIGHTS),
+    "window of three": rules(
+        Guidance(period=1, reach="window", window=3), clip_norm=0.3
+    ),
+    "stale": rules(
+        Guidance(period=1, reach="stale"), guided=MIXED, local_weight=WEIGHTS
+    ),
+}
+# Stale gradients are those of a whole batch.
+PARTS = [(name, n) for name in IN_DOUBLE for n in (1, 3) if n == 1 or name != "stale"]
+
+
+@cache
+def expected_in_double(name: str) -> Reference:
+    return reference(
+        double_layers(), BALANCE, DOUBLES, EPOCHS, IN_DOUBLE[name], head="0c1f"
+    )
+
+
+@pytest.mark.parametrize("size", [1, 2])
+@pytest.mark.parametrize(("name", "microbatches"), PARTS)
+def test_in_float64_parts_sum_to_what_a_plain_loop_finds_for_the_batch(
+    name: str, microbatches: int, size: int
+) -> None:
+    by_hand = expected_in_double(name)
+    got = piped(
+        size,
+        double_layers(),
+        DOUBLES,
+        IN_DOUBLE[name],
+        head="0c1f",
+        microbatches=microbatches,
+    )
+    for one, other in ((got.body.values(), by_hand.body), (heads(got), by_hand.head)):
+        pairs = list(zip(one, other, strict=True))
+        assert all(torch.allclose(a, b, rtol=0, atol=1e-12) for a, b in pairs)
+    for row, other_row in zip(losses(got), by_hand.losses, strict=True):
+        assert row == pytest.approx(other_row, rel=1e-12)
+
+
+@pytest.mark.parametrize("microbatches", [1, 3])
+@pytest.mark.parametrize("size", [1, 2])
+@pytest.mark.parametrize("name", [n for n, told in IN_DOUBLE.items() if told.compares])
+def test_cosines_are_those_of_gradients_found_by_hand(
+    name: str, size: int, microbatches: int
+) -> None:
+    by_hand = expected_in_double(name)
+    got = piped(
+        size,
+        double_layers(),
+        DOUBLES,
+        IN_DOUBLE[name],
+        head="0c1f",
+        microbatches=microbatches,
+    )
+    rows = [r.cosines for r in got.records.steps if r.kind == "global"]
+    assert [row[-1] for row in rows] == [None] * 3
+    for row, expected_row in zip(rows, by_hand.cosines, strict=True):
+        assert row[:-1] == pytest.approx(expected_row, rel=1e-9)
+    found = [cosine for row in by_hand.cosines for cosine in row]
+    assert len(set(found)) == 9 and all(-1 < cosine < 1 for cosine in found)

@@ -1,0 +1,215 @@
+"""Local steps and the stale gradients that rise beside them, on edges that are seen through."""
+
+from __future__ import annotations
+
+import math
+import queue
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from worlds import at_once
+
+from pglpipe.commands import (
+    Command,
+    Conclude,
+    Evaluate,
+    GlobalStep,
+    LocalStep,
+    Message,
+    Microbatch,
+    Report,
+    StaleStep,
+    Stop,
+)
+from pglpipe.duty import Duty
+from pglpipe.guided import Guided
+from pglpipe.learning import Learning
+from pglpipe.local_pass import LocalPass
+from pglpipe.losses import Supervised
+from pglpipe.stage import Stage
+from pglpipe.timetable import one_forward_one_backward
+from pglpipe.transport import Links
+from pglpipe.wire import Packet, Wire
+from pglpipe.worker import Worker
+
+STAGES = 4
+CUTS: list[list[int]] = [[4], [1, 3], [2, 1, 1], [1, 1, 1, 1]]
+BATCH = (
+    torch.randn(6, 3, generator=torch.Generator().manual_seed(0)),
+    torch.tensor([0, 1, 2, 0, 1, 2]),
+)
+
+
+class Line:
+    """An edge that has room for so many messages, and remembers the commands."""
+
+    waited = 0.0
+    sent_bytes = 0
+
+    def __init__(self, room: int) -> None:
+        self.messages: queue.Queue[Message] = queue.Queue(room)
+        self.commands: list[Command] = []
+
+    def put(self, message: Message) -> None:
+        copies = tuple(tensor.clone() for tensor in message.tensors)
+        self.messages.put(Message(message.command, copies), timeout=20)
+        self.commands.append(message.command)
+
+    def get(self) -> Message:
+        return self.messages.get(timeout=20)
+
+
+class Nowhere(Line):
+    """Where the ends of the pipeline send to."""
+
+    def put(self, message: Message) -> None:
+        self.commands.append(message.command)
+
+
+def stage(index: int, guided: Guided) -> Stage:
+    torch.manual_seed(index)
+    learning = Learning(
+        loss=nn.CrossEntropyLoss(),
+        local_loss=Supervised(nn.CrossEntropyLoss()),
+        optimizer=lambda params: torch.optim.SGD(params, lr=0.1, momentum=0.9),
+        learning_rate=lambda step, total: 1.0,
+        clip_norm=math.inf,
+        seed=0,
+        guided=guided,
+    )
+    body = nn.Sequential(nn.Linear(3, 3), nn.Tanh())
+    head = None if index == STAGES - 1 else nn.Linear(3, 3)
+    return Stage(index, body, head, learning)
+
+
+def run(
+    commands: Sequence[Command],
+    sizes: Sequence[int],
+    *,
+    delay: int,
+    room: int = 1,
+    guided: Guided = Guided(),
+) -> tuple[list[Tensor], list[Line], list[Line]]:
+    """Workers with so many stages each obey the commands.
+
+    Returns:
+        All weights at the end, and the edges down and up.
+    """
+    ends = [sum(sizes[: rank + 1]) for rank in range(len(sizes))]
+    stages = [
+        [stage(k, guided) for k in range(end - size, end)]
+        for size, end in zip(sizes, ends, strict=True)
+    ]
+    down = [Line(room) for _ in sizes[1:]]
+    # As a pipeline makes them: stale gradients that wait find room.
+    up = [Line(max(room, delay)) for _ in sizes[1:]]
+    source = Line(0)
+    for command in commands:
+        with_data = not isinstance(command, (GlobalStep, Conclude, Stop))
+        source.put(Message(command, BATCH if with_data else ()))
+
+    def work(rank: int) -> None:
+        duty = Duty(
+            rank=rank,
+            size=len(sizes),
+            timetable=one_forward_one_backward,
+            clips=False,
+            layouts=[None] * STAGES,  # type: ignore[list-item]
+            piece_bytes=16,
+            device=torch.device("cpu"),
+            delay=delay,
+            guided=guided,
+        )
+        posted: list[Report] = []
+        links = Links(
+            inbox=source if rank == 0 else down[rank - 1],
+            outbox=down[rank] if rank < len(down) else Nowhere(0),
+            gradients_in=up[rank] if rank < len(up) else None,
+            gradients_out=up[rank - 1] if rank else Nowhere(0),
+        )
+        Worker(duty, stages[rank], posted.append).run(links)
+
+    for outcome in at_once(*(lambda r=r: work(r) for r in range(len(sizes)))):
+        if outcome is not None:
+            raise outcome
+    weights = [t.detach() for own in stages for made in own for t in made.tensors()]
+    return weights, down, up
+
+
+def steps(kinds: str) -> list[Command]:
+    """Commands from letters: L and S for steps, G for a global one, E for an evaluation."""
+    commands: list[Command] = []
+    step = 0
+    for kind in kinds:
+        if kind == "G":
+            commands += [GlobalStep(step, 0, 6, 1), Microbatch(step, 0)]
+        elif kind == "E":
+            commands += [Evaluate(step, 0), Conclude(step, 0)]
+        else:
+            commands.append((StaleStep if kind == "S" else LocalStep)(step, 0))
+        step += kind != "E"
+    return [*commands, Stop()]
+
+
+LINES = [
+    *("S" * n for n in (1, 2, 5, 9)),
+    "SLLLLLLLLLLL",
+    "SGSGSSG",
+    "GSSLGLLSSSG",
+    "SESESLESSE",
+    "LLSSSLLLLLLLLLSSG",
+    "SSSSSSSSSSGLLSSSS",
+]
+
+
+@pytest.mark.parametrize("line", LINES)
+@pytest.mark.parametrize("delay", range(4))
+def test_whatever_interrupts_them_no_gradient_is_left_on_its_way(
+    delay: int, line: str
+) -> None:
+    for guided in (Guided(), Guided(local_weight=0.5, heads="trained", shrink=0.5)):
+        expected, _, _ = run(steps(line), CUTS[0], delay=delay, guided=guided)
+        for sizes in CUTS[1:]:
+            got, down, up = run(steps(line), sizes, delay=delay, guided=guided)
+            assert all(edge.messages.empty() for edge in [*down, *up]), sizes
+            assert all(map(torch.equal, got, expected)), sizes
+
+
+@pytest.mark.parametrize("delay", range(4))
+def test_a_gradient_rises_one_cut_after_each_delay(delay: int) -> None:
+    commands = steps("SLSSLLLLLLLL")
+    _, _, up = run(commands, [1] * STAGES, delay=delay)
+    guided = [0, 2, 3]
+    for place, edge in enumerate(up):
+        # The stage below sends what it hears itself, some delays after the guided step.
+        waits = delay * (STAGES - 2 - place)
+        sent = [g for g in guided if g + waits < 12]
+        assert edge.commands == [Microbatch(g, 0) for g in sent]
+
+
+def test_without_stale_steps_nothing_rises_and_nothing_is_kept() -> None:
+    _, _, up = run(steps("LLLLL"), [1] * STAGES, delay=1)
+    assert all(edge.commands == [] for edge in up)
+
+
+def test_the_end_of_a_run_forgets_what_was_under_way() -> None:
+    weights, _, _ = run(steps("SL"), [2, 2], delay=3)
+    plain, _, _ = run(steps("LL"), [2, 2], delay=3)
+    assert all(map(torch.equal, weights, plain)), "it never reached anybody"
+
+
+def test_a_stage_keeps_its_inputs_only_until_their_gradients_come() -> None:
+    made = [stage(k, Guided()) for k in range(STAGES)]
+    keeper = LocalPass(made, Wire(), 1, Guided(), STAGES)
+    nobody: Any = Nowhere(0)
+    links = Links(Line(0), nobody, None, nobody)
+    kept = []
+    for step in range(12):
+        command = StaleStep(step, 0) if step < 6 else LocalStep(step, 0)
+        keeper.run(command, Packet(*BATCH), links)
+        kept.append(len(keeper._inputs))
+    # Stage k keeps one for each step of its gradient's way: 3 + 2 + 1 of them at most.
+    assert kept == [3, 5, 6, 6, 6, 6, 3, 1, 0, 0, 0, 0]

@@ -1,0 +1,151 @@
+"""Weights on their way up: who is handed what, how old it is, and that nothing is left on an edge."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import permutations
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from worlds import Trained, image_batches, plan_quickly, same, small_resnet, train
+
+from pglpipe import NEVER, Guidance
+from pglpipe.commands import Message, Microbatch, Weights
+from pglpipe.heads import Borrowed
+from pglpipe.layer import Layer
+from pglpipe.learning import Learning
+from pglpipe.losses import Supervised
+from pglpipe.refresh import Loans, Refresh, Sorted
+from pglpipe.stage import Stage
+from pglpipe.transport import Links, Nobody
+
+BATCHES = image_batches(8, 8, 4)
+HEADS = ("man", "solo", "thin-3")
+
+
+@pytest.fixture(autouse=True)
+def planned_quickly(monkeypatch: pytest.MonkeyPatch) -> None:
+    plan_quickly(monkeypatch, foretells=False)
+
+
+class Queue:
+    """An inbox that has all its messages already."""
+
+    waited = 0.0
+
+    def __init__(self, *messages: Message) -> None:
+        self._messages: Iterator[Message] = iter(messages)
+
+    def get(self) -> Message:
+        """The next one."""
+        return next(self._messages)
+
+
+def test_a_stage_offers_what_had_the_time_to_rise_to_it() -> None:
+    starts, borrowing = [0, 2, 3, 5], [{2, 6}, {3, 6}, {5}, set[int]()]
+    loans = Loans(starts, borrowing, {}, every=1)
+    owner = {0: 0, 1: 0, 2: 1, 3: 2, 4: 2, 5: 3, 6: 3}
+    for stage in range(4):
+        wanted = {p for head in borrowing[:stage] for p in head}
+        for times in range(6):
+            expected = [p for p in sorted(wanted) if stage <= owner[p] < stage + times]
+            assert loans.offered(stage, times) == expected
+    assert loans.offered(4, 3) == [], "after the last stage there is nobody"
+
+
+@pytest.mark.parametrize("order", set(permutations("wwgg")))
+def test_weights_and_gradients_are_told_apart_in_any_order(order: str) -> None:
+    numbers = {"w": iter((1, 2)), "g": iter((1, 2))}
+    messages = [
+        Message(Weights(n) if kind == "w" else Microbatch(n, 0))
+        for kind in order
+        for n in [next(numbers[kind])]
+    ]
+    inbox = Sorted(Queue(*messages))
+    assert [inbox.get().command for _ in range(2)] == [
+        Microbatch(1, 0),
+        Microbatch(2, 0),
+    ]
+    assert [inbox.weights().command for _ in range(2)] == [Weights(1), Weights(2)]
+
+
+def linear(number: int) -> Layer:
+    return Layer(f"layer{number}", lambda: nn.Linear(3, 3, bias=False))
+
+
+def stage(index: int, borrows: int | None) -> Stage:
+    learning = Learning(
+        loss=nn.CrossEntropyLoss(),
+        local_loss=Supervised(nn.CrossEntropyLoss()),
+        optimizer=lambda parameters: torch.optim.SGD(parameters, lr=1.0),
+        learning_rate=lambda step, total: 1.0,
+        clip_norm=float("inf"),
+        seed=0,
+    )
+    head = None if borrows is None else Borrowed(linear(borrows), borrows)
+    return Stage(index, nn.Sequential(linear(index).build()), head, learning)
+
+
+def test_a_copy_is_as_many_periods_old_as_there_are_cuts_between() -> None:
+    stages = [stage(0, 2), stage(1, 2), stage(2, None)]
+    meta = [nn.Linear(3, 3, bias=False, device="meta").weight]
+    loans = Loans([0, 1, 2], [{2}, {2}, set()], {2: meta}, every=5)
+    links = Links(Queue(), Nobody(), None, Nobody())
+    refresh, history, seen = Refresh(stages, loans), list[Tensor](), []
+    weight = next(stages[2].body.parameters())
+    for step in range(25):
+        with torch.no_grad():
+            weight.fill_(step)
+        refresh.after(step, links)
+        history.append(weight.detach().clone())
+        seen.append(
+            [float(next(s.head.parameters())[0, 0]) for s in stages[:2] if s.head]
+        )
+    assert [now[1] for now in seen[9::5]] == [4, 9, 14, 19], "one cut, one period"
+    assert [now[0] for now in seen[14::5]] == [4, 9, 14], "two cuts, two periods"
+
+
+def run(size: int, head: str, every: int = 2, **options: Any) -> Trained:
+    layers = small_resnet("resnet8")
+    chosen = {"guidance": NEVER, "epochs": 3, **options}
+    return train(size, layers, BATCHES, head=head, refresh_every=every, **chosen)
+
+
+GUIDANCE = {
+    "local": NEVER,
+    "global": Guidance(period=3),
+    "window": Guidance(period=2, reach="window"),
+    "stale": Guidance(period=2, reach="stale", delay=2),
+    "stale windows": Guidance(period=1, reach="stale-window", window=3),
+}
+
+
+@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize("guidance", GUIDANCE)
+def test_borrowing_heads_end_with_the_same_bits_on_any_number_of_workers(
+    head: str, guidance: str
+) -> None:
+    alone, *others = (
+        run(size, head, guidance=GUIDANCE[guidance]) for size in (1, 2, 4)
+    )
+    for other in others:
+        assert other.summary.parameters_sha256 == alone.summary.parameters_sha256
+        assert all(same(other.heads[i], alone.heads[i]) for i in alone.heads)
+
+
+@pytest.mark.parametrize("every", [1, 2, 9, 100])
+def test_no_period_and_no_queue_leaves_anything_on_the_edges(every: int) -> None:
+    # What is left would come up in the place of the weights that are collected at the end.
+    alone, apart = (run(size, "thin-3", every, queue_depth=1) for size in (1, 4))
+    assert same(alone.body, apart.body)
+
+
+def test_without_renewal_a_head_keeps_its_first_copies() -> None:
+    never, often = run(1, "thin-3", every=100), run(1, "thin-3", every=1)
+    weight = "0.copy.conv1.weight"
+    assert not torch.equal(never.heads[0][weight], often.heads[0][weight])
+    assert torch.equal(
+        never.heads[0][weight], run(1, "thin-3", 100, epochs=1).heads[0][weight]
+    )

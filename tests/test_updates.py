@@ -1,0 +1,134 @@
+"""Optimizers of a stage: who is in charge, at which learning rate, and what each remembers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from pglpipe.guided import Guided
+from pglpipe.learning import Learning
+from pglpipe.losses import Supervised
+from pglpipe.updates import Updates
+
+LINE = "LLGGLGLLL"  # local and guided steps
+
+
+def momentum(parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+    return torch.optim.SGD(parameters, lr=0.5, momentum=0.5)
+
+
+def learning(**changes: Any) -> Learning:
+    defaults: dict[str, Any] = dict(
+        loss=nn.CrossEntropyLoss(),
+        local_loss=Supervised(nn.CrossEntropyLoss()),
+        optimizer=momentum,
+        learning_rate=lambda step, total_steps: 1.0,
+        clip_norm=math.inf,
+        seed=0,
+    )
+    return Learning(**(defaults | changes))
+
+
+def moves(guided: Guided, line: str = LINE, **changes: Any) -> list[float]:
+    """By how much a weight with gradient 1 falls in each step."""
+    weight = nn.Parameter(torch.zeros(()))
+    updates, found = Updates([weight], learning(guided=guided, **changes)), []
+    for step, kind in enumerate(line):
+        before = weight.detach().clone()
+        weight.grad = torch.ones(())
+        updates.apply(step, len(line), guided=kind == "G")
+        found.append(float(before - weight.detach()))
+    return found
+
+
+def speeds(run: int) -> float:
+    """What a weight with gradient 1 falls by after so many steps with momentum before."""
+    return 0.5 * sum(0.5**n for n in range(run + 1))
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "before"),
+    [
+        # How many steps each step's momentum remembers.
+        ("shared", [0, 1, 2, 3, 4, 5, 6, 7, 8]),
+        ("separate", [0, 1, 0, 1, 2, 2, 3, 4, 5]),
+        ("reset", [0, 1, 0, 1, 0, 0, 0, 1, 2]),
+    ],
+)
+def test_momentum_is_shared_separate_or_forgotten_at_every_switch(
+    optimizer: str, before: list[int]
+) -> None:
+    found = moves(Guided(optimizer=optimizer))
+    assert found == pytest.approx([speeds(run) for run in before])
+
+
+@pytest.mark.parametrize("optimizer", ["shared", "separate", "reset"])
+def test_a_run_of_one_kind_is_that_of_a_plain_optimizer(optimizer: str) -> None:
+    for line in ("LLLL", "GGGG"):
+        found = moves(Guided(optimizer=optimizer), line)
+        assert found == pytest.approx([speeds(run) for run in range(4)])
+
+
+def test_the_scale_of_the_learning_rate_is_for_guided_steps_alone() -> None:
+    def plain(parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+        return torch.optim.SGD(parameters, lr=0.5)
+
+    for optimizer in ("shared", "separate", "reset"):
+        found = moves(
+            Guided(lr_scale=0.25, optimizer=optimizer),
+            optimizer=plain,
+            learning_rate=lambda step, total_steps: 1 + step / total_steps,
+        )
+        expected = [
+            0.5 * (1 + step / len(LINE)) * (0.25 if kind == "G" else 1.0)
+            for step, kind in enumerate(LINE)
+        ]
+        assert found == pytest.approx(expected)
+
+
+def test_groups_keep_the_proportion_of_their_learning_rates() -> None:
+    groups: list[dict[str, Any]] = []
+
+    def two_groups(parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+        one, other = parameters
+        made = torch.optim.SGD([{"params": [one], "lr": 1.0}, {"params": [other]}], 0.1)
+        groups.extend(made.param_groups)
+        return made
+
+    weights = [nn.Parameter(torch.zeros(())) for _ in range(2)]
+    guided = Guided(lr_scale=0.5, optimizer="separate")
+    updates = Updates(weights, learning(optimizer=two_groups, guided=guided))
+    for step in range(4):
+        updates.apply(step, 4, guided=step % 2 == 1)
+    assert [group["lr"] for group in groups] == pytest.approx([1.0, 0.1, 0.5, 0.05])
+
+
+def test_gradients_are_forgotten_whoever_is_in_charge() -> None:
+    weight = nn.Parameter(torch.zeros(()))
+    updates = Updates([weight], learning(guided=Guided(optimizer="separate")))
+    weight.grad = torch.ones(())
+    updates.zero_grad()
+    assert weight.grad is None
+
+
+def test_a_parameter_without_gradient_stays_and_keeps_its_momentum() -> None:
+    body, head = (nn.Parameter(torch.zeros(())) for _ in range(2))
+    updates, heads = Updates([body, head], learning()), list[Tensor]()
+    for step, frozen in enumerate([False, True, False]):
+        updates.zero_grad()
+        body.grad = torch.ones(())
+        head.grad = None if frozen else torch.ones(())
+        updates.apply(step, 3, guided=frozen)
+        heads.append(head.detach().clone())
+    assert [float(h) for h in heads] == [-0.5, -0.5, -0.5 - speeds(1)]
+
+
+def test_a_stage_without_parameters_has_nothing_to_update() -> None:
+    updates = Updates([], learning())
+    updates.zero_grad()
+    updates.apply(0, 1, guided=True)
