@@ -29,6 +29,8 @@ ROWS: dict[str, Maker] = {
     "local-bf16": lambda track: Pipeline(track, NEVER, edge_dtype="bf16"),
     "local-rpc": lambda track: Pipeline(track, NEVER, transport="rpc"),
     "in-turns": InTurns,
+    "stale": lambda track: Pipeline(track, _stale(1)),
+    "stale-tenth": lambda track: Pipeline(track, _stale(10)),
     "unconnected": Unconnected,
     "one-worker": Alone,
     "plain": EndToEnd,
@@ -38,6 +40,11 @@ ROWS: dict[str, Maker] = {
     "data-parallel": DataParallel,
     "independent": lambda track: EndToEnd(track, everywhere=True),
 }
+
+
+def _stale(period: int) -> Guidance:
+    """Three steps from stage to stage: time enough on the slowest of the links."""
+    return Guidance(period=period, duration=1, reach="stale", delay=3)
 
 
 def _pgl(period: int, duration: int, **options: Any) -> Searched:
@@ -66,7 +73,8 @@ GROUPED = {*SCHEDULES, "data-parallel"}
 # In this order in every round; bursts of 5 take 50 steps and are asked for by name.
 DEFAULT = [
     *("local", "gpipe", "1f1b", "interleaved", "zero-bubble", "pgl"),
-    *("pgl-short-bursts", "data-parallel", "local-rpc", "independent", "unconnected"),
+    *("pgl-short-bursts", "stale", "stale-tenth", "data-parallel", "local-rpc"),
+    *("independent", "unconnected"),
     *("plain", "one-worker", "plain-threads", "checkpointed", "accumulated"),
 ]
 

@@ -47,7 +47,10 @@ from benchmarks.standings import SCHEDULES
 
 FOLDER = Path("runs/slow-links")
 RESULTS = Path(__file__).parent / "results"
-ROWS = ("local", "local-bf16", "pgl", "pgl-bf16", *SCHEDULES, "data-parallel")
+ROWS = (
+    *("local", "local-bf16", "pgl", "pgl-bf16", "stale", "stale-tenth"),
+    *(*SCHEDULES, "data-parallel"),
+)
 PORT = 29500  # nobody else is in these namespaces
 
 

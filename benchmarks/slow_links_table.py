@@ -25,6 +25,8 @@ GOALS = {
     ("local", 1e8): 2.7,
     ("pgl", 1e9): 1.3,
     ("pgl", 1e8): 1.8,
+    ("stale-tenth", 1e9): 1.45,
+    ("stale-tenth", 1e8): 2.2,
 }
 TO_LOOPBACK = 0.95  # where computing takes longer than sending
 

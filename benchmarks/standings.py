@@ -22,7 +22,14 @@ PEERS = (
 # Rows whose waiting pglpipe itself counts.
 COUNTED = (
     *("local", "local-bf16", "local-rpc", "pgl", "pgl-bf16", "pgl-bursts"),
-    *("pgl-short-bursts", "unconnected", "one-worker", "in-turns"),
+    *(
+        "pgl-short-bursts",
+        "stale",
+        "stale-tenth",
+        "unconnected",
+        "one-worker",
+        "in-turns",
+    ),
 )
 TITLES = {
     "local": "pglpipe local",
@@ -32,6 +39,8 @@ TITLES = {
     "pgl-bf16": "pglpipe PGL 10 %, single steps, bf16 edges",
     "pgl-bursts": "pglpipe PGL 10 %, bursts of 5 in 50 steps",
     "pgl-short-bursts": "pglpipe PGL 10 %, bursts of 2 in 20 steps",
+    "stale": "pglpipe stale guidance, every step",
+    "stale-tenth": "pglpipe stale guidance, 10 %",
     "unconnected": "pglpipe local, no communication",
     "one-worker": "pglpipe K = 1, one worker",
     "gpipe": "torch GPipe",

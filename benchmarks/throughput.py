@@ -3,7 +3,7 @@
 ResNet-32 on two workers: one race of all rows in turns, then each row that somebody would use once
 more in a fresh process for its peak memory, and four workers, more than there are cores here, beside
 the work ceiling. ``--full`` (``make bench-full``) takes more rounds and steps, longer bursts, and
-all schedules on four workers. Writes results/throughput.json, .md and .svg.
+all schedules on four workers. Writes results/throughput.json, .md and two .svg.
 """
 
 from __future__ import annotations
@@ -79,6 +79,7 @@ def main(
     facts = {part.title: part.facts() for part in parts}
     (results / "throughput.json").write_text(json.dumps(facts, indent=1) + "\n")
     (results / "throughput.svg").write_text(parts[0].chart())
+    (results / "throughput_memory.svg").write_text(parts[0].memory_chart())
 
 
 def run(
@@ -157,6 +158,16 @@ class Part:
             name: statistics.median(found) for name, found in rates.items() if found
         }
         return bars(f"samples per second, {self.title}", medians)
+
+    def memory_chart(self) -> str:
+        """What the worst rank keeps for backward in each row that runs, as SVG."""
+        rows = self._standings.rows.items()
+        worst = {
+            TITLES[name]: max(row["rounds"][-1]["saved_bytes"]) / 2**20
+            for name, row in rows
+            if not row["error"]
+        }
+        return bars(f"MiB kept for backward by the worst rank, {self.title}", worst)
 
     def _lines(self, title: Callable[[str], str]) -> list[list[str]]:
         return [

@@ -92,6 +92,7 @@ def test_goals_are_met_missed_or_not_measured() -> None:
     assert shown == [
         "slow: pglpipe local / best schedule: 2.000, goal at least 2.7: missed",
         "slow: pglpipe PGL 10 %, single steps / best schedule: not measured, goal at least 1.8",
+        "slow: pglpipe stale guidance, 10 % / best schedule: not measured, goal at least 2.2",
         # Eight bytes a sample travel faster than anybody computes.
         "slow: pglpipe local / the same over loopback: 0.800, goal at least 0.95: missed",
     ]
