@@ -167,8 +167,9 @@ def work(folder: Path, steps: int, delay: float, interval: float) -> None:
     (folder / f"rank{rank}.json").write_text(json.dumps(found))
 
 
-@app.command()
+@app.callback(invoke_without_command=True)
 def main(
+    context: typer.Context,
     workers: Annotated[int, typer.Option(help="processes")] = 4,
     steps: Annotated[int, typer.Option(help="steps in all")] = 12_000,
     delay: Annotated[float, typer.Option(help="longest delay, seconds")] = 0.02,
@@ -177,6 +178,20 @@ def main(
     folder: Annotated[Path, typer.Option(help="emptied; workers write there")] = FOLDER,
 ) -> None:
     """Trains, then compares every worker's beginning and end."""
+    if context.invoked_subcommand is None:
+        soak(workers, steps, delay, interval, output, folder)
+
+
+def soak(
+    workers: int, steps: int, delay: float, interval: float, output: Path, folder: Path
+) -> None:
+    """One long run and its table.
+
+    Args:
+        interval: seconds between looks at the workers.
+        output: JSON file that the run is added to.
+        folder: emptied; workers write there.
+    """
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     began = time.monotonic()

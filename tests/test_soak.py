@@ -50,7 +50,7 @@ def test_two_thousand_steps_leave_everything_as_it_is(tmp_path: Path) -> None:
     options = ["--workers=1", "--steps=2000", "--delay=0", "--interval=0.2"]
     output = f"--output={tmp_path / 'soak.json'}"
     folder = f"--folder={tmp_path / 'runs'}"
-    command = module("benchmarks.soak", "main", *options, output, folder)
+    command = module("benchmarks.soak", *options, output, folder)
     run(command, cwd=tmp_path, timeout=280).check()
 
 
@@ -64,7 +64,7 @@ def test_too_few_looks_are_refused_in_one_line(
 
     monkeypatch.setattr(soak.subprocess, "run", pretend)
     with pytest.raises(SystemExit) as ended:
-        soak.main(1, 10, 0.0, 2.0, tmp_path / "soak.json", folder)
+        soak.soak(1, 10, 0.0, 2.0, tmp_path / "soak.json", folder)
     assert ended.value.code == 2
     (said,) = capsys.readouterr().err.splitlines()
     assert "got 9" in said and "--interval" in said
