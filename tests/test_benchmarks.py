@@ -11,53 +11,21 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from benchmarks import demo, guidance, runs, transports
-from pglpipe.config import RunConfig, resolve
+from benchmarks import demo, runs, transports
+from pglpipe.config import RunConfig
+from pglpipe.config_file import resolve
 from pglpipe.run_directory import versions
 
 OPTIONS = {field.name for field in dataclasses.fields(RunConfig)}
 
 
-@pytest.mark.parametrize("options", [demo.COMMON, guidance.COMMON, transports.COMMON])
+@pytest.mark.parametrize("options", [demo.COMMON, transports.COMMON])
 def test_every_option_of_a_benchmark_is_one_of_the_command_line(
     options: dict[str, Any],
 ) -> None:
     names = {key.replace("-", "_") for key in options}
     assert names <= OPTIONS
     resolve(None, {key.replace("-", "_"): value for key, value in options.items()})
-
-
-@pytest.mark.parametrize("row", guidance.ROWS, ids=str)
-def test_a_row_of_the_guidance_table_spends_its_share_on_global_steps(
-    row: guidance.Row,
-) -> None:
-    options = {
-        key.replace("-", "_"): value for key, value in row.options(seed=0).items()
-    }
-    when = resolve(None, options).guidance()
-    steps_per_epoch = 7
-    steps = [
-        (epoch * steps_per_epoch + i, epoch)
-        for epoch in range(guidance.EPOCHS)
-        for i in range(7)
-    ]
-    global_steps = sum(when.is_global(step, epoch) for step, epoch in steps)
-    assert global_steps == round(row.share * len(steps))
-    assert row.duration == 0 or when.is_global(*steps[-1]), "the last word is global"
-
-
-def test_the_guidance_table_has_three_seeds_where_the_claim_rests() -> None:
-    claimed = [row for row in guidance.ROWS if len(row.seeds) == 3]
-    assert [row.share for row in claimed] == [0.0, 0.1, 1.0]
-    assert {row.head for row in claimed} == {"1c2f"}
-
-
-def test_a_row_of_the_guidance_table_gives_mean_and_spread() -> None:
-    found = [summary(0.50), summary(0.60)]
-    line = guidance.markdown(
-        [guidance.result(guidance.ROWS[0], found)], "head"
-    ).splitlines()[-1]
-    assert line == "| 1c2f | local only | 0 % | 55.0 ± 7.1 % | 2 |"
 
 
 def test_the_demo_reports_what_guidance_does_not_buy() -> None:

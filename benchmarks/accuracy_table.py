@@ -1,0 +1,225 @@
+"""From finished runs to the table of accuracy: what a row says, as JSON and as Markdown."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+from benchmarks.accuracy_prices import (
+    MICROBATCHES,
+    Result,
+    checkpointed,
+    costs,
+    pipelined,
+)
+from benchmarks.accuracy_rows import Row
+from benchmarks.accuracy_scales import Scale
+from benchmarks.accuracy_stages import known_places, stages_path
+from benchmarks.runs import CIFAR10, machine, matches
+
+Runs = Mapping[int, Result]  # by seed
+
+
+@dataclass(frozen=True)
+class Tables:
+    """Where runs are read and tables are written.
+
+    Attributes:
+        runs: the folder of the runs.
+        results: the folder of the tables.
+    """
+
+    scale: Scale
+    runs: Path
+    results: Path
+
+    def folder(self, name: str, seed: int) -> Path:
+        """Of one run."""
+        return self.runs / self.scale.name / f"{name}-seed{seed}"
+
+    def write(self, rows: Sequence[Row]) -> list[Result]:
+        """Writes what is known by now."""
+        results = [*self.found(rows)]
+        close_gaps(results)
+        self.results.mkdir(exist_ok=True)
+        about = {
+            "command": f"python -m benchmarks.accuracy --scale {self.scale.name} --data-root DIR",
+            "data": CIFAR10,
+            "options": self.scale.common,
+            "machine": machine(),
+        }
+        text = json.dumps({**about, "rows": results}, indent=1)
+        path = self.results / f"accuracy_{self.scale.name}.json"
+        path.write_text(text + "\n")
+        path.with_suffix(".md").write_text(markdown(results, heading(self.scale)))
+        return results
+
+    def found(self, rows: Iterable[Row]) -> Iterable[Result]:
+        """The rows of which there is a run."""
+        known = known_places(stages_path(self.results, self.scale))
+        for row in rows:
+            runs = self.complete(row)
+            if not runs:
+                continue
+            place = known.get(row.place)
+            yield {**result(row, runs), **costs(self.scale, row, place)}
+            if row.stages > 1 or place is None:
+                continue
+            yield {**result(row, runs), **checkpointed(place)}
+            cuts = {len(place["body"]): place for place in known.values()}
+            for stages in sorted(cuts.keys() - {1}):
+                yield {**result(row, runs), **pipelined(cuts[stages])}
+
+    def complete(self, row: Row, seeds: Iterable[int] = range(10)) -> dict[int, Result]:
+        """Its finished runs."""
+        found = {}
+        for seed in seeds:
+            summary = self.folder(row.name, seed) / "summary.json"
+            if summary.exists() and matches(summary, row.options(self.scale, seed)):
+                found[seed] = read_run(summary.parent)
+        return found
+
+
+@cache
+def read_run(folder: Path) -> Result:
+    """Its summary, and the best accuracy of all its evaluations."""
+    summary: Result = json.loads((folder / "summary.json").read_text())
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    evaluations = [json.loads(line) for line in lines if '"event": "eval"' in line]
+    best = max(line["accuracy"][-1] for line in evaluations)
+    return {**summary, "best_accuracy": best}
+
+
+def result(row: Row, runs: Runs) -> Result:
+    """What the runs of a row say."""
+    first = next(iter(runs.values()))
+    return {
+        "name": row.name,
+        "title": row.title,
+        "method": row.method,
+        "stages": row.stages,
+        "head": row.head,
+        "loss": row.loss,
+        "share": first["global_steps"] / first["steps"],
+        "seeds": list(runs),
+        **{
+            key: [run[key] for run in runs.values()]
+            for key in (
+                "test_accuracy",
+                "best_accuracy",
+                "exit_accuracy",
+                "gradient_cosine",
+                "parameters_sha256",
+            )
+        },
+    }
+
+
+def close_gaps(results: Sequence[Result]) -> None:
+    """Adds to each result the part of the gap that it closes, where its ends are known.
+
+    The gap is between local training at the same place and end to end, over the seeds that all
+    three have.
+    """
+    by_name = {found["name"]: found for found in results}
+    for found in results:
+        place = found["stages"], found["head"], found["loss"]
+        local = by_name.get(Row("local", *place).name)
+        whole = by_name.get("end-to-end")
+        found["gap_closed"] = None
+        if local and whole and found["stages"] > 1:
+            found["gap_closed"] = gap_closed(found, local, whole)
+
+
+def gap_closed(found: Result, local: Result, whole: Result) -> float | None:
+    """The part of the way from local to end to end; None if there is no gap to speak of."""
+    by_seed = [
+        dict(zip(one["seeds"], one["test_accuracy"], strict=True))
+        for one in (found, local, whole)
+    ]
+    common = set.intersection(*map(set, by_seed))
+    if not common:
+        return None
+    mine, low, high = (
+        statistics.fmean(one[seed] for seed in common) for one in by_seed
+    )
+    return (mine - low) / (high - low) if high > low else None
+
+
+def heading(scale: Scale) -> str:
+    """What stands above the table."""
+    how = "as published" if scale.balance == "published" else f"by {scale.balance}"
+    several = f"{scale.train:,} training and {scale.test:,} test images"
+    return (
+        f"{CIFAR10}, {several} of {scale.side}x{scale.side} pixels; {scale.model}"
+        f"{f' at width {scale.width}' if scale.width else ''}, cut {how}; {scale.epochs} epochs, "
+        f"batch {scale.batch}, cosine from lr {scale.options['lr']}. Accuracy of the last exit after the last epoch, and at "
+        "best over the evaluations; ± standard deviation over seeds. *Gap*: the part of the way from local only with "
+        "the same cut and heads to end to end. *Step*: time of a step on one worker per stage, end to end on one "
+        "worker being 1, worked out from measured times of the layers, a third of them forward (benchmarks/accuracy_cost.py says how), for "
+        f"whole batches as trained, and for {MICROBATCHES} microbatches in global steps, with which BatchNorm would see an eighth "
+        "of a batch. *Kept*: for backward, by the worker that keeps most, at whole batches.\n\n"
+        f"`python -m benchmarks.accuracy --scale {scale.name} --data-root DIR`; {machine()}."
+    )
+
+
+COLUMNS = (
+    "K",
+    "head",
+    "method",
+    "guided",
+    "accuracy",
+    "best",
+    "gap closed",
+    "step",
+    f"step, {MICROBATCHES} parts",
+    "kept, MiB",
+    "seeds",
+)
+
+
+def markdown(results: Iterable[Result], head: str) -> str:
+    """The table, place by place."""
+    ordered = sorted(
+        results, key=lambda r: (r["stages"], r["head"], r["loss"], r["share"] > 0)
+    )
+    lines = [COLUMNS, ["---"] * len(COLUMNS), *map(cells, ordered)]
+    table = [f"| {' | '.join(line)} |" for line in lines]
+    return "\n".join([head, "", *table, ""])
+
+
+def cells(found: Result) -> list[str]:
+    """A line of the table, in the order of :data:`COLUMNS`."""
+    alone = found["stages"] == 1
+    bytes_ = found["kept_bytes"]
+    return [
+        "any" if alone else str(found["stages"]),
+        "any" if alone else found["head"],
+        found["title"],
+        f"{100 * found['share']:.0f} %",
+        percent(found["test_accuracy"]),
+        percent(found["best_accuracy"]),
+        _shown(found["gap_closed"], ".0%"),
+        _shown(found["time"], ".3f"),
+        _shown(found["time_microbatches"], ".3f"),
+        _shown(bytes_ and bytes_ / 2**20, ".1f"),
+        str(len(found["seeds"])),
+    ]
+
+
+def percent(values: Sequence[float]) -> str:
+    """Mean and standard deviation of fractions.
+
+    >>> percent([0.5, 0.6]), percent([0.5])
+    ('55.0 ± 7.1 %', '50.0 %')
+    """
+    spread = f" ± {100 * statistics.stdev(values):.1f}" if len(values) > 1 else ""
+    return f"{100 * statistics.mean(values):.1f}{spread} %"
+
+
+def _shown(value: float | None, how: str) -> str:
+    return "–" if value is None else format(value, how)
