@@ -1,0 +1,130 @@
+"""Every recipe is a run that could begin: it parses, its network is built, its cut is there."""
+
+from __future__ import annotations
+
+import re
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+from commands import ROOT
+from torch import Tensor
+
+from pglpipe import models
+from pglpipe.config import RunConfig
+from pglpipe.config_file import resolve
+from pglpipe.data import Recipe
+from pglpipe.guided import place_of
+from pglpipe.heads import Site, build_head
+from pglpipe.ingredients import local_loss
+from pglpipe.layer import Layer
+from pglpipe.losses import published_lambdas
+from pglpipe.partition import activations, analyse, choose_balance, slices
+
+RECIPES = sorted((ROOT / "recipes").glob("*.toml"))
+SIDES = {"cifar10": 32, "svhn": 32, "stl10": 96}
+NORMALIZED = Recipe((0.5,) * 3, (0.25,) * 3, 0, False)
+
+Sized = tuple[list[Layer], list[Tensor]]
+
+
+def cuts(path: Path) -> list[tuple[str, int]]:
+    """The networks and numbers of stages that a recipe says it is for."""
+    found = re.findall(r"^# (\w+): ([\d, ]+) stages$", path.read_text(), re.MULTILINE)
+    return [(model, int(k)) for model, ks in found for k in ks.split(", ")]
+
+
+@cache
+def network(model: str, side: int, classes: int) -> Sized:
+    """Its layers, and what they put out for two images."""
+    layers = models.build(model, image_shape=(3, side, side), num_classes=classes)
+    return layers, activations(layers, torch.empty(2, 3, side, side))
+
+
+def sized(config: RunConfig) -> tuple[list[Layer], list[Tensor], int]:
+    """The network of a configuration, its activations, and its number of classes."""
+    side = config.image_size or SIDES[config.dataset]
+    classes = 1000 if config.dataset == "imagefolder" else 10
+    return *network(config.model, side, classes), classes
+
+
+def balance(config: RunConfig, layers: list[Layer], x: Tensor) -> list[int]:
+    """The sizes of the stages."""
+    loss = local_loss(config, NORMALIZED)
+
+    def head(shape: tuple[int, ...], position: int) -> torch.nn.Module:
+        return build_head(config.head, Site(shape, loss.outputs(10), position, layers))
+
+    # Only a cut by what layers cost has to know what they cost.
+    costs = analyse(layers, x, head) if config.balance == "flops" else (layers, [])
+    return choose_balance(config.balance, *costs, config.stages, model=config.model)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_a_recipe_can_be_cut_as_it_says_and_has_heads_everywhere(path: Path) -> None:
+    named = cuts(path)
+    default = resolve(path, {})
+    assert (default.model, default.stages) in named
+    for model, stages in named:
+        config = resolve(path, {"model": model, "stages": stages})
+        layers, outputs, classes = sized(config)
+        assert outputs[-1].shape == (2, classes)
+        side = config.image_size or SIDES[config.dataset]
+        sizes = balance(config, layers, torch.empty(2, 3, side, side))
+        assert len(sizes) == stages and sum(sizes) == len(layers)
+        loss = local_loss(config, NORMALIZED)
+        for part in slices(sizes)[:-1]:
+            last, shape = part.stop - 1, tuple(outputs[part.stop - 1].shape[1:])
+            place = place_of(last, len(layers))
+            site = Site(shape, loss.outputs(classes), last, layers, place)
+            with torch.device("meta"):
+                module = loss.auxiliary(
+                    build_head(config.head, site), shape, (3, side, side)
+                )
+            said = module(outputs[last].clone())
+            logits = said[0] if isinstance(said, tuple) else said
+            assert logits.shape == (2, loss.outputs(classes))
+
+
+@pytest.mark.parametrize(
+    "path", [p for p in RECIPES if p.stem.startswith("infopro")], ids=lambda p: p.stem
+)
+def test_a_recipe_of_infopro_names_the_cuts_with_published_weights(path: Path) -> None:
+    dataset = resolve(path, {}).dataset
+    for model, stages in cuts(path):
+        assert len(published_lambdas(model, dataset, stages)) == 4
+
+
+def test_auglocal_ends_with_as_many_blocks_as_its_deepest_head_and_one() -> None:
+    for path in RECIPES:
+        config = resolve(path, {})
+        if config.head.startswith("auglocal-"):
+            depth = int(config.head.split("-")[1])
+            *single, last = map(int, config.balance.split(","))
+            assert set(single) == {1}
+            assert last == depth + 1 + 1, "and the classifier"
+
+
+def test_our_recipes_end_with_a_global_step() -> None:
+    for path in RECIPES:
+        if path.stem.startswith("pgl"):
+            config = resolve(path, {})
+            epochs, steps = config.epochs, 10  # in an epoch
+            kinds = [
+                config.guidance().kind(step, step // steps, epochs * steps, epochs)
+                for step in range(epochs * steps)
+            ]
+            assert kinds[-1] == "global" and kinds.count("global") == epochs
+
+
+def test_the_readme_names_every_recipe() -> None:
+    text = (ROOT / "recipes" / "README.md").read_text()
+    patterns = [
+        re.escape(name)
+        .replace("DATA", r"(cifar10|svhn|stl10)")
+        .replace("NETWORK", r"\w+")
+        for name in re.findall(r"`([a-zA-Z0-9-]+)`", text)
+    ]
+    for path in RECIPES:
+        assert any(re.fullmatch(pattern, path.stem) for pattern in patterns), path
