@@ -1,0 +1,80 @@
+"""What CONTRIBUTING adds as its example works when it is added."""
+
+from __future__ import annotations
+
+import re
+import types
+from typing import Any
+
+import pytest
+import torch
+from commands import ROOT
+from torch import nn
+from worlds import image_batches, small_resnet, train
+
+from pglpipe import NEVER
+from pglpipe.heads import HEADS, Site, build_head
+from pglpipe.losses import LOSSES, LossSettings, build_loss
+
+GUIDE = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+
+
+def example(path: str) -> types.ModuleType:
+    """The block of Python that is to be the file of this name, as a module."""
+    pattern = rf"^```python\n# {re.escape(path)}\n(.*?)^```$"
+    block = re.search(pattern, GUIDE, re.DOTALL | re.MULTILINE)
+    assert block, f"the guide shows no {path}"
+    module = types.ModuleType(path)
+    exec(compile(block[1], path, "exec"), module.__dict__)
+    return module
+
+
+@pytest.fixture
+def registered(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both examples under the names, and by the lines, that the guide gives them."""
+    for path, registry in (
+        ("pglpipe/losses/smooth.py", LOSSES),
+        ("pglpipe/heads/peak.py", HEADS),
+    ):
+        name = path.rpartition("/")[2].removesuffix(".py")
+        line = re.search(rf"`\"{name}\": (.*?)` in `", GUIDE)
+        assert line, f"the guide shows no line for {name}"
+        entry: Any = eval(line[1], example(path).__dict__)
+        monkeypatch.setitem(registry, name, entry)  # type: ignore[arg-type]
+
+
+@pytest.mark.usefixtures("registered")
+def test_the_example_trains_and_gives_the_same_bits_on_two_workers() -> None:
+    batches = image_batches(8, 4)
+    alone, apart = (
+        train(
+            size,
+            small_resnet("resnet8"),
+            batches,
+            head="peak",
+            local_loss=build_loss("smooth", LossSettings()),
+            guidance=NEVER,
+            evaluate=batches,
+        ).summary
+        for size in (1, 2)
+    )
+    assert alone.parameters_sha256 == apart.parameters_sha256
+    assert all(accuracy is not None for accuracy in alone.exit_accuracy)
+
+
+@pytest.mark.usefixtures("registered")
+def test_the_example_is_what_its_docstring_says() -> None:
+    logits, target = torch.randn(1, 4, dtype=torch.float64), torch.tensor([2])
+    wanted = torch.full((4,), 0.1 / 4, dtype=torch.float64)
+    wanted[2] += 0.9
+    log_p = logits[0] - torch.logsumexp(logits[0], 0)
+    loss = build_loss("smooth")(logits, target)
+    torch.testing.assert_close(loss, -(wanted * log_p).sum())
+
+
+@pytest.mark.usefixtures("registered")
+def test_the_head_of_the_example_looks_at_the_largest_values() -> None:
+    head = build_head("peak", Site((3, 4, 4), 5))
+    x = torch.randn(2, 3, 4, 4)
+    linear = [m for m in head.modules() if isinstance(m, nn.Linear)][0]
+    assert torch.equal(head(x), linear(x.amax(dim=(2, 3))))
