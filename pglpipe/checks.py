@@ -63,6 +63,10 @@ def check_together(
     in_parts = memory.local_microbatches > 1
     stale = "stale" in guidance.kinds
     compares = local_loss is not None and local_loss.compares
+    cut = memory.microbatches > 1 and {"global", "window"} & {*guidance.kinds}
+    asks_heads = "window" in guidance.kinds or guided.asks_heads
+    windows = guidance.has_stale_windows or "window" in guidance.kinds
+    windows_alone = windows and "global" not in guidance.kinds
     contradictions = (
         (compile and budgeted, _COMPILED_BUDGET),
         (compile and overlap_stages, _COMPILED_OVERLAP),
@@ -72,6 +76,8 @@ def check_together(
         (stale and budgeted, _STALE_BUDGET),
         (stale and in_parts, _STALE_IN_PARTS),
         (compares and (in_parts or budgeted), _COMPARED_IN_PARTS),
+        (compares and cut and asks_heads, _COMPARED_IN_MICROBATCHES),
+        (guided.local_weight > 0 and windows_alone, _WINDOW_LOCAL_WEIGHT),
         (overlap_stages and weight.end != 1, _OVERLAP_WEIGHT),
     )
     if guided.shrink != 1 and not guidance.is_stale:
@@ -116,6 +122,15 @@ _STALE_IN_PARTS = (
 _COMPARED_IN_PARTS = (
     "--local-microbatches or --memory-budget, or a local loss that compares the samples of a batch",
     "of a part of the batch it is another loss",
+)
+_COMPARED_IN_MICROBATCHES = (
+    "--microbatches above 1, or guided steps that run heads with a local loss that compares the "
+    "samples of a batch",
+    "of a microbatch it is another loss",
+)
+_WINDOW_LOCAL_WEIGHT = (
+    "--guidance-reach window or stale-window, or --guided-local-weight",
+    "a window's gradients are those of the local losses already",
 )
 _OVERLAP_WEIGHT = (
     "--overlap-stages or --local-weight-end",

@@ -10,17 +10,16 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 
-from pglpipe.checks import check_together
+from pglpipe.config_checks import check_fields
 from pglpipe.data import DATASETS
 from pglpipe.device import DEVICES
-from pglpipe.errors import ConfigError
 from pglpipe.guidance import REACHES, UNITS, WARMUPS, Guidance
 from pglpipe.guided import GUIDED_HEADS, OPTIMIZERS, Guided, LocalWeight
-from pglpipe.heads import HEAD_NAMES, find_head
+from pglpipe.heads import HEAD_NAMES
 from pglpipe.learning import PRECISIONS
 from pglpipe.learning_rate import LR_SCHEDULES
 from pglpipe.losses import LOSSES, Lambdas, as_lambdas
-from pglpipe.memory import MemorySettings, as_bytes
+from pglpipe.memory import as_bytes
 from pglpipe.options import check, option, to_toml
 from pglpipe.timetable import TIMETABLES
 from pglpipe.transport import TRANSPORTS
@@ -210,50 +209,7 @@ class RunConfig:
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             check(field, getattr(self, field.name))
-        if self.epochs and self.steps:
-            raise ConfigError(
-                f"expected --epochs or --steps, got both ({self.epochs} and {self.steps}); drop one"
-            )
-        for name in ("microbatches", "local-microbatches"):
-            parts = getattr(self, name.replace("-", "_"))
-            if self.batch_size < parts:
-                raise ConfigError(
-                    f"expected a batch of at least one image per microbatch, got --batch-size "
-                    f"{self.batch_size} for --{name} {parts}; lower --{name}"
-                )
-        self.memory_budget_bytes()
-        check_together(
-            MemorySettings(
-                microbatches=self.microbatches,
-                local_microbatches=self.local_microbatches,
-            ),
-            bool(self.memory_budget),
-            self.compile,
-            self.overlap_stages,
-            self.guidance(),
-            self.guided(),
-            self.local_weight(),
-        )
-        if self.nesterov and not self.momentum:
-            raise ConfigError(
-                "expected momentum for --nesterov, got 0; add --no-nesterov"
-            )
-        if self.final_lr and not self.guidance_final:
-            raise ConfigError(
-                f"expected a final phase for --final-lr {self.final_lr:g}, got --guidance-final 0; "
-                "say how long it is, or drop --final-lr"
-            )
-        if self.final_warmup_epochs and not self.final_lr:
-            raise ConfigError(
-                "expected --final-lr for --final-warmup-epochs, got 0, which goes on with the learning "
-                "rate as it is; give one, or drop the warm-up"
-            )
-        find_head(self.head)
-        if self.lambdas() and not self.local_loss.startswith("infopro"):
-            raise ConfigError(
-                f"expected --local-loss infopro or infopro-contrast for --infopro-lambdas, got "
-                f"{self.local_loss}; drop one"
-            )
+        check_fields(self)
 
     def guidance(self) -> Guidance:
         """When the steps of this run are guided, and how far."""

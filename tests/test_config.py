@@ -89,6 +89,8 @@ VALUES: dict[str, tuple[Any, Any]] = {
 BESIDE: dict[str, dict[str, Any]] = {
     "final_lr": {"guidance_final": 3},
     "final_warmup_epochs": {"guidance_final": 3, "final_lr": 0.5},
+    "guidance_window": {"guidance_reach": "window"},
+    "guidance_delay": {"guidance_reach": "stale"},
     "guided_shrink": {"guidance_reach": "stale"},
     "infopro_lambdas": {"local_loss": "infopro"},
 }

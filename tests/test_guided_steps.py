@@ -6,6 +6,7 @@ The reference (``reference_guided.py``) is one short loop in one process that kn
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -195,7 +196,9 @@ IN_DOUBLE = {
         OFTEN, guided=Guided(local_weight=0.3), compares=True, clip_norm=0.3
     ),
     "global, compared": rules(OFTEN, compares=True),
-    "window": rules(WINDOW, guided=MIXED, local_weight=WEIGHTS),
+    "window": rules(
+        WINDOW, guided=replace(MIXED, local_weight=0.0), local_weight=WEIGHTS
+    ),
     "window of three": rules(
         Guidance(period=1, reach="window", window=3), clip_norm=0.3
     ),

@@ -34,7 +34,7 @@ LEVELS = [
     ["plan"],
     ["pipeline", "loaders", "checks"],
     ["session"],
-    ["trainer"],
+    ["trainer", "config_checks"],
     ["config", "display"],
     ["config_file", "ingredients", "run_directory", "tables"],
     ["run"],

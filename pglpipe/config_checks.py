@@ -1,0 +1,83 @@
+"""Which fields of a configuration contradict each other, or do nothing together."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from pglpipe.checks import check_together
+from pglpipe.errors import ConfigError
+from pglpipe.heads import find_head
+from pglpipe.memory import MemorySettings
+
+if TYPE_CHECKING:
+    from pglpipe.config import RunConfig
+
+
+def check_fields(config: RunConfig) -> None:
+    """Raises ConfigError for fields that are fine alone and not together."""
+    config.memory_budget_bytes()
+    find_head(config.head)
+    _check_span(config)
+    _check_guidance(config)
+    check_together(
+        MemorySettings(
+            microbatches=config.microbatches,
+            local_microbatches=config.local_microbatches,
+        ),
+        bool(config.memory_budget),
+        config.compile,
+        config.overlap_stages,
+        config.guidance(),
+        config.guided(),
+        config.local_weight(),
+    )
+    _check_learning(config)
+
+
+def _check_span(config: RunConfig) -> None:
+    if config.epochs and config.steps:
+        raise ConfigError(
+            f"expected --epochs or --steps, got both ({config.epochs} and {config.steps}); drop one"
+        )
+    for name in ("microbatches", "local-microbatches"):
+        parts = getattr(config, name.replace("-", "_"))
+        if config.batch_size < parts:
+            raise ConfigError(
+                f"expected a batch of at least one image per microbatch, got --batch-size "
+                f"{config.batch_size} for --{name} {parts}; lower --{name}"
+            )
+
+
+def _check_guidance(config: RunConfig) -> None:
+    """What belongs to one reach is not given with another, where it would do nothing."""
+    defaults = type(config)
+    for name, reaches in (
+        ("guidance_window", ("window", "stale-window")),
+        ("guidance_delay", ("stale", "stale-window")),
+    ):
+        value = getattr(config, name)
+        if value != getattr(defaults, name) and config.guidance_reach not in reaches:
+            raise ConfigError(
+                f"expected --guidance-reach {' or '.join(reaches)} for --{name.replace('_', '-')} "
+                f"{value}, got {config.guidance_reach}; drop one"
+            )
+
+
+def _check_learning(config: RunConfig) -> None:
+    if config.nesterov and not config.momentum:
+        raise ConfigError("expected momentum for --nesterov, got 0; add --no-nesterov")
+    if config.final_lr and not config.guidance_final:
+        raise ConfigError(
+            f"expected a final phase for --final-lr {config.final_lr:g}, got --guidance-final 0; "
+            "say how long it is, or drop --final-lr"
+        )
+    if config.final_warmup_epochs and not config.final_lr:
+        raise ConfigError(
+            "expected --final-lr for --final-warmup-epochs, got 0, which goes on with the learning "
+            "rate as it is; give one, or drop the warm-up"
+        )
+    if config.lambdas() and not config.local_loss.startswith("infopro"):
+        raise ConfigError(
+            f"expected --local-loss infopro or infopro-contrast for --infopro-lambdas, got "
+            f"{config.local_loss}; drop one"
+        )
