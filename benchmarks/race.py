@@ -190,17 +190,30 @@ def main(
         race.enter(name, (fixed,) if fixed else candidates(name, arena.size))
     for _ in range(rounds):
         race.round(steps)
-    facts = {
+    facts = told(race, track, differences, {"rounds": rounds, "steps": steps})
+    if arena.leads:
+        output.write_text(json.dumps(facts, indent=1) + "\n")
+    arena.close()
+
+
+def told(
+    race: Race,
+    track: Track,
+    differences: Mapping[str, float | str],
+    counts: Mapping[str, int],
+) -> dict[str, Any]:
+    """What the output says; every rank must ask."""
+    arena, load = track.arena, track.workload
+    return {
         "about": {
             "machine": machine(),
             "cores": arena.cores,
             "ranks": arena.size,
             "workload": load.name,
             "batch": load.batch_size,
-            "rounds": rounds,
-            "steps": steps,
+            **counts,
         },
-        "cuts": vars(cuts),
+        "cuts": vars(track.cuts),
         "gradient_differences": differences,
         "peak_rss": arena.gather(
             resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
@@ -209,9 +222,6 @@ def main(
         "late_seconds": arena.gather(load.late()),
         "rows": [entry.to_json() for entry in race.entries],
     }
-    if arena.leads:
-        output.write_text(json.dumps(facts, indent=1) + "\n")
-    arena.close()
 
 
 def _speed(entry: Entry) -> float:

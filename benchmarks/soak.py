@@ -11,7 +11,6 @@ with status 1.
 
 from __future__ import annotations
 
-import gc
 import json
 import os
 import random
@@ -21,6 +20,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -94,7 +94,6 @@ class Watch:
     """Looks at its own process now and then, from a thread of its own."""
 
     def __init__(self, interval: float) -> None:
-        self._ends: list[Any] = []
         self.looks: list[dict[str, float]] = []
         self._interval = interval
         self._over = threading.Event()
@@ -110,22 +109,37 @@ class Watch:
 
     def _look(self) -> None:
         while not self._over.wait(self._interval):
-            if not self._ends:  # until the edges are there
-                self._ends = ends()
             self.looks.append(
                 {
                     "seconds": time.monotonic(),
                     "resident_bytes": resident_bytes(),
                     "threads": len(os.listdir("/proc/self/task")),
                     "descriptors": len(os.listdir("/proc/self/fd")),
-                    **queues(self._ends),
+                    **queues(ends()),
                 }
             )
 
 
-def ends() -> list[Sender | Receiver]:
-    """The ends of this process' edges, which nobody hands out: found among all objects."""
-    return [found for found in gc.get_objects() if type(found) in (Sender, Receiver)]
+def remember_ends() -> None:
+    """From now on the ends of this process' edges, which nobody hands out, are in :func:`ends`."""
+    for kind in (Sender, Receiver):
+        kind.__init__ = _remembering(kind.__init__)  # type: ignore[method-assign]
+
+
+def _remembering(make: Callable[..., None]) -> Callable[..., None]:
+    def made(self: Any, *arguments: Any, **options: Any) -> None:
+        make(self, *arguments, **options)
+        _ends.append(self)
+
+    return made
+
+
+def ends() -> list[Any]:
+    """The ends of this process' edges."""
+    return list(_ends)
+
+
+_ends: list[Any] = []
 
 
 def queues(found: list[Any]) -> dict[str, int]:
@@ -149,6 +163,7 @@ def work(folder: Path, steps: int, delay: float, interval: float) -> None:
     """One worker's share; its looks go into a file."""
     torch.set_num_threads(1)
     rank = int(os.environ.get("RANK", "0"))
+    remember_ends()
     trainer = pglpipe.Trainer(
         network(delay),
         num_stages=STAGES,
