@@ -83,20 +83,24 @@ class Lines(Blank):
     def __init__(self, total_steps: int) -> None:
         self._total = total_steps
         self._began = self._last = time.monotonic()
-        self._global_steps = 0
+        self._guided_steps = 0
+        self._first: int | None = None
         self._losses: list[float | None] = []
 
     def on_step(self, record: StepRecord) -> None:
         """Prints a line when the last one is old."""
-        self._global_steps += record.kind == "global"
+        self._guided_steps += record.kind != "local"
+        if self._first is None:
+            self._first = record.step  # not 0 where a run goes on
         self._losses = merge(self._losses, record.losses)
         if time.monotonic() - self._last < _LINE_SECONDS:
             return
         self._last = time.monotonic()
         done = record.step + 1
-        left = (self._last - self._began) / done * (self._total - done)
+        seconds = (self._last - self._began) / (done - self._first)
+        left = seconds * (self._total - done)
         print(
-            f"step {done}/{self._total} ({self._global_steps} global)  "
+            f"step {done}/{self._total} ({self._guided_steps} guided)  "
             f"loss {' '.join(map(number, self._losses))}  {record.samples_per_second:.0f} samples/s  "
             f"{clock(left)} left",
             flush=True,

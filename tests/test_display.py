@@ -86,23 +86,23 @@ def test_lines_say_where_the_run_is_every_ten_seconds(
             clock.now += 2
             lines.on_step(dataclasses.replace(STEP, step=step))
     assert printed(capsys) == [
-        "step 5/20 (0 global) loss 1.500 2.250 0.125 640 samples/s 0:30 left",
-        "step 10/20 (0 global) loss 1.500 2.250 0.125 640 samples/s 0:20 left",
-        "step 15/20 (0 global) loss 1.500 2.250 0.125 640 samples/s 0:10 left",
+        "step 5/20 (0 guided) loss 1.500 2.250 0.125 640 samples/s 0:30 left",
+        "step 10/20 (0 guided) loss 1.500 2.250 0.125 640 samples/s 0:20 left",
+        "step 15/20 (0 guided) loss 1.500 2.250 0.125 640 samples/s 0:10 left",
     ]
 
 
-def test_a_global_step_is_counted_and_keeps_the_losses_that_it_did_not_take(
+def test_a_guided_step_is_counted_and_keeps_the_losses_that_it_did_not_take(
     clock: Clock, capsys: pytest.CaptureFixture[str]
 ) -> None:
     lines = Lines(total_steps=20)
-    lines.on_step(STEP)
+    lines.on_step(dataclasses.replace(STEP, step=0))
     clock.now = 60
     lines.on_step(
         dataclasses.replace(STEP, step=9, kind="global", losses=[None, None, 0.5])
     )
     assert printed(capsys) == [
-        "step 10/20 (1 global) loss 1.500 2.250 0.500 640 samples/s 1:00 left"
+        "step 10/20 (1 guided) loss 1.500 2.250 0.500 640 samples/s 1:00 left"
     ]
 
 
