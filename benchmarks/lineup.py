@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from benchmarks.devices import emulated
-from benchmarks.pglpipe_rows import Alone, InTurns, Pipeline, Unconnected
+from benchmarks.pglpipe_rows import Alone, InTurns, Pipeline, Saving, Unconnected
 from benchmarks.plain_rows import Accumulated, Checkpointed, DataParallel, EndToEnd
 from benchmarks.rows import Row, Track
 from benchmarks.schedule_rows import SCHEDULES, Schedule
@@ -28,6 +28,7 @@ ROWS: dict[str, Maker] = {
     "local": lambda track: Pipeline(track, NEVER),
     "local-bf16": lambda track: Pipeline(track, NEVER, edge_dtype="bf16"),
     "local-rpc": lambda track: Pipeline(track, NEVER, transport="rpc"),
+    "local-saving": lambda track: Saving(track, every=50),
     "in-turns": InTurns,
     "stale": lambda track: Pipeline(track, _stale(1)),
     "stale-tenth": lambda track: Pipeline(track, _stale(10)),
@@ -82,7 +83,10 @@ DEFAULT = [
 def candidates(name: str, ranks: int) -> tuple[int, ...]:
     """The numbers of microbatches to try: as many as ranks, and more.
 
-    Guided rows are tried for a whole period each, and begin below: most of their steps are local.
+    Guided rows are tried for a whole period each, and begin below, for most of their steps are local;
+    bursts, whose period is long, with two numbers only.
     """
+    if name.endswith("bursts"):
+        return 2 * ranks, 4 * ranks
     first = max(2, ranks // 2) if name.startswith("pgl") else ranks
     return first, 2 * first, 4 * first

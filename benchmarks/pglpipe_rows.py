@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -9,7 +11,7 @@ from torch import Tensor
 
 from benchmarks.rows import Row, Share, Track
 from benchmarks.workload import SEED, Stream
-from pglpipe import NEVER, Guidance, Layer, Trainer
+from pglpipe import NEVER, Checkpoints, Guidance, Layer, Trainer
 from pglpipe.metrics import WARMUP_STEPS, Summary
 from pglpipe.partition import activations, slices
 from pglpipe.transport import World
@@ -55,6 +57,28 @@ class Pipeline(Row):
             rank - 1: up / batch,
         }
         return _share(summary, worker, sent={peer: n for peer, n in sent.items() if n})
+
+
+class Saving(Pipeline):
+    """Local steps with a checkpoint after every so many, written while they go on.
+
+    Args:
+        track: what it runs on.
+        every: steps.
+    """
+
+    def __init__(self, track: Track, every: int) -> None:
+        super().__init__(track, NEVER)
+        self.period = every
+
+    def block(self, steps: int) -> Share | None:
+        """As any pipeline's; the checkpoints are gone afterwards."""
+        with TemporaryDirectory() as mine:
+            folder = Path(self._track.arena.share(lambda: mine))
+            self._options["checkpoints"] = Checkpoints(folder, every=self.period)
+            share = super().block(steps)
+            self._track.arena.barrier()
+        return share
 
 
 class Alone(Row):
@@ -149,7 +173,13 @@ class Unconnected(Row):
         return _share(summary, summary.workers[0])
 
 
-def _fit(track: Track, layers: object, stream: Stream, **options: Any) -> Summary:
+def _fit(
+    track: Track,
+    layers: object,
+    stream: Stream,
+    checkpoints: Checkpoints | None = None,
+    **options: Any,
+) -> Summary:
     workload = track.workload
     trainer = Trainer(
         layers,
@@ -161,7 +191,7 @@ def _fit(track: Track, layers: object, stream: Stream, **options: Any) -> Summar
         **options,
     )
     try:
-        return trainer.fit(stream, steps=len(stream))
+        return trainer.fit(stream, steps=len(stream), checkpoints=checkpoints)
     finally:
         trainer.close()
 

@@ -21,7 +21,15 @@ PEERS = (
 )
 # Rows whose waiting pglpipe itself counts.
 COUNTED = (
-    *("local", "local-bf16", "local-rpc", "pgl", "pgl-bf16", "pgl-bursts"),
+    *(
+        "local",
+        "local-bf16",
+        "local-rpc",
+        "local-saving",
+        "pgl",
+        "pgl-bf16",
+        "pgl-bursts",
+    ),
     *(
         "pgl-short-bursts",
         "stale",
@@ -35,6 +43,7 @@ TITLES = {
     "local": "pglpipe local",
     "local-bf16": "pglpipe local, bf16 edges",
     "local-rpc": "pglpipe local, rpc",
+    "local-saving": "pglpipe local, a checkpoint every 50 steps",
     "pgl": "pglpipe PGL 10 %, single steps",
     "pgl-bf16": "pglpipe PGL 10 %, single steps, bf16 edges",
     "pgl-bursts": "pglpipe PGL 10 %, bursts of 5 in 50 steps",

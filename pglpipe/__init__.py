@@ -9,10 +9,12 @@ from pglpipe.learning_rate import constant, cosine
 from pglpipe.losses import LocalLoss
 from pglpipe.metrics import EvaluationRecord, StepRecord, Summary
 from pglpipe.observers import Observer
+from pglpipe.saving import Checkpoints
 from pglpipe.trainer import Trainer
 
 __all__ = [
     "ALWAYS",
+    "Checkpoints",
     "EvaluationRecord",
     "Guidance",
     "Guided",

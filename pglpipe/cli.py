@@ -21,7 +21,7 @@ import typer
 from pglpipe import run, tables
 from pglpipe.config import RunConfig
 from pglpipe.config_file import resolve
-from pglpipe.errors import UserError, WorkerError
+from pglpipe.errors import Stopped, UserError, WorkerError
 
 # Some versions of typer build on click, others on a copy of their own; in both of them the
 # errors that a command line can have are siblings of this one.
@@ -121,6 +121,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         _show_cause(error)
         _complain(str(error), told=error.told)
         _leave(1)
+    except Stopped as stopped:
+        if _leads():
+            print(f"pglpipe: {stopped}", file=sys.stderr, flush=True)
+        _leave(128 + stopped.signal)
     except (KeyboardInterrupt, typer.Abort):
         _leave(130)
 

@@ -1,4 +1,4 @@
-"""What travels through the pipeline: commands down, reports back.
+"""What travels down the pipeline: commands.
 
 A **command** is in band: it stands in front of its data on the same first-in-first-out
 edge, so every worker meets the same commands in the same order and nobody needs a
@@ -12,18 +12,17 @@ barrier. A command is a handful of whole numbers; the tensors beside it make a m
     Clip                 total gradient norm
     Evaluate             activation, targets     and scales
     Conclude             -                       the end of an evaluation
+    Checkpoint           -                       every worker writes its stages to disk
     Collect              -                       every worker hands its weights up
     Stop                 -
 
-A **report** goes back beside the pipeline and never blocks it.
+What comes back is a report (:mod:`pglpipe.reports`).
 """
 
 from __future__ import annotations
 
-import dataclasses
-import json
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -100,6 +99,13 @@ class Conclude:
 
 
 @dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """Write the stages as they are now; ``step`` steps have been done."""
+
+    step: int
+
+
+@dataclass(frozen=True, slots=True)
 class Collect:
     """Hand the weights of every stage up to the coordinator."""
 
@@ -137,6 +143,7 @@ Command = (
     | StaleStep
     | WindowStep
     | Weights
+    | Checkpoint
 )
 TrainStep = LocalStep | StaleStep | GlobalStep | WindowStep
 
@@ -154,6 +161,7 @@ COMMANDS: tuple[type[Command], ...] = (
     StaleStep,
     WindowStep,
     Weights,
+    Checkpoint,
 )
 
 
@@ -162,115 +170,3 @@ class Message(NamedTuple):
 
     command: Command
     tensors: tuple[Tensor, ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class StepReport:
-    """What one worker's stages did at one step.
-
-    Attributes:
-        kind: ``"local"``, ``"global"``, ``"window"`` or ``"stale"``.
-        samples: images in the batch.
-        losses: by stage index; of those stages that took one.
-        cosines: between the gradients of the local and the true loss, by stage index.
-        seconds: waiting and working for this step.
-        waited_recv: seconds of it spent waiting for messages.
-        waited_send: seconds of it spent waiting for a free slot.
-    """
-
-    step: int
-    epoch: int
-    kind: str
-    samples: int
-    losses: dict[int, float]
-    seconds: float
-    waited_recv: float
-    waited_send: float
-    cosines: dict[int, float] = field(default_factory=dict)
-
-    @property
-    def waited(self) -> float:
-        """Seconds spent waiting for a neighbour, in either direction."""
-        return self.waited_recv + self.waited_send
-
-
-@dataclass(frozen=True, slots=True)
-class TrainReport:
-    """The steps that one worker has done since its last report, and its memory now."""
-
-    rank: int
-    steps: list[StepReport]
-    memory_bytes: int
-
-
-@dataclass(frozen=True, slots=True)
-class ExitCount:
-    """How one exit did in an evaluation; ``correct`` is None where accuracy has no meaning."""
-
-    samples: int
-    correct: int | None
-    loss_sum: float
-
-
-@dataclass(frozen=True, slots=True)
-class EvaluationReport:
-    """The counts of one worker's exits, by stage index."""
-
-    rank: int
-    step: int
-    epoch: int
-    exits: dict[int, ExitCount]
-
-
-@dataclass(frozen=True, slots=True)
-class FinalReport:
-    """What one worker has to say at the end of a run.
-
-    Attributes:
-        digests: SHA-256 of each body parameter and buffer, in the model's own order.
-        step_seconds: median seconds of a step of each kind, after warm-up.
-        train_seconds: seconds of all training steps after warm-up, ``samples`` their images.
-        wait_recv_fraction, wait_send_fraction: shares of the training time.
-        peak_activation_bytes: bytes saved for backward at their peak, by kind of step.
-    """
-
-    rank: int
-    stages: list[int]
-    digests: list[tuple[str, str]]
-    step_seconds: dict[str, float]
-    train_seconds: float
-    samples: int
-    wait_recv_fraction: float
-    wait_send_fraction: float
-    peak_memory_bytes: int
-    peak_activation_bytes: dict[str, int]
-    bytes_sent_forward: int
-    bytes_sent_backward: int
-
-
-Report = TrainReport | EvaluationReport | FinalReport
-_REPORTS: dict[str, type[Report]] = {
-    report.__name__: report for report in (TrainReport, EvaluationReport, FinalReport)
-}
-
-
-def encode_report(report: Report) -> str:
-    """The report as one line of JSON."""
-    return json.dumps({"type": type(report).__name__, **dataclasses.asdict(report)})
-
-
-def decode_report(text: str) -> Report:
-    """The report that :func:`encode_report` wrote; only known types are ever made."""
-    fields: dict[str, Any] = json.loads(text)
-    kind = _REPORTS[fields.pop("type")]
-    if kind is TrainReport:
-        fields["steps"] = [_step_report(**step) for step in fields["steps"]]
-    if kind is EvaluationReport:
-        fields["exits"] = {int(k): ExitCount(**v) for k, v in fields["exits"].items()}
-    return kind(**fields)
-
-
-def _step_report(**fields: Any) -> StepReport:
-    for name in ("losses", "cosines"):
-        fields[name] = {int(stage): value for stage, value in fields[name].items()}
-    return StepReport(**fields)

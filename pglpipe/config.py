@@ -204,6 +204,20 @@ class RunConfig:
     )
     # output
     run_dir: str = option("", "where the run is written (default: runs/DATE-TIME)")
+    checkpoint_every: int = option(
+        0, "steps from one checkpoint to the next; 0 for none by steps", at_least=0
+    )
+    checkpoint_minutes: float = option(
+        0.0,
+        "minutes from one checkpoint to the next; 0 for none by the clock",
+        at_least=0.0,
+    )
+    keep_checkpoints: int = option(2, "newest checkpoints that are kept", at_least=1)
+    resume: str = option(
+        "auto",
+        "auto: go on with the run in --run-dir, if there is one; never: begin anew; or the folder of "
+        "a checkpoint to begin a new run from",
+    )
     quiet: bool = option(False, "show only errors and the end")
 
     def __post_init__(self) -> None:

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import Any
 
 from pglpipe.checks import check_together
 from pglpipe.errors import ConfigError
 from pglpipe.heads import find_head
 from pglpipe.memory import MemorySettings
 
-if TYPE_CHECKING:
-    from pglpipe.config import RunConfig
+Config = Any  # a RunConfig, which imports this module
 
 
-def check_fields(config: RunConfig) -> None:
+def check_fields(config: Config) -> None:
     """Raises ConfigError for fields that are fine alone and not together."""
     config.memory_budget_bytes()
     find_head(config.head)
@@ -34,7 +33,7 @@ def check_fields(config: RunConfig) -> None:
     _check_learning(config)
 
 
-def _check_span(config: RunConfig) -> None:
+def _check_span(config: Config) -> None:
     if config.epochs and config.steps:
         raise ConfigError(
             f"expected --epochs or --steps, got both ({config.epochs} and {config.steps}); drop one"
@@ -48,7 +47,7 @@ def _check_span(config: RunConfig) -> None:
             )
 
 
-def _check_guidance(config: RunConfig) -> None:
+def _check_guidance(config: Config) -> None:
     """What belongs to one reach is not given with another, where it would do nothing."""
     defaults = type(config)
     for name, reaches in (
@@ -63,7 +62,7 @@ def _check_guidance(config: RunConfig) -> None:
             )
 
 
-def _check_learning(config: RunConfig) -> None:
+def _check_learning(config: Config) -> None:
     if config.nesterov and not config.momentum:
         raise ConfigError("expected momentum for --nesterov, got 0; add --no-nesterov")
     if config.final_lr and not config.guidance_final:

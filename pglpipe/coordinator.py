@@ -6,15 +6,19 @@ reports that have come in meanwhile go to the observer::
 
     loader ─▶ guidance ─▶ LocalStep | GlobalStep + Microbatch x M | … ─▶ worker 0 ─▶ ...
                      observer ◀── records ◀── reports beside the pipeline
+
+A run that goes on from a checkpoint begins in the middle: with the counts, the epoch and the
+batch that stood in its manifest.
 """
 
 from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,72 +27,32 @@ from pglpipe.commands import (
     Collect,
     Conclude,
     Evaluate,
-    EvaluationReport,
-    FinalReport,
     GlobalStep,
     LocalStep,
     Message,
     Microbatch,
     StaleStep,
     Stop,
-    TrainReport,
     WindowStep,
 )
-from pglpipe.device import upload
 from pglpipe.errors import DataError, EdgeTimeout
 from pglpipe.guidance import Guidance
 from pglpipe.metrics import EvaluationRecord, Merger, Summary, summarize
 from pglpipe.observers import Observer
+from pglpipe.reports import (
+    EvaluationReport,
+    FinalReport,
+    SavedReport,
+    StopRequest,
+    TrainReport,
+)
+from pglpipe.saving import Ledger
+from pglpipe.seeding import generators, set_generators
+from pglpipe.source import Batch, Image, Loader, Position, Source, Span, epoch_of
 from pglpipe.timetable import parts_of
 from pglpipe.transport import Mailbox
 
 _POLL_SECONDS = 0.01
-
-Batch = tuple[Tensor, Tensor]
-Loader = Iterable[Batch]
-Image = Callable[[Tensor], Tensor]
-
-
-@dataclass(frozen=True)
-class Span:
-    """How long a run is.
-
-    Attributes:
-        epochs: passes over the data, the last one perhaps cut short.
-        total_steps: steps in all.
-        evaluate_every: epochs from one evaluation to the next; the last is always evaluated.
-    """
-
-    epochs: int
-    total_steps: int
-    evaluate_every: int = 1
-
-
-class Source:
-    """Messages made on demand, as the first worker's inbox; making them is not waiting.
-
-    Args:
-        messages: on the CPU or the device.
-        device: the worker's.
-        image: what local losses want to see of the network's input; None if nothing.
-    """
-
-    waited = 0.0
-
-    def __init__(
-        self, messages: Iterator[Message], device: torch.device, image: Image | None
-    ) -> None:
-        self._messages = messages
-        self._device = device
-        self._image = image
-
-    def get(self) -> Message:
-        """The next message, on the worker's device."""
-        command, tensors = next(self._messages)
-        here = tuple(upload(t, self._device) for t in tensors)
-        if self._image and isinstance(command, (LocalStep, StaleStep, Microbatch)):
-            here = *here, self._image(here[0])
-        return Message(command, here)
 
 
 class Coordinator:
@@ -105,6 +69,9 @@ class Coordinator:
         image: what local losses want to see of the network's input; None if nothing.
         compare_every: global steps from one to the next in which every stage compares its own
             gradient with the true one, beginning with the first; 0 for none.
+
+    Attributes:
+        ended_early: whether a run was asked to end, and did.
     """
 
     def __init__(
@@ -134,7 +101,9 @@ class Coordinator:
         self._merger = Merger(num_stages, num_workers)
         self._finals: dict[int, FinalReport] = {}
         self._evaluation: EvaluationRecord | None = None
-        self._steps = self._guided_steps = self._global_steps = 0
+        self._at = Position()
+        self._ledger: Ledger | None = None
+        self._stopping = self._breaks_off = self.ended_early = False
         self._began = time.perf_counter()
 
     def cut(self, microbatches: int, batch: int) -> None:
@@ -147,6 +116,17 @@ class Coordinator:
         """Trains for the span and evaluates as often as it says."""
         return self._source(self._fit(loader, span, test))
 
+    def keep(self, ledger: Ledger) -> None:
+        """Has checkpoints made when the ledger says so."""
+        self._ledger = ledger
+
+    def resume(self, manifest: dict[str, Any]) -> None:
+        """Goes on from where a checkpoint was made."""
+        self._at = Position(**manifest["position"])
+        self._merger.resume(manifest["cosines"])
+        if self._ledger:
+            self._ledger.resumed(self._at.step)
+
     def evaluate(self, test: Loader) -> Source:
         """Evaluates once."""
         return self._source(self._evaluate(test, epoch=0))
@@ -158,31 +138,47 @@ class Coordinator:
     def _fit(
         self, loader: Loader, span: Span, test: Loader | None
     ) -> Iterator[Message]:
-        self._began = time.perf_counter()
-        for epoch in range(span.epochs):
-            before = self._steps
-            for batch in _epoch(loader, epoch, span.total_steps - self._steps):
+        self._began = time.perf_counter() - self._at.seconds
+        for epoch in range(self._at.epoch, span.epochs):
+            for batch in self._batches_of(loader, epoch, span):
                 yield from self._step(epoch, span, *batch)
                 self._listen()
-            if self._steps == before:
+                yield from self._checkpoint()
+                if self._stopping:
+                    self.ended_early = True
+                    return
+            if self._at.batches == 0:
                 raise DataError(
-                    f"expected batches in epoch {epoch + 1}, got none after {before} steps; "
+                    f"expected batches in epoch {epoch + 1}, got none after {self._at.step} steps; "
                     "pass a loader that begins anew each time it is looped over"
                 )
             # Counted in steps, for a loader without a length has as many epochs as it takes.
-            is_last = self._steps >= span.total_steps or epoch == span.epochs - 1
+            is_last = self._at.step >= span.total_steps or epoch == span.epochs - 1
             if test is not None and (is_last or (epoch + 1) % span.evaluate_every == 0):
                 yield from self._evaluate(test, epoch)
-            if is_last:
+            if is_last or self._stopping:
                 break
+            self._at.batches = 0
+
+    def _batches_of(self, loader: Loader, epoch: int, span: Span) -> Iterator[Batch]:
+        """What is left of an epoch."""
+        if self._at.batches:
+            set_generators(self._at.generators)  # the loader's order may come from them
+        else:
+            self._at.generators = generators()
+        self._at.epoch = epoch
+        left = span.total_steps - self._at.step
+        for batch in epoch_of(loader, epoch, left, self._at.batches):
+            self._at.batches += 1
+            yield batch
 
     def _step(
         self, epoch: int, span: Span, x: Tensor, targets: Tensor
     ) -> Iterator[Message]:
-        step = self._steps
-        self._steps += 1
+        step = self._at.step
+        self._at.step += 1
         kind = self._guidance.kind(step, epoch, span.total_steps, span.epochs)
-        self._guided_steps += kind != "local"
+        self._at.guided_steps += kind != "local"
         if kind in ("local", "stale"):
             locally = LocalStep if kind == "local" else StaleStep
             yield Message(locally(step, epoch), (x, targets))
@@ -191,8 +187,10 @@ class Coordinator:
         if kind == "window":
             yield Message(WindowStep(step, epoch, len(targets), parts))
         else:
-            due = self._compare_every and self._global_steps % self._compare_every == 0
-            self._global_steps += 1
+            due = (
+                self._compare_every and self._at.global_steps % self._compare_every == 0
+            )
+            self._at.global_steps += 1
             yield Message(GlobalStep(step, epoch, len(targets), parts, int(bool(due))))
         chunks = zip(x.tensor_split(parts), targets.tensor_split(parts), strict=True)
         for index, chunk in enumerate(chunks):
@@ -200,9 +198,26 @@ class Coordinator:
 
     def _evaluate(self, test: Loader, epoch: int) -> Iterator[Message]:
         for x, targets in test:
-            yield Message(Evaluate(self._steps, epoch), (x, targets))
+            yield Message(Evaluate(self._at.step, epoch), (x, targets))
             self._listen()
-        yield Message(Conclude(self._steps, epoch))
+            if self._stopping:
+                self._breaks_off = self.ended_early = True
+                yield from self._checkpoint()
+                break
+        yield Message(Conclude(self._at.step, epoch))
+
+    def _checkpoint(self) -> Iterator[Message]:
+        """Has one made if it is due, or if it is the last chance."""
+        ledger = self._ledger
+        if ledger is None or not (self._stopping or ledger.due(self._at.step)):
+            return
+        if self._stopping:
+            self._wait_for(lambda: not ledger.is_busy, lambda: "no checkpoint")
+            if ledger.has(self._at.step):
+                return
+        self._at.seconds = time.perf_counter() - self._began
+        manifest = {"position": asdict(self._at), "num_stages": self._num_stages}
+        yield Message(ledger.begin(self._at.step, manifest))
 
     def _source(self, messages: Iterator[Message]) -> Source:
         """The messages and a last one, for a run that will have last words of its own."""
@@ -218,17 +233,24 @@ class Coordinator:
         Raises:
             WorkerError: a worker failed, or is silent.
         """
+        finals = self._finals
+        self._wait_for(lambda: len(finals) == self._num_workers, self._missing)
+        return self._summary()
+
+    def _wait_for(self, done: Callable[[], bool], missing: Callable[[], str]) -> None:
+        """Listens until something is done; says what is missing if it takes too long."""
         deadline = time.monotonic() + self._timeout
         while True:
             self._listen()
-            if len(self._finals) == self._num_workers:
-                return self._summary()
+            if done():
+                return
             if time.monotonic() > deadline:
-                missing = sorted(set(range(self._num_workers)) - set(self._finals))
-                raise EdgeTimeout(
-                    f"no last report from rank {missing[0]} in {self._timeout:g} s"
-                )
+                raise EdgeTimeout(f"{missing()} in {self._timeout:g} s")
             time.sleep(_POLL_SECONDS)
+
+    def _missing(self) -> str:
+        rank = min(set(range(self._num_workers)) - set(self._finals))
+        return f"no last report from rank {rank}"
 
     def _listen(self) -> None:
         """Takes in the reports that have arrived; never waits.
@@ -243,30 +265,28 @@ class Coordinator:
                     for record in self._merger.add_training(report):
                         self._observer.on_step(record)
                 case EvaluationReport():
-                    if evaluation := self._merger.add_evaluation(report):
+                    evaluation = self._merger.add_evaluation(report)
+                    if evaluation and not self._breaks_off:  # else of a part
                         self._evaluation = evaluation
                         self._observer.on_evaluation(evaluation)
                 case FinalReport():
                     self._finals[report.rank] = report
+                case SavedReport():
+                    assert self._ledger is not None, "nobody saves unasked"
+                    self._ledger.add(report, self._cosines_until)
+                case StopRequest():
+                    self._stopping = True
+
+    def _cosines_until(self, step: int) -> dict[str, Any]:
+        return {"cosines": self._merger.cosines_until(step)}
 
     def _summary(self) -> Summary:
         return summarize(
             [self._finals[rank] for rank in range(self._num_workers)],
             self._evaluation,
             num_stages=self._num_stages,
-            steps=self._steps,
-            global_steps=self._guided_steps,
+            steps=self._at.step,
+            global_steps=self._at.guided_steps,
             wall_seconds=time.perf_counter() - self._began,
             cosines=self._merger.cosines,
         )
-
-
-def _epoch(loader: Loader, epoch: int, limit: int) -> Iterator[Batch]:
-    """At most ``limit`` batches of an epoch; a loader that orders by epoch is told which."""
-    for holder in (loader, getattr(loader, "sampler", None)):
-        if set_epoch := getattr(holder, "set_epoch", None):
-            set_epoch(epoch)
-    for index, (x, targets) in enumerate(loader):
-        if index >= limit:
-            return
-        yield torch.as_tensor(x), torch.as_tensor(targets)

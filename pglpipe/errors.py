@@ -7,6 +7,7 @@
     │   ├── ConfigError         an option, a key of the config file, a combination
     │   ├── PartitionError      the network cannot be cut as asked
     │   └── DataError           a data set is missing, empty or broken
+    ├── Stopped                 a run was asked to end, and can go on
     └── WorkerError             the run is over on every worker, exit status 1
         ├── PeerLost            a neighbour's process is gone
         ├── EdgeTimeout         a neighbour is silent for too long
@@ -61,6 +62,21 @@ class EdgeTimeout(WorkerError):
 
 class ProtocolError(WorkerError):
     """A message arrived that does not belong here."""
+
+
+class Stopped(PglpipeError):
+    """A run was asked to end before it was done, and did after a checkpoint.
+
+    Attributes:
+        signal: the number of the signal that asked.
+    """
+
+    def __init__(self, folder: object, signal: int) -> None:
+        super().__init__(
+            f"stopped; the checkpoint is in {folder}, and the same command goes on from there if it "
+            f"says --run-dir {folder}"
+        )
+        self.signal = signal
 
 
 def nearest(word: str, valid: Iterable[str]) -> str:

@@ -13,11 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from pglpipe.body import Kept
-from pglpipe.commands import ExitCount
 from pglpipe.learning import Learning, compiled
 from pglpipe.losses import Beside
 from pglpipe.metrics import add_counts, count_correct
 from pglpipe.modules import starts_in_place
+from pglpipe.reports import (
+    ExitCount,
+)
 from pglpipe.seeding import derive, seeded
 
 

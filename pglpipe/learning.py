@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from pglpipe.guided import Guided, LocalWeight
 from pglpipe.learning_rate import LearningRate
-from pglpipe.losses import LocalLoss, Loss
+from pglpipe.losses import LocalLoss, Loss, Supervised
 
 PRECISIONS = ("fp32", "bf16")
 OptimizerFactory = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
@@ -61,6 +61,19 @@ class Learning:
             return nullcontext()
         # The cache of casts is one per process: it would mix the workers that are threads.
         return torch.autocast(device.type, torch.bfloat16, cache_enabled=False)
+
+
+def placed(loss: Loss, device: torch.device) -> Loss:
+    """The loss, with the weights that it may have on the device."""
+    return loss.to(device) if isinstance(loss, nn.Module) else loss
+
+
+def placed_locally(loss: Loss | LocalLoss, device: torch.device) -> LocalLoss:
+    """What stages with a head minimize, on the device."""
+    local = loss if isinstance(loss, LocalLoss) else Supervised(loss)
+    for module in local.modules():
+        module.to(device)
+    return local
 
 
 def compiled(

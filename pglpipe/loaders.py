@@ -8,9 +8,9 @@ from collections.abc import Sequence, Sized
 import torch
 
 from pglpipe.blueprint import Sample
-from pglpipe.coordinator import Loader
 from pglpipe.errors import ConfigError, DataError
 from pglpipe.guidance import Guidance
+from pglpipe.source import Loader
 
 
 def largest_batch(loaders: Sequence[Loader]) -> Sample:

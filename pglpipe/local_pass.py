@@ -21,7 +21,7 @@ forward as in Features Replay (Huo et al. 2018, arXiv 1807.04511), here for some
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
@@ -29,6 +29,7 @@ from pglpipe.commands import LocalStep, Message, Microbatch, StaleStep
 from pglpipe.global_pass import only
 from pglpipe.guided import Guided
 from pglpipe.saved_bytes import Held
+from pglpipe.snapshot import Snapshot, by_number, numbered
 from pglpipe.stage import Stage
 from pglpipe.stopwatch import Figures
 from pglpipe.transport import Links
@@ -63,6 +64,9 @@ class LocalPass:
         # By stage and step: inputs of guided batches, and gradients of outputs that are known.
         self._inputs: dict[tuple[int, int], Held] = {}
         self._gradients: dict[tuple[int, int], Held] = {}
+        # What was handed to the worker above and is not taken there yet, by step: a checkpoint of
+        # this worker holds what is on the edge.
+        self._on_edge: dict[int, Tensor] = {}
 
     def run(
         self, command: LocalStep | StaleStep, packet: Packet, links: Links
@@ -100,6 +104,12 @@ class LocalPass:
         for stage in reversed(waiting):
             self._apply(stage, step, links)
         self._taken = step + 1
+        first = self._stages[0].index
+        self._on_edge = {
+            guided: gradient
+            for guided, gradient in self._on_edge.items()
+            if self._taken_in(first - 1, guided) > step
+        }
         return losses
 
     def forget(self, links: Links) -> None:
@@ -112,8 +122,41 @@ class LocalPass:
                 only(Microbatch(guided, 0), links.gradients_in.get())
         self._inputs.clear()
         self._gradients.clear()
+        self._on_edge.clear()
+
+    def snapshot(self, stage: Stage) -> Snapshot:
+        """What waits at a stage between two steps: inputs, and gradients on their way from it."""
+        index, first = stage.index, self._stages[0].index
+        found = Snapshot(numbers={"taken": self._taken})
+        inputs = {
+            g: held.tensor for (at, g), held in self._inputs.items() if at == index
+        }
+        rising = self._on_edge
+        if index > first:
+            rising = {
+                g: held.tensor
+                for (at, g), held in self._gradients.items()
+                if at == index - 1
+            }
+        found.add("inputs", by_number(inputs))
+        found.add("rising", by_number(rising))
+        return found
+
+    def load(self, snapshots: Mapping[int, Snapshot], links: Links) -> None:
+        """Goes on from what waited at the stages, by index; what was on the edge goes there again."""
+        for stage in self._stages:
+            snapshot = snapshots[stage.index]
+            self._taken = snapshot.numbers["taken"]
+            for guided, x in numbered(snapshot.part("inputs")):
+                self._inputs[stage.index, guided] = Held(x.to(stage.device))
+            for guided, gradient in numbered(snapshot.part("rising")):
+                self._rise(stage, guided, gradient.to(stage.device), links)
 
     # -- private ----------------------------------------------------------------------
+
+    def _taken_in(self, index: int, guided: int) -> int:
+        """The step in which a stage hears of a guided one."""
+        return guided + self._delay * (self._last - index)
 
     def _due(self, stage: Stage, step: int) -> tuple[int, int]:
         """The stage, and the guided step whose gradient it hears of in this one."""
@@ -152,5 +195,7 @@ class LocalPass:
         """Hands a gradient to the stage before, here or on the worker above."""
         if stage is self._stages[0]:
             links.gradients_out.put(Message(Microbatch(guided, 0), (gradient,)))
+            if stage.index > 0:
+                self._on_edge[guided] = gradient
         else:
             self._gradients[stage.index - 1, guided] = Held(gradient)

@@ -15,7 +15,12 @@ from typing import Any
 
 from torch import Tensor
 
-from pglpipe.commands import EvaluationReport, FinalReport, StepReport, TrainReport
+from pglpipe.reports import (
+    EvaluationReport,
+    FinalReport,
+    StepReport,
+    TrainReport,
+)
 from pglpipe.state import combine
 
 # The first steps fill the pipeline and warm caches: they train, but no clock counts them.
@@ -105,12 +110,24 @@ class Merger:
         self._steps: dict[int, dict[int, StepReport]] = defaultdict(dict)
         self._evaluations: dict[int, dict[int, EvaluationReport]] = defaultdict(dict)
         self._memory = [0] * num_workers
-        self._cosines: list[list[float]] = [[] for _ in range(num_stages)]
+        self._cosines: list[dict[int, float]] = [{} for _ in range(num_stages)]
 
     @property
     def cosines(self) -> list[float | None]:
         """Means over the run so far, by stage; None where gradients were not compared."""
-        return [statistics.fmean(seen) if seen else None for seen in self._cosines]
+        return [
+            statistics.fmean(seen.values()) if seen else None for seen in self._cosines
+        ]
+
+    def cosines_until(self, step: int) -> list[list[tuple[int, float]]]:
+        """Those of the steps before this one, with their steps, by stage."""
+        return [
+            [pair for pair in seen.items() if pair[0] < step] for seen in self._cosines
+        ]
+
+    def resume(self, cosines: list[list[tuple[int, float]]]) -> None:
+        """Goes on from what :meth:`cosines_until` said."""
+        self._cosines = [dict(seen) for seen in cosines]
 
     def add_training(self, report: TrainReport) -> Iterator[StepRecord]:
         """The steps that this report completes."""
@@ -147,7 +164,7 @@ class Merger:
         cosines = _merged(part.cosines for part in parts.values())
         for stage, cosine in cosines.items():
             if math.isfinite(cosine):  # a gradient of zero has no direction
-                self._cosines[stage].append(cosine)
+                self._cosines[stage][last.step] = cosine
         return StepRecord(
             step=last.step,
             epoch=last.epoch,

@@ -13,14 +13,18 @@ from torch import nn
 
 from pglpipe import state
 from pglpipe.blueprint import Blueprint, Sample
-from pglpipe.commands import Report
+from pglpipe.checkpoint import Manifest, read_stage
 from pglpipe.duty import Duty
 from pglpipe.errors import DataError, WorkerError
 from pglpipe.guided import place_of
 from pglpipe.layer import initialize
 from pglpipe.partition import slices
 from pglpipe.plan import Plan
+from pglpipe.reports import (
+    Report,
+)
 from pglpipe.seeding import derive, seeded
+from pglpipe.snapshot import Snapshot, fill_module, module_snapshot
 from pglpipe.stage import Stage
 from pglpipe.timetable import parts_of
 from pglpipe.transport import EdgePlan, Edges, World, payload_bytes
@@ -70,6 +74,28 @@ class Pipeline:
         self._stages = stages
         self.worker = Worker(duty, stages, post)
         self.edges = Edges(world, edge_plan, blueprint.device, backend, on_failure)
+
+    def load(self, path: Path, manifest: Manifest) -> bool:
+        """Goes on from a checkpoint; whether with all that it holds, or with the bodies alone.
+
+        Where the network was cut otherwise, heads, optimizers and whatever was under way begin anew.
+
+        Raises:
+            DataError: its network was another.
+        """
+        if manifest["balance"] == self.plan.balance:
+            own = {s.index: read_stage(path, manifest, s.index) for s in self._stages}
+            self.worker.recall.load(own)
+            return True
+        bodies: state.Tensors = {}
+        for index in range(len(manifest["balance"])):
+            stage_was = read_stage(path, manifest, index).part("stage")
+            bodies |= stage_was.part("body").tensors
+        for stage in self._stages:
+            names = module_snapshot(stage.body).tensors
+            mine = {name: t for name, t in bodies.items() if name in names}
+            fill_module(stage.body, Snapshot(mine), f"stage {stage.index}")
+        return False
 
     def set_total_steps(self, total_steps: int) -> None:
         """Says how long the run will be, for the learning rate."""

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from pglpipe.commands import Message, Weights
 from pglpipe.heads import borrowed
+from pglpipe.snapshot import Snapshot, by_number, numbered
 from pglpipe.stage import Stage
 from pglpipe.transport import Inbox, Links
 
@@ -106,12 +107,7 @@ class Refresh:
             }
         self._offers = offers
         self._times += 1
-        first = self._stages[0].index
-        if first > 0 and offers[first]:
-            weights = [t for _, layer in sorted(offers[first].items()) for t in layer]
-            # Where they are: over NCCL no host waits for them.
-            flat = torch.cat([_bytes(tensor) for tensor in weights])
-            links.gradients_out.put(Message(Weights(self._times), (flat,)))
+        self._hand_up(links)
 
     def forget(self, links: Links) -> None:
         """Receives what was handed up last, so that nothing stays on the edge."""
@@ -119,7 +115,42 @@ class Refresh:
             self._handed_up(self._stages[-1].index + 1, links)
         self._times, self._offers = 0, {}
 
+    def snapshot(self, stage: Stage) -> Snapshot:
+        """What a stage has offered last."""
+        found = Snapshot(numbers={"times": self._times})
+        for position, layer in self._offers.get(stage.index, {}).items():
+            found.add(f"offer.{position}", by_number(dict(enumerate(layer))))
+        return found
+
+    def load(self, snapshots: Mapping[int, Snapshot], links: Links) -> None:
+        """Goes on from what the stages have offered, by index; it goes up the edge again."""
+        for stage in self._stages:
+            snapshot = snapshots[stage.index]
+            self._times = snapshot.numbers["times"]
+            offers = snapshot.part("offer")
+            positions = self._loans.offered(stage.index, self._times)
+            self._offers[stage.index] = {
+                position: [
+                    tensor.to(stage.device)
+                    for _, tensor in numbered(offers.part(str(position)))
+                ]
+                for position in positions
+            }
+        if self._times:
+            self._hand_up(links)
+
     # -- private ----------------------------------------------------------------------
+
+    def _hand_up(self, links: Links) -> None:
+        """Sends the first stage's offer to the worker before."""
+        first = self._stages[0].index
+        if first > 0 and self._offers[first]:
+            layers = sorted(self._offers[first].items())
+            # Where they are: over NCCL no host waits for them.
+            flat = torch.cat(
+                [_bytes(tensor) for _, layer in layers for tensor in layer]
+            )
+            links.gradients_out.put(Message(Weights(self._times), (flat,)))
 
     def _handed_up(self, stage: int, links: Links) -> Named:
         """What a stage offered the time before, to the stage before it."""

@@ -11,16 +11,19 @@ from collections import deque
 from collections.abc import Callable, Mapping
 
 import torch
+from torch import Tensor
 
 from pglpipe import device as devices
-from pglpipe.commands import (
+from pglpipe.commands import GlobalStep, TrainStep, WindowStep
+from pglpipe.metrics import StepClock
+from pglpipe.reports import (
     EvaluationReport,
     ExitCount,
     FinalReport,
     Report,
+    StepReport,
     TrainReport,
 )
-from pglpipe.metrics import StepClock
 from pglpipe.stopwatch import Timing
 
 _INTERVAL = 0.25  # seconds
@@ -55,11 +58,11 @@ class Reporter:
         """Remembers a step; posts those that have passed when it is time."""
         self._unread.append(timing)
         if time.perf_counter() - self._last > _INTERVAL:
-            self._flush(wait=False)
+            self.flush(wait=False)
 
     def evaluated(self, step: int, epoch: int, exits: dict[int, ExitCount]) -> None:
         """Posts the counts of an evaluation, after the steps before it."""
-        self._flush()
+        self.flush()
         self._post(EvaluationReport(self._rank, step, epoch, exits))
 
     def finished(
@@ -71,7 +74,7 @@ class Reporter:
         sent_backward: int,
     ) -> None:
         """Posts the last words: digests of the parameters by stage, time, memory, traffic."""
-        self._flush()
+        self.flush()
         clock = self._clock
         self._post(
             FinalReport(
@@ -90,7 +93,8 @@ class Reporter:
             )
         )
 
-    def _flush(self, *, wait: bool = True) -> None:
+    def flush(self, *, wait: bool = True) -> None:
+        """Posts the steps that have not been; those only whose losses are known if not ``wait``."""
         steps = []
         while self._unread and (wait or self._unread[0].has_passed()):
             steps.append(self._unread.popleft().read())
@@ -101,3 +105,30 @@ class Reporter:
 
     def _memory(self) -> int:
         return devices.peak_memory_bytes(self._device) + self._idle_bytes()
+
+
+def samples_of(command: TrainStep, tensors: tuple[Tensor, ...]) -> int:
+    """The size of a step's batch; where it is cut into microbatches, its images come later."""
+    if isinstance(command, (GlobalStep, WindowStep)):
+        return command.samples
+    return len(tensors[1])
+
+
+def step_report(
+    command: TrainStep,
+    samples: int,
+    seconds: float,
+    before: tuple[float, float],
+    after: tuple[float, float],
+) -> StepReport:
+    """What is known of a step when it ends; the losses are read later."""
+    return StepReport(
+        step=command.step,
+        epoch=command.epoch,
+        kind=type(command).__name__.removesuffix("Step").lower(),
+        samples=samples,
+        losses={},
+        seconds=seconds,
+        waited_recv=after[0] - before[0],
+        waited_send=after[1] - before[1],
+    )

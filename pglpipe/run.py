@@ -13,29 +13,30 @@ import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from pglpipe import data
 from pglpipe import device as devices
 from pglpipe import display, models, state, tables
 from pglpipe.config import RunConfig
 from pglpipe.config_file import resolve
-from pglpipe.coordinator import Loader
-from pglpipe.data import Recipe
-from pglpipe.errors import UserError
+from pglpipe.errors import Stopped, UserError
 from pglpipe.ingredients import compare_every, learning_rate, local_loss, optimizer
+from pglpipe.material import Material, load
 from pglpipe.metrics import Summary
 from pglpipe.observers import Observer, Observers
 from pglpipe.plan import Plan
-from pglpipe.run_directory import RunDirectory, default_path
+from pglpipe.resuming import Start
+from pglpipe.resuming import start as start_of
+from pglpipe.run_directory import RunDirectory, default_path, versions
+from pglpipe.saving import Checkpoints
 from pglpipe.trainer import Trainer
 from pglpipe.transport import World, join
 
 _LINGER_SECONDS = 2.0
+_ENDING = signal.SIGTERM, signal.SIGINT
 
 
 def train(config: RunConfig) -> Summary:
@@ -57,7 +58,7 @@ def plan(config: RunConfig, num_workers: int) -> Plan:
     """Where the network is cut, and what each stage will hold and cost. Trains nothing."""
     _set_threads(config)
     world = World(size=num_workers)
-    material = _load(config, world)
+    material = load(config, world)
     return _trainer(config, material, world).prepare(material.train)
 
 
@@ -66,7 +67,7 @@ def evaluate(run_dir: Path) -> tuple[Plan, Summary]:
     config = _finished(run_dir)
     _set_threads(config)
     world = World()
-    material = _load(config, world)
+    material = load(config, world)
     weights = run_dir / RunDirectory.WEIGHTS
     trainer = _trainer(config, material, world, weights=weights)
     summary = trainer.evaluate(material.test)
@@ -81,12 +82,14 @@ def export(run_dir: Path, output: Path) -> None:
     state.export(output, state.without_heads(weights))
 
 
-def _train(config: RunConfig, world: World) -> Summary:
-    _set_threads(config)
+def _train(asked: RunConfig, world: World) -> Summary:
     leads = world.rank == 0
     # Before the data is read: a folder that cannot be written should not cost minutes.
-    folder = RunDirectory(Path(config.run_dir or default_path())) if leads else None
-    material = _load(config, world)
+    start = _start(asked, world)
+    folder = RunDirectory(start.folder) if leads else None
+    config = start.config
+    _set_threads(config)
+    material = load(config, world)
     observers = Observers()
     trainer = _trainer(config, material, world, observer=observers)
     plan = trainer.prepare(material.train, material.test)
@@ -102,16 +105,21 @@ def _train(config: RunConfig, world: World) -> Summary:
     screen = display.screen(plan, total_steps, quiet=config.quiet or not leads)
     observers.members.append(screen)
     if folder:
-        folder.open(config)
+        folder.open(config, start.step)
         observers.members.append(folder)
-    with screen:
+    with screen, _stopping(trainer) as caught:
         summary = trainer.fit(
             material.train,
             epochs=config.epochs or None,
             steps=config.steps or None,
             evaluate=material.test,
             evaluate_every=config.evaluate_every,
+            checkpoints=_checkpoints(start),
+            resume=start.checkpoint,
         )
+    if trainer.ended_early:
+        trainer.close()
+        raise Stopped(start.folder, caught[0] if caught else signal.SIGTERM)
     body, heads = trainer.weights()
     trainer.close()
     if folder:
@@ -121,49 +129,24 @@ def _train(config: RunConfig, world: World) -> Summary:
     return summary
 
 
-@dataclass(frozen=True)
-class Material:
-    """The data as every worker knows it; only worker 0 holds any."""
-
-    train: Loader
-    test: Loader
-    image_shape: tuple[int, int, int]
-    num_classes: int
-    steps_per_epoch: int
-    recipe: Recipe
-
-
-def _load(config: RunConfig, world: World) -> Material:
-    """Loads the data on worker 0 and tells the others what they need to know of it."""
+def _start(asked: RunConfig, world: World) -> Start:
+    """How the run begins, as worker 0 finds it."""
     if world.rank > 0:
-        # Decoding or downloading takes as long as it takes.
-        shape, classes, steps, recipe = world.mailbox.share(timeout=math.inf)
-        return Material((), (), tuple(shape), classes, steps, Recipe(**recipe))
-    device = devices.pick(config.device, world.local_rank)
-    found = data.load(
-        config.dataset,
-        root=config.data_root or None,
-        download=config.download,
-        seed=config.seed,
-        train_limit=config.train_limit,
-        test_limit=config.test_limit,
-        image_size=config.image_size,
+        return Start.from_json(world.mailbox.share())
+    found = start_of(asked, Path(asked.run_dir or default_path()))
+    world.mailbox.share(found.to_json())
+    return found
+
+
+def _checkpoints(start: Start) -> Checkpoints:
+    config = start.config
+    return Checkpoints(
+        start.folder / RunDirectory.CHECKPOINTS,
+        every=config.checkpoint_every,
+        minutes=config.checkpoint_minutes,
+        keep=config.keep_checkpoints,
+        about={"config": dataclasses.asdict(config), "versions": versions()},
     )
-    make_batches = data.batches_on(device, found)
-    train, test = (
-        make_batches(
-            images,
-            found.recipe,
-            config.batch_size,
-            seed=config.seed,
-            train=images is found.train,
-            augment=config.augment,
-        )
-        for images in (found.train, found.test)
-    )
-    facts = (found.train.image_shape, len(found.train.classes), len(train))
-    world.mailbox.share([*facts, dataclasses.asdict(found.recipe)])
-    return Material(train, test, *facts, found.recipe)
 
 
 def _trainer(
@@ -241,6 +224,32 @@ def _failing_together(world: World) -> Iterator[None]:
     except UserError as error:
         error.told = not world.mailbox.fail(str(error))
         raise
+
+
+@contextmanager
+def _stopping(trainer: Trainer) -> Iterator[list[signal.Signals]]:
+    """Has the first SIGTERM or Ctrl-C save a checkpoint and end the run; holds what came.
+
+    The second one ends it at once.
+    """
+    caught: list[signal.Signals] = []
+    before = {number: signal.getsignal(number) for number in _ENDING}
+
+    def stop(number: int, _: object) -> None:
+        caught.append(signal.Signals(number))
+        restore()
+        trainer.stop()
+
+    def restore() -> None:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+    for number in _ENDING:
+        signal.signal(number, stop)
+    try:
+        yield caught
+    finally:
+        restore()
 
 
 def _linger(world: World) -> None:

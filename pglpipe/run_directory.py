@@ -5,6 +5,7 @@
     RUN_DIR/
       config.toml         everything resolved: the same run again is --config of this file
       metrics.jsonl       one line per step and evaluation, as they complete
+      checkpoints/        from which the run can go on (pglpipe.checkpoint)
       model.safetensors   the weights at the end, of the network and of the heads
       summary.json        how it went; its presence says that the run is complete
 """
@@ -31,22 +32,20 @@ class RunDirectory:
     """An observer that writes what it sees.
 
     Args:
-        path: the folder; made by :meth:`open`, refused at once if it already holds a run.
+        path: the folder; made by :meth:`open`.
 
     Raises:
-        ConfigError: the folder cannot be written, or holds a run.
+        ConfigError: the folder cannot be written.
     """
 
     WEIGHTS = "model.safetensors"
+    SETTINGS = "config.toml"
+    SUMMARY = "summary.json"
+    CHECKPOINTS = "checkpoints"
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self._metrics: TextIO | None = None
-        if (path / "config.toml").exists():
-            raise ConfigError(
-                f"expected a new run directory, but {path} already holds a run; "
-                "choose another --run-dir"
-            )
         parent = next(p for p in (path, *path.absolute().parents) if p.exists())
         if not (parent.is_dir() and os.access(parent, os.W_OK)):
             self._refuse(f"{parent} cannot be written")
@@ -62,14 +61,25 @@ class RunDirectory:
         """Where the weights at the end go."""
         return self.path / self.WEIGHTS
 
-    def open(self, config: RunConfig) -> None:
-        """Makes the folder and writes the configuration that repeats the run."""
+    @property
+    def checkpoints(self) -> Path:
+        """Where the checkpoints go."""
+        return self.path / self.CHECKPOINTS
+
+    def open(self, config: RunConfig, step: int = 0) -> None:
+        """Makes the folder and writes the configuration that repeats the run.
+
+        Args:
+            step: steps that have been done; what the folder says of later ones is forgotten.
+        """
+        metrics = self.path / "metrics.jsonl"
         try:
             self.path.mkdir(parents=True, exist_ok=True)
+            known = _lines_before(metrics, step) if step else ""
+            _write_whole(metrics, known)
             # Line by line on disk, so that a killed run keeps what it saw.
-            self._metrics = (self.path / "metrics.jsonl").open("w", 1, encoding="utf-8")
-            text = config.to_toml()
-            (self.path / "config.toml").write_text(text, encoding="utf-8")
+            self._metrics = metrics.open("a", 1, encoding="utf-8")
+            _write_whole(self.path / self.SETTINGS, config.to_toml())
         except OSError as error:
             self._refuse(error.strerror)
 
@@ -109,14 +119,25 @@ class RunDirectory:
         }
         text = json.dumps(_finite(fields), indent=2)
         # Whole or not at all, for whoever watches the folder.
-        whole = self.path / "summary.json"
-        part = whole.with_suffix(".part")
-        part.write_text(text + "\n", encoding="utf-8")
-        part.replace(whole)
+        _write_whole(self.path / self.SUMMARY, text + "\n")
 
     def _write(self, **fields: Any) -> None:
         assert self._metrics is not None, "open comes first"
         self._metrics.write(json.dumps(_finite(fields)) + "\n")
+
+
+def _write_whole(path: Path, text: str) -> None:
+    part = path.with_suffix(".part")
+    part.write_text(text, encoding="utf-8")
+    part.replace(path)
+
+
+def _lines_before(path: Path, step: int) -> str:
+    """The lines of steps and evaluations that a checkpoint after so many steps knows of."""
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    # The last one may have been cut off.
+    whole = [line for line in lines if line.endswith("}")]
+    return "".join(f"{line}\n" for line in whole if json.loads(line)["step"] < step)
 
 
 def default_path() -> Path:

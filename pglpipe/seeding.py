@@ -11,11 +11,15 @@ so it is the same wherever the layer, step or sample happens to be computed.
 
 from __future__ import annotations
 
+import base64
 import hashlib
+import random
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
+import numpy as np
 import torch
 
 # PyTorch's generator is one per process. Workers that run as threads (in tests, or in a
@@ -59,3 +63,27 @@ def seeded(seed: int) -> Iterator[None]:
 def _is_recording() -> bool:
     """Whether a CUDA graph is being captured, which draws nothing and cannot be seeded."""
     return bool(torch.cuda.is_current_stream_capturing())
+
+
+def generators() -> dict[str, Any]:
+    """The process' own generators, which a user's loader may draw from; JSON can hold it."""
+    kind, keys, *rest = np.random.get_state(legacy=True)
+    with _generator_lock:
+        state = torch.default_generator.get_state()
+    return {
+        "torch": base64.b64encode(state.numpy().tobytes()).decode(),
+        "numpy": [kind, [int(key) for key in keys], *rest],
+        "python": random.getstate(),
+    }
+
+
+def set_generators(states: Mapping[str, Any]) -> None:
+    """Has them go on from what :func:`generators` said."""
+    saved = bytearray(base64.b64decode(states["torch"]))
+    with _generator_lock:
+        state = torch.frombuffer(saved, dtype=torch.uint8)
+        torch.default_generator.set_state(state)
+    kind, keys, *rest = states["numpy"]
+    np.random.set_state((kind, np.array(keys, dtype=np.uint32), *rest))
+    version, numbers, gauss = states["python"]
+    random.setstate((version, tuple(numbers), gauss))

@@ -13,15 +13,19 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
+from pglpipe import checkpoint, state
 from pglpipe.blueprint import Blueprint, Sample
-from pglpipe.coordinator import Coordinator, Source
+from pglpipe.coordinator import Coordinator
 from pglpipe.errors import ConfigError, UserError, WorkerError
 from pglpipe.metrics import Summary
 from pglpipe.observers import Observer
 from pglpipe.pipeline import Pipeline
 from pglpipe.plan import Plan, draft
+from pglpipe.saving import Checkpoints, Ledger, chosen
+from pglpipe.source import Source
 from pglpipe.transport import World, pick_backend
 
 
@@ -42,6 +46,7 @@ class Session:
         self._sample: Sample | None = None
         self._plan: Plan | None = None
         self.pipeline: Pipeline | None = None
+        self.ended_early = False
 
     @property
     def leads(self) -> bool:
@@ -111,17 +116,71 @@ class Session:
             atexit.register(self.close)
         return self.pipeline
 
+    def keep(self, told: Checkpoints | None, resume: Path | str | None) -> None:
+        """Says where checkpoints go, and which one the run goes on from; both as worker 0 says.
+
+        Args:
+            resume: a checkpoint's folder, ``"auto"`` for the newest, or None to begin anew.
+
+        Raises:
+            DataError: there are checkpoints, but none is whole; or the one is of another network.
+        """
+        assert self.pipeline is not None, "build comes first"
+        folder, found = self.agree(
+            lambda: [str(told.folder) if told else "", str(chosen(told, resume) or "")]
+        )
+        if folder:
+            self.pipeline.worker.write_to(Path(folder))
+        if told and self._coordinator:
+            about = {**told.about, "balance": self.pipeline.plan.balance}
+            told = dataclasses.replace(told, about=about)
+            self._coordinator.keep(Ledger(told, self._world.size))
+        if found:
+            self._resume(Path(found))
+
+    def _resume(self, path: Path) -> None:
+        assert self.pipeline is not None, "build comes first"
+        with self._naming_the_culprit():
+            manifest = checkpoint.read_manifest(path)
+            exact = self.pipeline.load(path, manifest)
+        if self._coordinator:
+            self._coordinator.resume(manifest)
+            if not exact:
+                warnings.warn(
+                    f"{path} was made of {manifest['num_stages']} stages in {manifest['balance']} layers, "
+                    f"and there are now {self.pipeline.plan.balance}: the bodies go on, while heads, "
+                    "optimizers and what was under way begin anew",
+                    stacklevel=2,
+                )
+
     def drive(self, command: Callable[[Coordinator], Source]) -> Summary:
         """One run through the pipeline, to ``Stop``; its summary, the same on every worker.
 
         Raises:
             WorkerError: a worker failed; the message names it.
         """
-        assert self.pipeline is not None, "build comes first"
-        with self._naming_the_culprit():
-            source = command(self._coordinator) if self._coordinator else None
-            self.pipeline.worker.run(self.pipeline.edges.links(source))
-            return Summary(**self.agree(self._summary))
+        self.ended_early, summary = self._run(command)
+        return Summary(**summary)
+
+    def weights(self) -> tuple[state.Tensors, dict[int, state.Tensors]]:
+        """The network's tensors by name and each head's by stage, on worker 0; empty elsewhere."""
+        if self.pipeline is None:
+            raise ConfigError("expected a trained network, got none; call fit first")
+        self._run(lambda coordinator: coordinator.collect())
+        body: state.Tensors = {}
+        heads: dict[int, state.Tensors] = {}
+        collected = self.pipeline.worker.collected
+        for index in sorted(collected):
+            part, head = self.pipeline.plan.layouts[index].split(collected[index])
+            body |= part
+            heads |= {index: head} if head else {}
+        collected.clear()
+        return body, heads
+
+    def ask_to_stop(self) -> None:
+        """Has the run end at its next step, with a checkpoint."""
+        if self.pipeline is not None:
+            self.pipeline.worker.asked_to_stop = True
 
     def close(self) -> None:
         """Ends the edges in peace; the workers may then exit in any order."""
@@ -134,6 +193,15 @@ class Session:
         if self._world.size > 1 and self._mailbox.fail(text):
             print(f"pglpipe: {text}", file=sys.stderr, flush=True)
         return self._mailbox.failure() or text
+
+    def _run(self, command: Callable[[Coordinator], Source]) -> tuple[bool, Any]:
+        """A run to ``Stop``; whether it was asked to end early, and the fields of its summary."""
+        assert self.pipeline is not None, "build comes first"
+        with self._naming_the_culprit():
+            source = command(self._coordinator) if self._coordinator else None
+            self.pipeline.worker.run(self.pipeline.edges.links(source))
+            ended_early, summary = self.agree(self._summary)
+            return ended_early, summary
 
     def _make_coordinator(self, observer: Observer) -> Coordinator:
         blueprint = self._blueprint
@@ -150,7 +218,7 @@ class Session:
             compare_every=blueprint.compare_every,
         )
 
-    def _summary(self) -> dict[str, Any]:
+    def _summary(self) -> tuple[bool, dict[str, Any]]:
         assert self._coordinator is not None, "asked on worker 0 only"
         assert self._plan is not None, "plan comes first"
         summary = self._coordinator.finish()
@@ -158,7 +226,7 @@ class Session:
             summary.workers, self._plan.predicted, strict=True
         ):
             worker["predicted_activation_bytes"] = predicted
-        return dataclasses.asdict(summary)
+        return self._coordinator.ended_early, dataclasses.asdict(summary)
 
     def _backend(self) -> str:
         backend, notice = pick_backend(

@@ -27,10 +27,13 @@ import torch
 from torch import Tensor, nn
 
 from pglpipe.body import Body, dense
-from pglpipe.commands import ExitCount
 from pglpipe.crossing import Crossing
 from pglpipe.exit import Exit, weighted
 from pglpipe.learning import Learning, compiled
+from pglpipe.reports import (
+    ExitCount,
+)
+from pglpipe.snapshot import Snapshot, fill_module, module_snapshot
 from pglpipe.updates import Updates
 
 
@@ -84,6 +87,11 @@ class Stage:
     @total_steps.setter
     def total_steps(self, value: int) -> None:
         self._exit.total_steps = value
+
+    @property
+    def device(self) -> torch.device:
+        """Where the stage is."""
+        return self._device
 
     @property
     def is_last(self) -> bool:
@@ -238,6 +246,26 @@ class Stage:
             nn.utils.clip_grads_with_norm_(
                 parameters, self._learning.clip_norm, total_norm
             )
+
+    # -- checkpoints ------------------------------------------------------------------
+
+    def snapshot(self) -> Snapshot:
+        """All that this stage will learn from beside batches, as it is between two steps."""
+        found = Snapshot()
+        found.add("body", module_snapshot(self.body))
+        found.add("head", module_snapshot(self.head))
+        found.add("updates", self._updates.snapshot())
+        return found
+
+    def load(self, snapshot: Snapshot) -> None:
+        """Becomes what another stage was.
+
+        Raises:
+            DataError: it had other parameters.
+        """
+        fill_module(self.body, snapshot.part("body"), f"stage {self.index}")
+        fill_module(self.head, snapshot.part("head"), f"the head of stage {self.index}")
+        self._updates.load(snapshot.part("updates"))
 
     # -- evaluation -------------------------------------------------------------------
 

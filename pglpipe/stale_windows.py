@@ -20,7 +20,7 @@ forwards of Features Replay (Huo et al. 2018, arXiv 1807.04511).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -28,6 +28,7 @@ from torch import Tensor
 from pglpipe.commands import LocalStep, Message, Microbatch, StaleStep
 from pglpipe.global_pass import only
 from pglpipe.saved_bytes import Held
+from pglpipe.snapshot import Snapshot, by_number, numbered
 from pglpipe.stage import Stage
 from pglpipe.stopwatch import Figures
 from pglpipe.transport import Links
@@ -68,6 +69,9 @@ class StaleWindows:
         # By stage and step: inputs of guided batches, and what rose to a stage's output.
         self._inputs: dict[tuple[int, int], Held] = {}
         self._risen: dict[tuple[int, int], Held] = {}
+        # What was handed to the worker above and is not taken there yet, by step: a checkpoint of
+        # this worker holds what is on the edge.
+        self._on_edge: dict[int, Tensor] = {}
 
     def run(
         self, command: LocalStep | StaleStep, packet: Packet, links: Links
@@ -95,6 +99,8 @@ class StaleWindows:
         self._taken = step + 1
         oldest = step - self._delay * self._window
         self._guided = {guided for guided in self._guided if guided > oldest}
+        still = range(self._taken - self._delay, self._taken)
+        self._on_edge = {s: self._on_edge[s] for s in still if s in self._on_edge}
         return losses
 
     def forget(self, links: Links) -> None:
@@ -106,6 +112,36 @@ class StaleWindows:
         self._guided.clear()
         self._inputs.clear()
         self._risen.clear()
+        self._on_edge.clear()
+
+    def snapshot(self, stage: Stage) -> Snapshot:
+        """What waits at a stage between two steps: inputs, and gradients on their way from it."""
+        index, first = stage.index, self._stages[0].index
+        found = Snapshot(numbers={"taken": self._taken, "guided": sorted(self._guided)})
+        inputs = {
+            s: held.tensor for (at, s), held in self._inputs.items() if at == index
+        }
+        rising = self._on_edge
+        if index > first:
+            rising = {
+                s: held.tensor
+                for (at, s), held in self._risen.items()
+                if at == index - 1
+            }
+        found.add("inputs", by_number(inputs))
+        found.add("rising", by_number(rising))
+        return found
+
+    def load(self, snapshots: Mapping[int, Snapshot], links: Links) -> None:
+        """Goes on from what waited at the stages, by index; what was on the edge goes there again."""
+        for stage in self._stages:
+            snapshot = snapshots[stage.index]
+            self._taken = snapshot.numbers["taken"]
+            self._guided = set(snapshot.numbers["guided"])
+            for step, x in numbered(snapshot.part("inputs")):
+                self._inputs[stage.index, step] = Held(x.to(stage.device))
+            for step, joined in numbered(snapshot.part("rising")):
+                self._rise(stage, step, [joined.to(stage.device)], links)
 
     # -- private ----------------------------------------------------------------------
 
@@ -172,5 +208,7 @@ class StaleWindows:
         joined = torch.cat(gradients)
         if stage is self._stages[0]:
             links.gradients_out.put(Message(Microbatch(step, 0), (joined,)))
+            if stage.index > 0:
+                self._on_edge[step] = joined
         else:
             self._risen[stage.index - 1, step] = Held(joined)

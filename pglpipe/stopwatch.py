@@ -24,7 +24,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from pglpipe.commands import StepReport
+from pglpipe.reports import (
+    StepReport,
+)
 
 STEPS_AHEAD = 2  # that a GPU may have before it, for each lane
 

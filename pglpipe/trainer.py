@@ -12,28 +12,34 @@ import math
 from collections.abc import Callable
 from pathlib import Path
 
-import torch
 from torch import nn
 
 from pglpipe import device as devices
 from pglpipe import state
 from pglpipe.blueprint import Blueprint
 from pglpipe.checks import check_choice, check_numbers, check_together
-from pglpipe.coordinator import Loader, Span
 from pglpipe.errors import ConfigError
 from pglpipe.guidance import Guidance
 from pglpipe.guided import Guided, LocalWeight
-from pglpipe.learning import PRECISIONS, Learning, OptimizerFactory
+from pglpipe.learning import (
+    PRECISIONS,
+    Learning,
+    OptimizerFactory,
+    placed,
+    placed_locally,
+)
 from pglpipe.learning_rate import LearningRate, constant
 from pglpipe.loaders import largest_batch, span_of
-from pglpipe.losses import LocalLoss, Loss, Supervised
+from pglpipe.losses import LocalLoss, Loss
 from pglpipe.memory import MemorySettings
 from pglpipe.metrics import Summary
 from pglpipe.models import as_layers
 from pglpipe.observers import Observer, Observers
 from pglpipe.overlap import check_device
 from pglpipe.plan import Plan
+from pglpipe.saving import Checkpoints
 from pglpipe.session import Session
+from pglpipe.source import Loader, Span
 from pglpipe.timetable import TIMETABLES
 from pglpipe.transport import TRANSPORTS, World, join
 from pglpipe.wire import WIRE_FORMATS
@@ -139,8 +145,8 @@ class Trainer:
         if overlap_stages:
             check_device(on_device)
         learning = Learning(
-            loss=_on(on_device, loss),
-            local_loss=_local(on_device, local_loss or loss),
+            loss=placed(loss, on_device),
+            local_loss=placed_locally(local_loss or loss, on_device),
             optimizer=optimizer,
             learning_rate=learning_rate,
             clip_norm=clip_norm,
@@ -206,6 +212,8 @@ class Trainer:
         steps: int | None = None,
         evaluate: Loader | None = None,
         evaluate_every: int = 1,
+        checkpoints: Checkpoints | None = None,
+        resume: Path | str | None = None,
     ) -> Summary:
         """Trains, and evaluates every exit between epochs.
 
@@ -216,12 +224,18 @@ class Trainer:
             steps: optimizer steps in all.
             evaluate: test batches of the same form.
             evaluate_every: epochs from one evaluation to the next; the last is always evaluated.
+            checkpoints: where, when and how many; None for none.
+            resume: ``"auto"`` goes on from the newest of them that is whole, if there is one; a
+                checkpoint's folder goes on from that one; None begins anew. To the bit if nothing
+                but the number of workers has changed and the loader draws its order from its epoch,
+                or from PyTorch's, NumPy's or Python's own generator.
 
         Returns:
             How it went, the same on every worker.
 
         Raises:
             WorkerError: a worker failed; the message names it.
+            DataError: no checkpoint is whole, or the one is of another network.
         """
         if self._fitted:
             raise ConfigError(
@@ -233,10 +247,20 @@ class Trainer:
         )
         span = Span(length, total_steps, evaluate_every)
         self._session.build().set_total_steps(total_steps)
+        self._session.keep(checkpoints, resume)
         self._fitted = True
         return self._session.drive(
             lambda coordinator: coordinator.fit(train, span, evaluate)
         )
+
+    def stop(self) -> None:
+        """Asks :meth:`fit` to save a checkpoint and to end early, from any worker and thread."""
+        self._session.ask_to_stop()
+
+    @property
+    def ended_early(self) -> bool:
+        """Whether the last :meth:`fit` did so."""
+        return self._session.ended_early
 
     def evaluate(self, test: Loader) -> Summary:
         """Evaluates every exit on ``test``; trains nothing."""
@@ -262,33 +286,8 @@ class Trainer:
 
     def weights(self) -> tuple[state.Tensors, dict[int, state.Tensors]]:
         """The network's tensors by name and each head's by stage, on worker 0; empty elsewhere."""
-        pipeline = self._session.pipeline
-        if pipeline is None:
-            raise ConfigError("expected a trained network, got none; call fit first")
-        self._session.drive(lambda coordinator: coordinator.collect())
-        body: state.Tensors = {}
-        heads: dict[int, state.Tensors] = {}
-        collected = pipeline.worker.collected
-        for index in sorted(collected):
-            part, head = pipeline.plan.layouts[index].split(collected[index])
-            body |= part
-            heads |= {index: head} if head else {}
-        collected.clear()
-        return body, heads
+        return self._session.weights()
 
     def close(self) -> None:
         """Ends the edges in peace; the workers may then exit in any order."""
         self._session.close()
-
-
-def _on(device: torch.device, loss: Loss) -> Loss:
-    """The loss, with the weights that it may have on the device."""
-    return loss.to(device) if isinstance(loss, nn.Module) else loss
-
-
-def _local(device: torch.device, loss: Loss | LocalLoss) -> LocalLoss:
-    """What stages with a head minimize."""
-    local = loss if isinstance(loss, LocalLoss) else Supervised(loss)
-    for module in local.modules():
-        module.to(device)
-    return local

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from pglpipe.errors import ConfigError, DataError
 from pglpipe.learning import Learning
+from pglpipe.snapshot import Snapshot
 
 
 class Updates:
@@ -49,3 +53,93 @@ class Updates:
         for group in optimizer.param_groups:
             group["lr"] = group["initial_lr"] * factor
         optimizer.step()
+
+    # -- checkpoints ------------------------------------------------------------------
+
+    def snapshot(self) -> Snapshot:
+        """What the optimizers remember: ``OPTIMIZER.PARAMETER.NAME``, both counted from 0.
+
+        Raises:
+            ConfigError: an optimizer remembers what is neither a tensor nor a number.
+        """
+        found = Snapshot(numbers={"was_guided": self._was_guided})
+        for number, optimizer in enumerate(self._optimizers):
+            options = [_options(group) for group in optimizer.param_groups]
+            found.numbers[f"{number}.groups"] = options
+            for index, parameter in enumerate(_parameters(optimizer)):
+                for name, value in optimizer.state.get(parameter, {}).items():
+                    key = f"{number}.{index}.{name}"
+                    if not isinstance(value, Tensor):
+                        found.numbers[key] = _plain(key, value)
+                        continue
+                    found.tensors[key] = value
+                    if value.device != parameter.device:
+                        found.numbers[f"{key}.device"] = str(value.device)
+        return found
+
+    @torch.no_grad()
+    def load(self, snapshot: Snapshot) -> None:
+        """Has the optimizers remember what others did.
+
+        Raises:
+            DataError: the others were not as many, or of fewer parameters.
+        """
+        self._was_guided = snapshot.numbers["was_guided"]
+        expected = {f"{number}.groups" for number, _ in enumerate(self._optimizers)}
+        groups = {key for key in snapshot.numbers if key.endswith(".groups")}
+        if expected != groups:
+            raise DataError(
+                f"expected {len(expected)} optimizers in the checkpoint, got {len(groups)}"
+            )
+        for number, optimizer in enumerate(self._optimizers):
+            saved = snapshot.numbers[f"{number}.groups"]
+            for group, options in zip(optimizer.param_groups, saved, strict=True):
+                group.update(_as_tuples(group, options))
+            state = snapshot.part(str(number))
+            for index, parameter in enumerate(_parameters(optimizer)):
+                own = state.part(str(index))
+                if not own.tensors and not own.numbers:
+                    continue
+                optimizer.state[parameter] = {
+                    **{k: v for k, v in own.numbers.items() if "." not in k},
+                    **{
+                        k: _placed(t, parameter, own, k) for k, t in own.tensors.items()
+                    },
+                }
+
+
+def _parameters(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
+    return [p for group in optimizer.param_groups for p in group["params"]]
+
+
+def _options(group: dict[str, Any]) -> dict[str, Any]:
+    """What a group of parameters is told, beside which they are."""
+    return {
+        name: _plain(name, value) for name, value in group.items() if name != "params"
+    }
+
+
+def _plain(name: str, value: Any) -> Any:
+    try:
+        json.dumps(value)
+    except TypeError:
+        raise ConfigError(
+            f"expected an optimizer that remembers tensors and numbers for checkpoints, got {name} of "
+            f"type {type(value).__name__}"
+        ) from None
+    return value
+
+
+def _as_tuples(group: dict[str, Any], options: dict[str, Any]) -> dict[str, Any]:
+    """JSON has lists only."""
+    return {
+        name: tuple(value) if isinstance(group.get(name), tuple) else value
+        for name, value in options.items()
+    }
+
+
+def _placed(
+    tensor: Tensor, parameter: nn.Parameter, state: Snapshot, name: str
+) -> Tensor:
+    """A tensor of the state where it was: beside its parameter, or apart from it."""
+    return tensor.to(state.numbers.get(f"{name}.device", parameter.device))

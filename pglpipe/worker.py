@@ -6,6 +6,7 @@ The whole control flow of training stands here, one line per command::
                         global step    the worker's row of the timetable, then update
                         window step    the same, with gradients of several losses
                         evaluate       count what every exit gets right
+                        checkpoint     write the stages to disk, beside what follows
                         collect        hand the weights up
                         stop
 
@@ -18,11 +19,13 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
+from pathlib import Path
 
 from torch import Tensor
 
 from pglpipe.collecting import Collecting
 from pglpipe.commands import (
+    Checkpoint,
     Collect,
     Command,
     Conclude,
@@ -30,9 +33,7 @@ from pglpipe.commands import (
     GlobalStep,
     LocalStep,
     Message,
-    Report,
     StaleStep,
-    StepReport,
     Stop,
     TrainStep,
     WindowStep,
@@ -42,9 +43,12 @@ from pglpipe.errors import ProtocolError
 from pglpipe.global_pass import GlobalPass
 from pglpipe.local_steps import local_pass
 from pglpipe.overlap import Overlap, lanes_on
+from pglpipe.recall import Recall
 from pglpipe.refresh import Refresh, Sorted
-from pglpipe.reporter import Reporter
+from pglpipe.reporter import Reporter, samples_of, step_report
+from pglpipe.reports import Report, StopRequest
 from pglpipe.saved_bytes import SavedBytes
+from pglpipe.saving import Writer
 from pglpipe.stage import Stage
 from pglpipe.state import digests
 from pglpipe.stopwatch import Figures, Stopwatch
@@ -60,6 +64,9 @@ class Worker:
         self, duty: Duty, stages: Sequence[Stage], post: Callable[[Report], None]
     ) -> None:
         self.doing: Command | None = None
+        self.asked_to_stop = False
+        self._post = post
+        self._writer: Writer | None = None
         self._duty = duty
         self._stages = stages
         self._reporter = Reporter(duty.rank, duty.device, post, self._idle_bytes)
@@ -76,6 +83,7 @@ class Worker:
         self._collecting = Collecting(duty, stages)
         self._refresh = Refresh(stages, duty.loans)
         self._local_pass = local_pass(duty, stages)
+        self.recall = Recall(stages, self._local_pass, self._refresh)
         self._global_pass = GlobalPass(
             stages,
             self._row,
@@ -98,11 +106,16 @@ class Worker:
         """The weights that were handed up, by stage: uint8 ``[bytes]``; on the first worker."""
         return self._collecting.collected
 
+    def write_to(self, checkpoints: Path) -> None:
+        """Says where the checkpoints of this run are."""
+        self._writer = Writer(checkpoints, self._duty.rank, self._post)
+
     def run(self, links: Links) -> None:
         """Obeys until told to stop."""
         if links.gradients_in is not None:
             links = replace(links, gradients_in=Sorted(links.gradients_in))
         self._links = links
+        self.recall.send(links)
         # A step lasts from the end of the command before it, so that all of them, telling
         # about them included, add up to the time on the wall.
         ended, waited = time.perf_counter(), self._waits()
@@ -111,13 +124,14 @@ class Worker:
             self.doing = None
             message = links.inbox.get()
             self.doing = message.command
+            self._pass_on_request()
             figures = self._obey(message)
             began, ended = ended, time.perf_counter()
             before, waited = waited, self._waits()
             match message.command:
                 case LocalStep() | StaleStep() | GlobalStep() | WindowStep() as step:
-                    samples = _samples(step, message.tensors)
-                    report = _step_report(step, samples, ended - began, before, waited)
+                    samples = samples_of(step, message.tensors)
+                    report = step_report(step, samples, ended - began, before, waited)
                     with self._overlap.joined() if self._overlap else nullcontext():
                         timing = self._stopwatch.end(report, figures, links.stalls)
                     self._reporter.stepped(timing)
@@ -142,6 +156,8 @@ class Worker:
                 self._evaluate(command, tensors)
             case Conclude():
                 self._conclude(command)
+            case Checkpoint():
+                self._save(command)
             case Collect():
                 self._collecting.run(command, self._links)
             case Stop():
@@ -190,7 +206,21 @@ class Worker:
         exits = {stage.index: stage.conclude() for stage in self._stages}
         self._reporter.evaluated(command.step, command.epoch, exits)
 
+    def _save(self, command: Checkpoint) -> None:
+        self._links.outbox.put(Message(command))
+        assert self._writer is not None, "nobody said where checkpoints are"
+        # What is known of the steps before is to arrive before the checkpoint does.
+        self._reporter.flush()
+        self._writer.write(command.step, self.recall.copies())
+
+    def _pass_on_request(self) -> None:
+        if self.asked_to_stop:
+            self.asked_to_stop = False
+            self._post(StopRequest(self._duty.rank))
+
     def _stop(self, command: Stop) -> None:
+        if self._writer:
+            self._writer.finish()
         self._refresh.forget(self._links)
         self._links.outbox.put(Message(command))
         peaks = {kind: saved.peak for kind, saved in self._saved.items()}
@@ -252,33 +282,6 @@ class Worker:
             return False
         way = self._duty.delay * (len(self._duty.layouts) - 1)
         return command.step <= self._first_stale + way
-
-
-def _samples(command: TrainStep, tensors: tuple[Tensor, ...]) -> int:
-    """The size of a step's batch; where it is cut into microbatches, its images come later."""
-    if isinstance(command, (GlobalStep, WindowStep)):
-        return command.samples
-    return len(tensors[1])
-
-
-def _step_report(
-    command: TrainStep,
-    samples: int,
-    seconds: float,
-    before: tuple[float, float],
-    after: tuple[float, float],
-) -> StepReport:
-    """What is known of a step when it ends; the losses are read later."""
-    return StepReport(
-        step=command.step,
-        epoch=command.epoch,
-        kind=type(command).__name__.removesuffix("Step").lower(),
-        samples=samples,
-        losses={},
-        seconds=seconds,
-        waited_recv=after[0] - before[0],
-        waited_send=after[1] - before[1],
-    )
 
 
 def _saved_bytes(stages: Sequence[Stage]) -> SavedBytes:

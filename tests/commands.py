@@ -161,6 +161,10 @@ class Processes:
             pytest.fail(f"no end in {timeout} s:\n{_text(self._err)}", pytrace=False)
         return Ended(status, _text(self._out), _text(self._err))
 
+    def signal(self, number: signal.Signals) -> None:
+        """Sends a signal to the command itself."""
+        self._first.send_signal(number)
+
     @property
     def running(self) -> bool:
         """Whether the command itself has not ended."""

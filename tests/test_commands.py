@@ -8,6 +8,8 @@ import pytest
 
 from pglpipe.commands import (
     COMMANDS,
+)
+from pglpipe.reports import (
     EvaluationReport,
     ExitCount,
     FinalReport,

@@ -82,6 +82,10 @@ VALUES: dict[str, tuple[Any, Any]] = {
     "edge_dtype": ("fp8", "bf16"),
     "edge_timeout": (5.0, 6.0),
     "run_dir": ("here", "there"),
+    "checkpoint_every": (50, 0),
+    "checkpoint_minutes": (0.5, 10.0),
+    "keep_checkpoints": (1, 5),
+    "resume": ("never", "runs/first/checkpoints/step-00000100"),
     "quiet": (True, False),
 }
 
@@ -106,6 +110,7 @@ PROMISED = """
     recompute local-microbatches memory-budget
     epochs steps batch-size lr momentum weight-decay lr-schedule warmup-epochs seed device
     precision compile overlap-stages transport queue-depth edge-dtype run-dir quiet
+    checkpoint-every checkpoint-minutes keep-checkpoints resume
 """.split()
 
 Train = Callable[..., RunConfig]

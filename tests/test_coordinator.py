@@ -16,17 +16,20 @@ from pglpipe.commands import (
     Collect,
     Conclude,
     Evaluate,
-    FinalReport,
     GlobalStep,
     LocalStep,
     Message,
     Microbatch,
-    StepReport,
     Stop,
+)
+from pglpipe.coordinator import Coordinator
+from pglpipe.errors import EdgeTimeout, WorkerError
+from pglpipe.reports import (
+    FinalReport,
+    StepReport,
     TrainReport,
 )
-from pglpipe.coordinator import Coordinator, Source, Span
-from pglpipe.errors import EdgeTimeout, WorkerError
+from pglpipe.source import Source, Span
 from pglpipe.transport import Mailbox
 
 

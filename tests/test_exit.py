@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from pglpipe.body import Kept
-from pglpipe.commands import ExitCount
 from pglpipe.exit import Exit, weighted
 from pglpipe.guided import LocalWeight
 from pglpipe.learning import Learning
@@ -21,6 +20,9 @@ from pglpipe.losses import (
     Similarity,
     Supervised,
     SupervisedContrast,
+)
+from pglpipe.reports import (
+    ExitCount,
 )
 from pglpipe.saved_bytes import Held
 

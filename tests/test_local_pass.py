@@ -20,7 +20,6 @@ from pglpipe.commands import (
     LocalStep,
     Message,
     Microbatch,
-    Report,
     StaleStep,
     Stop,
 )
@@ -29,6 +28,9 @@ from pglpipe.guided import Guided
 from pglpipe.learning import Learning
 from pglpipe.local_pass import LocalPass
 from pglpipe.losses import Supervised
+from pglpipe.reports import (
+    Report,
+)
 from pglpipe.stage import Stage
 from pglpipe.timetable import one_forward_one_backward
 from pglpipe.transport import Links

@@ -8,14 +8,14 @@ from typing import Any
 
 import pytest
 
-from pglpipe.commands import (
+from pglpipe.metrics import WARMUP_STEPS, EvaluationRecord, Merger, StepClock, summarize
+from pglpipe.reports import (
     EvaluationReport,
     ExitCount,
     FinalReport,
     StepReport,
     TrainReport,
 )
-from pglpipe.metrics import WARMUP_STEPS, EvaluationRecord, Merger, StepClock, summarize
 from pglpipe.state import combine
 
 

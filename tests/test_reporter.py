@@ -7,7 +7,9 @@ import time
 import pytest
 import torch
 
-from pglpipe.commands import (
+from pglpipe.metrics import WARMUP_STEPS
+from pglpipe.reporter import Reporter
+from pglpipe.reports import (
     EvaluationReport,
     ExitCount,
     FinalReport,
@@ -15,8 +17,6 @@ from pglpipe.commands import (
     StepReport,
     TrainReport,
 )
-from pglpipe.metrics import WARMUP_STEPS
-from pglpipe.reporter import Reporter
 from pglpipe.stopwatch import Timing
 
 

@@ -148,14 +148,21 @@ def test_versions_are_those_of_what_computes() -> None:
     assert all(re.match(r"\d+\.\d+", version) for version in versions().values())
 
 
-def test_a_folder_with_a_run_is_refused_and_left_as_it_is(
+def test_a_run_that_goes_on_forgets_what_came_after_its_checkpoint(
     folder: RunDirectory,
 ) -> None:
-    folder.on_step(STEP)
-    before = {path: path.read_bytes() for path in folder.path.iterdir()}
-    with pytest.raises(ConfigError, match="already holds a run; choose another"):
-        RunDirectory(folder.path)
-    assert {path: path.read_bytes() for path in folder.path.iterdir()} == before
+    for step in range(STEP.step, STEP.step + 4):
+        folder.on_step(dataclasses.replace(STEP, step=step))
+    folder.on_evaluation(dataclasses.replace(EVALUATION, step=STEP.step + 2))
+    kept = (folder.path / "metrics.jsonl").read_text().splitlines()[:2]
+    with (folder.path / "metrics.jsonl").open("a") as file:
+        file.write('{"event": "train", "st')  # killed while it wrote
+    again = RunDirectory(folder.path)
+    again.open(RunConfig(), step=STEP.step + 2)
+    again.on_step(dataclasses.replace(STEP, step=STEP.step + 2))
+    assert (folder.path / "metrics.jsonl").read_text().splitlines()[:-1] == kept
+    assert [line["step"] for line in lines(folder)] == [3, 4, 5]
+    again.finish(RunConfig(), SUMMARY)
 
 
 @pytest.mark.parametrize("deeper", ["", "run", "far/away/run"])

@@ -9,10 +9,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from pglpipe.commands import ExitCount
 from pglpipe.errors import ConfigError
 from pglpipe.learning import Learning
 from pglpipe.losses import Supervised
+from pglpipe.reports import (
+    ExitCount,
+)
 from pglpipe.saved_bytes import SavedBytes
 from pglpipe.stage import Stage
 

@@ -8,8 +8,12 @@ import pytest
 import torch
 
 from pglpipe import stopwatch
-from pglpipe.commands import Report, StepReport, TrainReport
 from pglpipe.reporter import Reporter
+from pglpipe.reports import (
+    Report,
+    StepReport,
+    TrainReport,
+)
 from pglpipe.stopwatch import STEPS_AHEAD, Stalls, Stopwatch, stalling
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")

@@ -17,21 +17,23 @@ from pglpipe.commands import (
     Collect,
     Conclude,
     Evaluate,
-    EvaluationReport,
-    FinalReport,
     GlobalStep,
     LocalStep,
     Message,
     Microbatch,
-    Report,
     State,
     Stop,
-    TrainReport,
 )
 from pglpipe.duty import Duty
 from pglpipe.errors import ProtocolError
 from pglpipe.learning import Learning
 from pglpipe.losses import Supervised
+from pglpipe.reports import (
+    EvaluationReport,
+    FinalReport,
+    Report,
+    TrainReport,
+)
 from pglpipe.stage import Stage
 from pglpipe.state import StateLayout, flatten
 from pglpipe.timetable import one_forward_one_backward

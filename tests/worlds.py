@@ -187,13 +187,14 @@ def train(
         by_rank: options that only one worker has.
     """
     records = Records()
+    fitted = {key: options.pop(key) for key in FITTED if key in options}
 
     def work(world: World) -> tuple[Summary, Any, Any]:
         made = trainer(
             world, layers, observer=records, **(options | by_rank(world.rank))
         )
         span = {"steps": steps} if steps else {"epochs": epochs}
-        summary = made.fit(loader, evaluate=evaluate, **span)
+        summary = made.fit(loader, evaluate=evaluate, **span, **fitted)
         body, heads = made.weights()
         made.close()
         return summary, body, heads
@@ -202,6 +203,9 @@ def train(
     assert all(other == (summary, {}, {}) for other in others)
     return Trained(summary, body, heads, records)
 
+
+# Of ``fit``; all others are options of the trainer.
+FITTED = ("checkpoints", "resume", "evaluate_every")
 
 # What was analysed, by its names and shapes.
 _analysed: dict[object, Any] = {}

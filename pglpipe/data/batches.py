@@ -55,6 +55,7 @@ class Batches:
         self._train = train
         self._augment = train and augment
         self._epoch = 0
+        self._first = 0
         self._pixels, self._labels = images.images.contiguous(), images.labels
         mean, std = torch.tensor(recipe.mean), torch.tensor(recipe.std)
         self._scale, self._shift = 1 / (255 * std), -mean / std
@@ -63,6 +64,10 @@ class Batches:
         """Chooses the epoch whose order and augmentation the next loop sees."""
         self._epoch = epoch
 
+    def begin_at(self, batch: int) -> None:
+        """Has the next loop, and that one only, begin at a later batch."""
+        self._first = batch
+
     def __len__(self) -> int:
         return -(-len(self._labels) // self._batch_size)
 
@@ -70,8 +75,14 @@ class Batches:
         """Yields float32 ``[B, C, H, W]`` in channels_last memory, and int64 ``[B]``."""
         # One epoch for the whole loop, even if the next is set before it ends.
         epoch = self._epoch
-        for samples in torch.split(self._order(epoch), self._batch_size):
+        order = self._order(epoch)[self._passed() :]
+        for samples in torch.split(order, self._batch_size) if len(order) else ():
             yield self._images(samples, epoch), self._labels[samples]
+
+    def _passed(self) -> int:
+        """Samples that this loop leaves out, at its beginning."""
+        passed, self._first = self._first * self._batch_size, 0
+        return passed
 
     def _order(self, epoch: int) -> Tensor:
         if not self._train:

@@ -84,6 +84,8 @@ class ResidentBatches(Batches):
         """Yields float32 ``[B, C, H, W]`` in channels_last memory, and int64 ``[B]``."""
         whole, shape = self._pixels.flatten(0, 2), self._pixels.shape[1:]
         epoch = self._lay_out(self._epoch)
+        if not len(epoch[0]):  # of which there would be one empty part
+            return
         parts = (torch.split(each, self._batch_size) for each in epoch)
         for starts, columns, labels in zip(*parts, strict=True):
             pixels = starts[:, :, None] + columns[:, None, :]
@@ -100,7 +102,7 @@ class ResidentBatches(Batches):
             Where in the set each row of an image begins, in pixels, int64 ``[N, H]``; which of
             its columns are seen, int64 ``[N, W]``; and the labels, int64 ``[N]``.
         """
-        order = self._order(epoch)
+        order = self._order(epoch)[self._passed() :]
         views = self._views(order, epoch)
         packed = np.stack([order.numpy(), views.top, views.left, views.mirrored])
         there = upload(torch.from_numpy(packed), self._device)

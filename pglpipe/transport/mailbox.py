@@ -8,13 +8,18 @@ without waiting for anyone; the coordinator looks for new ones whenever it has a
 from __future__ import annotations
 
 import json
+import threading
 import time
 from typing import Any
 
 from torch.distributed import Store
 
-from pglpipe.commands import Report, decode_report, encode_report
 from pglpipe.errors import EdgeTimeout, WorkerError
+from pglpipe.reports import (
+    Report,
+    decode_report,
+    encode_report,
+)
 
 _POLL_SECONDS = 0.01
 
@@ -27,13 +32,17 @@ class Mailbox:
         self._rank = rank
         self._timeout = timeout
         self._posted = 0
+        self._posting = threading.Lock()
         self._fetched = [0] * size
         self._shared = 0
 
     def post(self, report: Report) -> None:
         """Leaves a report for the coordinator."""
-        self._store.set(f"report/{self._rank}/{self._posted}", encode_report(report))
-        self._posted += 1
+        with self._posting:  # a checkpoint is reported by a thread of its own
+            self._store.set(
+                f"report/{self._rank}/{self._posted}", encode_report(report)
+            )
+            self._posted += 1
 
     def collect(self) -> list[Report]:
         """The reports that have come in since the last call, per worker in order."""

@@ -79,6 +79,17 @@ def test_epochs_and_seeds_differ_in_order_and_in_views():
         ).float().mean() > 0.8
 
 
+@pytest.mark.parametrize("train", [True, False])
+def test_a_loop_that_begins_later_is_the_rest_of_the_whole_and_only_once(train):
+    made = batches(train=train)
+    whole = list(made)
+    made.begin_at(2)
+    assert torch.equal(joined(made)[0], torch.cat([images for images, _ in whole[2:]]))
+    assert torch.equal(joined(made)[0], torch.cat([images for images, _ in whole]))
+    made.begin_at(len(whole))
+    assert list(made) == []
+
+
 def test_an_epoch_set_during_a_loop_begins_with_the_next_loop():
     made = batches()
     expected = joined(made)[1]

@@ -9,8 +9,12 @@ import pytest
 from torch.distributed import HashStore
 from worlds import on_every_rank, outcomes
 
-from pglpipe.commands import EvaluationReport, ExitCount, TrainReport
 from pglpipe.errors import EdgeTimeout, WorkerError
+from pglpipe.reports import (
+    EvaluationReport,
+    ExitCount,
+    TrainReport,
+)
 from pglpipe.transport import Mailbox, World
 
 

@@ -1,0 +1,115 @@
+"""Where a run begins: anew, from its own last checkpoint, or from another run's."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pglpipe import checkpoint
+from pglpipe.config import RunConfig
+from pglpipe.config_file import resolve
+from pglpipe.errors import ConfigError
+from pglpipe.run_directory import RunDirectory
+from pglpipe.saving import Checkpoints, chosen
+
+# What may differ between two parts of a run: how it is shown, kept and carried, and its cut.
+FREE = (
+    *("run_dir", "quiet", "resume", "data_root", "download"),
+    *("checkpoint_every", "checkpoint_minutes", "keep_checkpoints"),
+    *("transport", "queue_depth", "edge_timeout", "evaluate_every"),
+)
+CUT = ("stages", "balance")
+# What a run chooses by itself where it is left open, and then keeps.
+CHOSEN = {
+    "balance": ("flops", "time", "memory", "params", "published"),
+    "device": ("auto",),
+    "threads": (0,),
+}
+FITTED = ("recompute", "microbatches", "local_microbatches")  # to a memory budget
+
+
+@dataclass(frozen=True)
+class Start:
+    """How a run begins.
+
+    Attributes:
+        config: what it is told.
+        folder: its run directory.
+        checkpoint: the folder of the one that it goes on from; None if it begins anew.
+        step: steps that have been done there, if they are this run's own.
+    """
+
+    config: RunConfig
+    folder: Path
+    checkpoint: Path | None = None
+    step: int = 0
+
+    def to_json(self) -> list[Any]:
+        """For the other workers."""
+        return [dataclasses.asdict(self.config), str(self.folder), self.step]
+
+    @staticmethod
+    def from_json(told: list[Any]) -> Start:
+        """What :meth:`to_json` said; which checkpoint it is, worker 0 says later."""
+        config, folder, step = told
+        return Start(RunConfig(**config), Path(folder), step=step)
+
+
+def start(asked: RunConfig, folder: Path) -> Start:
+    """How the run that is asked for begins in this folder.
+
+    Raises:
+        ConfigError: the folder holds another run, or one that has ended.
+    """
+    settings = folder / RunDirectory.SETTINGS
+    if not settings.exists():
+        if asked.resume in ("auto", "never"):
+            return Start(asked, folder)
+        return Start(asked, folder, chosen(None, asked.resume))
+    if (folder / RunDirectory.SUMMARY).exists():
+        raise ConfigError(
+            f"expected a new run directory, but {folder} already holds a run that has come to its end; "
+            "choose another --run-dir"
+        )
+    if asked.resume != "auto":
+        raise ConfigError(
+            f"expected a new run directory for --resume {asked.resume}, but {folder} already holds a "
+            "run; choose another --run-dir, or --resume auto to go on with that run"
+        )
+    known = resolve(settings, {})
+    if different := _differences(asked, known):
+        raise ConfigError(
+            f"expected the options that the run in {folder} began with, got {'; '.join(different)}; repeat "
+            "them, or begin a new run with another --run-dir and --resume of a checkpoint"
+        )
+    config = _merged(asked, known)
+    found = chosen(Checkpoints(folder / RunDirectory.CHECKPOINTS), "auto")
+    if found is None:
+        return Start(config, folder)
+    step = checkpoint.read_manifest(found)["position"]["step"]
+    return Start(config, folder, found, step)
+
+
+def _differences(asked: RunConfig, known: RunConfig) -> list[str]:
+    found = []
+    for field in dataclasses.fields(RunConfig):
+        name, before = field.name, getattr(known, field.name)
+        now = getattr(asked, name)
+        left_open = now in CHOSEN.get(name, ()) or (
+            name in FITTED and asked.memory_budget
+        )
+        if now != before and name not in (*FREE, *CUT) and not left_open:
+            found.append(f"--{name.replace('_', '-')} {now} (it was {before})")
+    return found
+
+
+def _merged(asked: RunConfig, known: RunConfig) -> RunConfig:
+    """What was chosen when the run began, and what is asked for now where that may differ."""
+    free = {name: getattr(asked, name) for name in FREE}
+    recut = asked.stages != known.stages or (
+        asked.balance not in CHOSEN["balance"] and asked.balance != known.balance
+    )
+    cut = {name: getattr(asked, name) for name in CUT} if recut else {}
+    return dataclasses.replace(known, **free, **cut)

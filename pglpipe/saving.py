@@ -1,0 +1,213 @@
+"""How checkpoints come about, on either side: who writes stages, and who makes a checkpoint of them.
+
+Nobody waits for a disk. A worker copies its stages when the command reaches it, between two
+steps, and a thread writes the copies while training goes on; the coordinator makes a checkpoint of the
+files when the last worker has reported, and only then asks for another::
+
+    coordinator   Checkpoint ───────────────────────────▶ manifest ─▶ prune
+    worker 0         copy │ step │ step │ step        ▲
+                      └─ write, fsync, hash ─ report ──┤
+    worker 1              copy │ step │ step │ step   │
+                           └─ write, fsync, hash ─ report
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pglpipe import checkpoint
+from pglpipe.checkpoint import Manifest, Written, folder_of, write_stage
+from pglpipe.commands import Checkpoint
+from pglpipe.errors import ConfigError, DataError
+from pglpipe.reports import SavedReport
+from pglpipe.snapshot import Snapshot
+
+
+@dataclass(frozen=True)
+class Checkpoints:
+    """Where, when and how many.
+
+    Attributes:
+        folder: of all checkpoints of a run; every worker must see it.
+        every: steps from one to the next; 0 for none that is counted so.
+        minutes: the same by the clock.
+        keep: the newest that are kept.
+        about: whatever else is to stand in the manifest; JSON must be able to hold it.
+
+    Raises:
+        ConfigError: a number is out of its range.
+    """
+
+    folder: Path
+    every: int = 0
+    minutes: float = 0.0
+    keep: int = 2
+    about: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for option, value, least in (
+            ("checkpoint-every", self.every, 0),
+            ("checkpoint-minutes", self.minutes, 0),
+            ("keep-checkpoints", self.keep, 1),
+        ):
+            if not value >= least:
+                raise ConfigError(
+                    f"expected --{option} of at least {least}, got {value:g}"
+                )
+
+
+def chosen(told: Checkpoints | None, resume: Path | str | None) -> Path | None:
+    """The checkpoint to go on from; one that is not as it was written is told and left aside.
+
+    Args:
+        resume: a checkpoint's folder, ``"auto"`` for the newest that is whole, or None for none.
+
+    Raises:
+        DataError: the one is damaged, or all are.
+    """
+    if resume is not None and resume != "auto":
+        checkpoint.examine(Path(resume))
+        return Path(resume)
+    if told is None or resume is None:
+        return None
+    found, errors = checkpoint.newest(told.folder)
+    damaged = [str(e) for e in errors if not isinstance(e, checkpoint.Unfinished)]
+    if found is None and damaged:
+        raise DataError(
+            f"expected a checkpoint in {told.folder} that is whole, got none: {'; '.join(damaged)}; "
+            "begin anew in another folder"
+        )
+    # One that was being written when the run was killed is nothing to tell of, unless it is all.
+    for text in damaged if found else map(str, errors):
+        warnings.warn(f"a checkpoint is not used: {text}", stacklevel=2)
+    return found
+
+
+class Writer:
+    """Writes what one worker's stages are at a moment, in a thread.
+
+    One checkpoint at a time, so that no more than one copy of the stages is in memory.
+
+    Args:
+        root: the folder of all checkpoints.
+        rank: the worker's.
+        post: sends a report on its way.
+    """
+
+    def __init__(
+        self, root: Path, rank: int, post: Callable[[SavedReport], None]
+    ) -> None:
+        self._root = root
+        self._rank = rank
+        self._post = post
+        self._thread: threading.Thread | None = None
+
+    def write(self, step: int, stages: Mapping[int, Snapshot]) -> None:
+        """Begins to write copies of the stages."""
+        self.finish()
+        self._thread = threading.Thread(
+            target=self._run, args=(step, stages), name="pglpipe checkpoint"
+        )
+        self._thread.start()
+
+    def finish(self) -> None:
+        """Waits until all is written and reported."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+
+    def _run(self, step: int, stages: Mapping[int, Snapshot]) -> None:
+        folder, files, error = folder_of(self._root, step), list[Written](), ""
+        try:
+            for index, snapshot in stages.items():
+                files.append(write_stage(folder, index, snapshot))
+        except OSError as reason:
+            error = f"rank {self._rank} cannot write to {folder}: {reason}"
+        numbers = {index: snapshot.numbers for index, snapshot in stages.items()}
+        written = [asdict(file) for file in files]
+        self._post(SavedReport(self._rank, step, written, numbers, error))
+
+
+class Ledger:
+    """Says when a checkpoint is due, and makes it when all have written their part.
+
+    Args:
+        told: where, when and how many.
+        num_workers: who are to report.
+    """
+
+    def __init__(self, told: Checkpoints, num_workers: int) -> None:
+        self._told = told
+        self._num_workers = num_workers
+        self._last_step = 0
+        self._last_time = time.monotonic()
+        self._pending: Manifest | None = None
+        self._reports: list[SavedReport] = []
+
+    def resumed(self, step: int) -> None:
+        """A run goes on from the checkpoint after so many steps."""
+        self._last_step = step
+
+    def due(self, step: int) -> bool:
+        """Whether one should be made after so many steps.
+
+        One that is due while the one before is still being written is made right after that.
+        """
+        told = self._told
+        if self.is_busy or self.has(step):
+            return False
+        counted = told.every and step // told.every > self._last_step // told.every
+        passed = time.monotonic() - self._last_time
+        return bool(counted or (told.minutes and passed >= 60 * told.minutes))
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether one is being written."""
+        return self._pending is not None
+
+    def has(self, step: int) -> bool:
+        """Whether the last one was made after so many steps."""
+        return step == self._last_step
+
+    def begin(self, step: int, manifest: Manifest) -> Checkpoint:
+        """The command that has all workers write their part; the manifest lacks theirs."""
+        checkpoint.discard(folder_of(self._told.folder, step))
+        self._pending = {**self._told.about, **manifest}
+        self._last_step, self._last_time = step, time.monotonic()
+        return Checkpoint(step)
+
+    def add(self, report: SavedReport, more: Callable[[int], Manifest]) -> None:
+        """Takes a worker's report; the last one completes the checkpoint.
+
+        Args:
+            more: what is to stand in the manifest after so many steps and was not known before.
+        """
+        self._reports.append(report)
+        if len(self._reports) < self._num_workers:
+            return
+        reports, self._reports = self._reports, []
+        pending, self._pending = self._pending, None
+        assert pending is not None, "nobody reports unasked"
+        folder = folder_of(self._told.folder, report.step)
+        try:
+            if errors := [r.error for r in reports if r.error]:
+                raise OSError(errors[0])
+            files = [Written(**file) for r in reports for file in r.files]
+            numbers = {index: n for r in reports for index, n in r.numbers.items()}
+            stages = [numbers[index] for index in sorted(numbers)]
+            manifest = {**pending, **more(report.step), "stages": stages}
+            checkpoint.commit(folder, manifest, files)
+            checkpoint.prune(self._told.folder, self._told.keep)
+        except OSError as error:
+            checkpoint.discard(folder)
+            warnings.warn(
+                f"no checkpoint after step {report.step}: {error}; training goes on, and the last good "
+                "checkpoint stays",
+                stacklevel=2,
+            )

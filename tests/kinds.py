@@ -1,0 +1,73 @@
+"""Every kind of guidance and every method, as options of a trainer: for tests of each of them."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from pglpipe import NEVER, Guidance
+from pglpipe.guided import Guided, LocalWeight
+from pglpipe.heads import HEADS
+from pglpipe.losses import LOSSES
+
+
+def windowed(**options: Any) -> Guidance:
+    return Guidance(period=3, duration=2, reach="window", **options)
+
+
+def stale(**options: Any) -> Guidance:
+    return Guidance(period=2, reach="stale", **options)
+
+
+MIXED = Guided(
+    weight=0.5, local_weight=0.3, heads="trained", optimizer="separate", lr_scale=0.7
+)
+UNMIXED = replace(MIXED, local_weight=0.0)  # as windows want it
+PARTS: dict[str, Any] = dict(microbatches=3, timetable="gpipe")
+
+# What differs from a run with plain local steps.
+KINDS: dict[str, dict[str, Any]] = {
+    "local": dict(guidance=NEVER),
+    "global": dict(guidance=Guidance(period=2)),
+    "warm-up and end": dict(
+        guidance=Guidance(period=9, duration=0, warmup=2, warmup_kind="global", final=2)
+    ),
+    "epochs": dict(guidance=Guidance(period=2, final=1, unit="epoch")),
+    "compared": dict(guidance=Guidance(period=2), compare_every=2),
+    "weighted": dict(guidance=Guidance(period=2), guided=Guided(weight=0.3)),
+    "mixed": dict(guidance=Guidance(period=2), guided=Guided(local_weight=0.3)),
+    "all of it": dict(guidance=Guidance(period=2), guided=MIXED, compare_every=1),
+    "all of it in parts": dict(guidance=Guidance(period=2), guided=MIXED, **PARTS),
+    "heads trained": dict(guidance=Guidance(period=2), guided=Guided(heads="trained")),
+    "reset": dict(guidance=Guidance(period=2), guided=Guided(optimizer="reset")),
+    "falling weights": dict(
+        guidance=Guidance(period=2), local_weight=LocalWeight(end=0.0, deepest=0.3)
+    ),
+    "clipped": dict(guidance=Guidance(period=2), guided=MIXED, clip_norm=0.1),
+    "recomputed": dict(
+        guidance=Guidance(period=2), guided=MIXED, recompute=True, **PARTS
+    ),
+    "window 1": dict(guidance=windowed(window=1)),
+    "window 2": dict(guidance=windowed(window=2)),
+    "window 3": dict(guidance=windowed(window=3)),
+    "window 3 in parts": dict(guidance=windowed(window=3), recompute=True, **PARTS),
+    "window 3 clipped": dict(
+        guidance=windowed(window=3), guided=UNMIXED, clip_norm=0.1
+    ),
+    "window 4": dict(guidance=windowed(window=4)),
+    "window in bfloat16": dict(guidance=windowed(window=3), precision="bf16"),
+    "stale 0": dict(guidance=stale(delay=0)),
+    "stale 1": dict(guidance=stale(delay=1), guided=Guided(shrink=0.7)),
+    "stale 2": dict(guidance=stale(delay=2)),
+    "stale mixed": dict(guidance=stale(delay=1), guided=MIXED),
+    "stale reset": dict(guidance=stale(delay=1), guided=Guided(optimizer="reset")),
+    "stale clipped": dict(guidance=stale(delay=1), guided=MIXED, clip_norm=0.1),
+    "stale and final": dict(guidance=stale(delay=1, final=1)),
+    "stale in bfloat16": dict(guidance=stale(delay=1), precision="bf16"),
+}
+METHODS: dict[str, dict[str, Any]] = {
+    **{f"loss {name}": {"loss": name} for name in LOSSES},
+    **{f"head {name}": {"head": name} for name in [*HEADS, "auglocal-2"]},
+    "cnn under predsim": {"head": "cnn", "loss": "predsim"},
+    "mlp-sr under infopro": {"head": "mlp-sr", "loss": "infopro"},
+}

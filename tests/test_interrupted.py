@@ -1,0 +1,220 @@
+"""A run that was killed or stopped goes on by the same command, and ends as if nothing had been.
+
+Through real processes: signals, torchrun, files that are half written. To the bit, and on another
+number of workers.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from commands import (
+    Processes,
+    call,
+    draw_images,
+    module,
+    run,
+    small_run,
+    summary_of,
+    torchrun,
+)
+
+STEPS = 240
+EVERY = 5
+WATCHDOG = 60.0  # seconds
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return draw_images(tmp_path_factory.mktemp("images"))
+
+
+def options(images: Path, folder: Path, *more: str) -> list[str]:
+    """A run of some seconds, with steps of both kinds and momentum."""
+    steps = ["--epochs", str(STEPS // 3), "--evaluate-every", "20"]
+    kept = ["--checkpoint-every", str(EVERY), "--run-dir", str(folder), "--quiet"]
+    guided = ["--guidance-period", "4", "--guidance-duration", "2"]
+    return [*small_run(images), *steps, *kept, *guided, *more]
+
+
+def command(workers: int, *arguments: str) -> list[str]:
+    name = "pglpipe.train"
+    if workers == 1:
+        return module(name, *arguments)
+    return torchrun(workers, "-m", name, *arguments)
+
+
+@pytest.fixture(scope="module")
+def whole(images: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """The summary of the run that nobody interrupted."""
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    call("train", *options(images, folder), cwd=images).check()
+    return {**summary_of(folder), "events": events(folder)}
+
+
+def events(folder: Path) -> list[Any]:
+    """What metrics.jsonl says, without times and memory."""
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    timed = "samples_per_second", "waited_fraction", "memory_bytes"
+    rows = [json.loads(line) for line in lines]
+    # An evaluation stands where it was heard of, which may be before the last step's line.
+    rows = [{k: v for k, v in row.items() if k not in timed} for row in rows]
+    return sorted(rows, key=lambda row: (row["event"], row["step"]))
+
+
+def assert_as_whole(folder: Path, whole: dict[str, Any]) -> None:
+    summary = summary_of(folder)
+    for name in ("parameters_sha256", "steps", "global_steps", "exit_accuracy"):
+        assert summary[name] == whole[name], name
+    assert events(folder) == whole["events"]
+
+
+def lines_in(folder: Path) -> int:
+    path = folder / "metrics.jsonl"
+    return path.read_text().count("\n") if path.exists() else 0
+
+
+def await_lines(processes: Processes, folder: Path, count: int) -> bool:
+    """Waits until the run has told of so many steps; whether it has not ended before."""
+    deadline = time.monotonic() + WATCHDOG
+    while lines_in(folder) < count:
+        if not processes.running:
+            return False
+        assert time.monotonic() < deadline, "no step is told of"
+        time.sleep(0.005)
+    return processes.running
+
+
+def kill_once(command: list[str], folder: Path, count: int, cwd: Path) -> None:
+    """Kills all processes of a run when it has told of so many steps."""
+    with Processes(command, cwd=cwd) as processes:
+        assert await_lines(processes, folder, count), "it ended too early to be killed"
+    # Leaving the block has killed them.
+
+
+@pytest.mark.parametrize(("first", "then"), [(1, 1), (2, 1), (1, 2)])
+def test_a_run_that_was_killed_goes_on_by_the_same_command(
+    first: int, then: int, images: Path, whole: dict[str, Any], tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    arguments = options(images, folder)
+    kill_once(command(first, *arguments), folder, 60, tmp_path)
+    assert not (folder / "summary.json").exists()
+    assert list((folder / "checkpoints").glob("step-*/manifest.json"))
+    run(command(then, *arguments), cwd=tmp_path).check()
+    assert_as_whole(folder, whole)
+
+
+@pytest.mark.parametrize(
+    ("workers", "number", "status"),
+    [(1, signal.SIGTERM, 143), (1, signal.SIGINT, 130), (2, signal.SIGTERM, None)],
+)
+def test_a_run_that_is_asked_to_end_saves_once_and_goes_on(
+    workers: int,
+    number: signal.Signals,
+    status: int | None,
+    images: Path,
+    whole: dict[str, Any],
+    tmp_path: Path,
+) -> None:
+    folder = tmp_path / "run"
+    arguments = options(images, folder, "--checkpoint-every", "0")
+    with Processes(command(workers, *arguments), cwd=tmp_path) as processes:
+        assert await_lines(processes, folder, 40)
+        processes.signal(number)
+        ended = processes.wait(WATCHDOG)
+        assert not processes.pids(), "processes are left"
+    assert ended.status == (status or ended.status) != 0
+    (said,) = ended.said
+    assert said.startswith("pglpipe: stopped") and str(folder) in said
+    assert "Traceback" not in ended.err or workers > 1  # torchrun has one of its own
+    (kept,) = (folder / "checkpoints").iterdir()
+    assert int(kept.name[5:]) < STEPS
+    run(command(1, *arguments), cwd=tmp_path).check()
+    assert_as_whole(folder, whole)
+
+
+def test_evaluate_and_export_take_a_run_that_was_done_in_parts(
+    images: Path, whole: dict[str, Any], tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    arguments = options(images, folder)
+    kill_once(command(1, *arguments), folder, 30, tmp_path)
+    call("train", *arguments, cwd=tmp_path).check()
+    ended = call("evaluate", "--run-dir", str(folder), cwd=tmp_path).check()
+    assert f"{100 * whole['test_accuracy']:.1f}" in ended.out
+    call("export", "--run-dir", str(folder), cwd=tmp_path).check()
+
+
+@pytest.fixture(scope="module")
+def killed(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """The folder of a run that was killed; only read."""
+    folder = tmp_path_factory.mktemp("killed") / "run"
+    kill_once(command(1, *options(images, folder)), folder, 30, images)
+    yield folder
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        (["--lr", "0.2"], "--lr 0.2 (it was 0.05)"),
+        (["--seed", "1", "--head", "0c1f"], "--head 0c1f (it was 1c2f); --seed 1"),
+        (["--guidance-duration", "1"], "--guidance-duration 1 (it was 2)"),
+        (["--resume", "never"], "already holds a run; choose another --run-dir"),
+        (["--resume", "elsewhere"], "already holds a run; choose another --run-dir"),
+    ],
+)
+def test_other_options_than_the_run_began_with_are_refused(
+    more: list[str], words: str, images: Path, killed: Path
+) -> None:
+    before = sorted(path.name for path in killed.rglob("*"))
+    ended = call("train", *options(images, killed, *more), cwd=images)
+    assert ended.status == 2
+    (line,) = ended.err.splitlines()
+    assert words in line
+    assert sorted(path.name for path in killed.rglob("*")) == before
+
+
+def test_a_new_run_begins_from_a_checkpoint_with_other_options(
+    images: Path, killed: Path, tmp_path: Path
+) -> None:
+    *_, kept = sorted((killed / "checkpoints").glob("step-*/manifest.json"))
+    folder = tmp_path / "run"
+    more = ["--resume", str(kept.parent), "--lr", "0.01"]
+    call("train", *options(images, folder, *more), cwd=tmp_path).check()
+    assert summary_of(folder)["steps"] == STEPS
+    first = min(row["step"] for row in events(folder) if row["event"] == "train")
+    assert first == int(kept.parent.name[5:])
+
+
+def test_a_checkpoint_that_is_none_is_refused(images: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    more = ["--resume", str(tmp_path / "nowhere")]
+    ended = call("train", *options(images, folder, *more), cwd=tmp_path)
+    assert ended.status == 2
+    (line,) = ended.err.splitlines()
+    assert "nowhere" in line and "manifest.json" in line
+    assert not folder.exists()
+
+
+@pytest.mark.slow
+def test_kills_at_random_moments_never_leave_what_loads_wrong(
+    images: Path, whole: dict[str, Any], tmp_path: Path
+) -> None:
+    dice, folder = random.Random(0), tmp_path / "run"
+    arguments = options(images, folder, "--checkpoint-every", "1")
+    kills = 0
+    while not (folder / "summary.json").exists():
+        with Processes(command(1, *arguments), cwd=tmp_path) as processes:
+            if await_lines(processes, folder, lines_in(folder) + dice.randrange(1, 9)):
+                time.sleep(dice.random() * 0.02)
+                kills += 1
+    assert kills >= 15
+    assert_as_whole(folder, whole)

@@ -1,0 +1,334 @@
+"""A run that goes on from a checkpoint ends as if it had never been interrupted, to the bit."""
+
+from __future__ import annotations
+
+import random
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from kinds import KINDS, METHODS, MIXED
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from worlds import (
+    Batch,
+    Trained,
+    image_batches,
+    on_every_rank,
+    plan_quickly,
+    same,
+    sgd,
+    small_resnet,
+    train,
+    trainer,
+)
+
+from pglpipe import Checkpoints, Guidance, Trainer
+from pglpipe.checkpoint import folder_of, newest, stage_file
+from pglpipe.errors import DataError
+from pglpipe.losses import LossSettings, build_loss
+from pglpipe.transport import World
+
+BATCHES = image_batches(8, 8, 8, 5)
+STEPS = 2 * len(BATCHES)
+SETTINGS = LossSettings((5, 0.05, 0.2, 0.5), (0.5,) * 3, (0.25,) * 3)
+
+
+@pytest.fixture(autouse=True)
+def planned_quickly(monkeypatch: pytest.MonkeyPatch) -> None:
+    plan_quickly(monkeypatch, foretells=False)
+
+
+def run(size: int, root: Path, resume: Any = None, **options: Any) -> Trained:
+    """Eight steps in two epochs, an evaluation after each, a checkpoint after every step."""
+    options = dict(balance="1,2,1,1", queue_depth=1) | options
+    options |= dict(evaluate=BATCHES[2:], resume=resume)
+    told = Checkpoints(root, every=1, keep=STEPS + 1)
+    return train(
+        size, small_resnet("resnet8"), BATCHES, epochs=2, checkpoints=told, **options
+    )
+
+
+def assert_goes_on(got: Trained, whole: Trained, step: int) -> None:
+    """``got`` is the part of ``whole`` that follows so many steps."""
+    assert got.summary.parameters_sha256 == whole.summary.parameters_sha256
+    assert same(got.body, whole.body)
+    assert all(same(got.heads[k], whole.heads[k]) for k in whole.heads)
+    for name in ("losses", "cosines", "kind", "epoch", "step"):
+        expected = [getattr(each, name) for each in whole.records.steps[step:]]
+        assert str([getattr(each, name) for each in got.records.steps]) == str(expected)
+    expected = [e for e in whole.records.evaluations if e.step >= step]
+    assert str(got.records.evaluations) == str(expected)
+    for name in ("steps", "global_steps", "test_accuracy", "gradient_cosine"):
+        values = (getattr(each.summary, name) for each in (got, whole))
+        assert str(next(values)) == str(next(values)), name
+
+
+def steps_of(root: Path) -> list[int]:
+    return sorted(int(path.name[5:]) for path in root.iterdir())
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_a_run_of_any_kind_goes_on_on_any_number_of_workers(
+    name: str, tmp_path: Path
+) -> None:
+    whole = run(2, tmp_path / "whole", **KINDS[name])
+    # Each of them once, from a checkpoint of its own: in the middle of epochs and of windows.
+    for size, step in ((1, 3), (4, 6)):
+        saved = newest_up_to(tmp_path / "whole", step)
+        got = run(size, tmp_path / f"{size}", resume=saved, **KINDS[name])
+        assert_goes_on(got, whole, int(saved.name[5:]))
+
+
+def newest_up_to(root: Path, step: int) -> Path:
+    """One that was due while another was being written is not there."""
+    return folder_of(root, max(s for s in steps_of(root) if s <= step))
+
+
+METHODS_HERE = {
+    name: METHODS[name] for name in ("loss infopro", "head man", "head solo")
+}
+
+
+@pytest.mark.parametrize("name", METHODS_HERE)
+def test_a_run_with_any_head_goes_on(name: str, tmp_path: Path) -> None:
+    told = {"head": "1c2f", "loss": "ce"} | METHODS_HERE[name]
+    options: dict[str, Any] = dict(
+        guidance=Guidance(period=3),
+        guided=MIXED,
+        head=told["head"],
+        local_loss=build_loss(told["loss"], SETTINGS),
+        refresh_every=2,
+    )
+    whole = run(4, tmp_path / "whole", **options)
+    for size, step in ((1, 2), (2, 3), (4, 5)):
+        saved = newest_up_to(tmp_path / "whole", step)
+        got = run(size, tmp_path / f"{size}", resume=saved, **options)
+        assert_goes_on(got, whole, int(saved.name[5:]))
+
+
+OPTIMIZERS: dict[str, Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]] = {
+    "momentum": sgd,
+    "plain": lambda p: torch.optim.SGD(p, lr=0.1),
+    "adamw": lambda p: torch.optim.AdamW(p, lr=1e-3),
+    "amsgrad": lambda p: torch.optim.AdamW(p, lr=1e-3, amsgrad=True, fused=True),
+    "adagrad": lambda p: torch.optim.Adagrad(p, lr=1e-2),
+    "rmsprop": lambda p: torch.optim.RMSprop(p, lr=1e-3, momentum=0.9, centered=True),
+    "two groups": lambda p: torch.optim.SGD(
+        [{"params": (each := list(p))[:2], "lr": 0.01}, {"params": each[2:]}],
+        lr=0.1,
+        momentum=0.9,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_run_with_any_optimizer_goes_on(name: str, tmp_path: Path) -> None:
+    options: dict[str, Any] = dict(optimizer=OPTIMIZERS[name], learning_rate=falling)
+    whole = run(2, tmp_path / "whole", **options)
+    saved = newest_up_to(tmp_path / "whole", 3)
+    got = run(1, tmp_path / "rest", resume=saved, **options)
+    assert_goes_on(got, whole, int(saved.name[5:]))
+
+
+def falling(step: int, total: int) -> float:
+    return 1 - step / total
+
+
+# -- loaders --------------------------------------------------------------------------
+
+
+class Dice(torch.utils.data.Dataset[Batch]):
+    """Samples that a user's own augmentation has changed, from three generators."""
+
+    def __len__(self) -> int:
+        return 24
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        shift = random.random() + float(np.random.rand()) + torch.rand(())
+        return torch.full((3, 8, 8), float(index)) * 0.1 + shift, torch.tensor(
+            index % 10
+        )
+
+
+@pytest.mark.parametrize("shuffled", [True, False])
+def test_a_loader_that_draws_from_the_process_goes_on_as_it_would_have(
+    shuffled: bool, tmp_path: Path
+) -> None:
+    def work(root: Path, resume: Any = None) -> Trained:
+        random.seed(7 if resume is None else 8)
+        np.random.seed(7 if resume is None else 8)
+        torch.manual_seed(7 if resume is None else 8)
+        loader = DataLoader(Dice(), batch_size=8, shuffle=shuffled)
+        told = Checkpoints(root, every=1, keep=9)
+        layers = small_resnet("resnet8")
+        return train(1, layers, loader, epochs=2, checkpoints=told, resume=resume)
+
+    # The plan takes a first batch; it must not move what the run itself draws from there.
+    whole = work(tmp_path / "whole")
+    for step in (2, 3, 4):
+        saved = newest_up_to(tmp_path / "whole", step)
+        got = work(tmp_path / f"{step}", resume=saved)
+        assert_goes_on(got, whole, int(saved.name[5:]))
+
+
+def test_a_loader_without_a_length_goes_on(tmp_path: Path) -> None:
+    class Endless:
+        def __iter__(self) -> Any:
+            return iter(BATCHES)
+
+    def work(root: Path, resume: Any = None) -> Trained:
+        told = Checkpoints(root, every=1, keep=9)
+        layers = small_resnet("resnet8")
+        options: dict[str, Any] = dict(checkpoints=told, resume=resume)
+        return train(2, layers, Endless(), epochs=None, steps=7, **options)
+
+    whole = work(tmp_path / "whole")
+    for step in (4, 6, 7):
+        saved = newest_up_to(tmp_path / "whole", step)
+        got = work(tmp_path / f"{step}", resume=saved)
+        assert_goes_on(got, whole, int(saved.name[5:]))
+
+
+# -- when, and how many ---------------------------------------------------------------
+
+
+def test_checkpoints_are_as_often_and_as_many_as_asked_for(tmp_path: Path) -> None:
+    layers, told = small_resnet("resnet8"), Checkpoints(tmp_path, every=3, keep=1)
+    train(2, layers, BATCHES, epochs=4, checkpoints=told)
+    (step,) = steps_of(tmp_path)
+    assert step in (15, 14, 13), "16 steps, every third"
+
+
+def test_none_is_made_where_none_is_asked_for(tmp_path: Path) -> None:
+    train(2, small_resnet("resnet8"), BATCHES, checkpoints=Checkpoints(tmp_path / "x"))
+    assert not (tmp_path / "x").exists()
+
+
+def test_by_the_clock(tmp_path: Path) -> None:
+    told = Checkpoints(tmp_path, minutes=1e-9, keep=99)
+    train(1, small_resnet("resnet8"), BATCHES, checkpoints=told)
+    assert steps_of(tmp_path)
+
+
+def test_auto_goes_on_from_the_newest_that_is_whole(tmp_path: Path) -> None:
+    whole = run(2, tmp_path)
+    *_, second, last = steps_of(tmp_path)
+    (folder_of(tmp_path, last) / stage_file(2)).unlink()
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        got = run(2, tmp_path, resume="auto")
+    assert any("stage-02" in str(each.message) for each in said)
+    assert_goes_on(got, whole, second)
+
+
+def test_auto_begins_anew_where_there_is_none(tmp_path: Path) -> None:
+    assert_goes_on(run(1, tmp_path / "a", resume="auto"), run(1, tmp_path / "b"), 0)
+
+
+def test_none_that_is_whole_is_refused_with_the_list(tmp_path: Path) -> None:
+    run(1, tmp_path)
+    for step in steps_of(tmp_path):
+        (folder_of(tmp_path, step) / stage_file(0)).write_bytes(b"")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with pytest.raises(DataError, match="is whole, got none") as refused:
+            run(2, tmp_path, resume="auto")
+    assert all(f"step-{step:08d}" in str(refused.value) for step in steps_of(tmp_path))
+
+
+def test_a_disk_that_cannot_be_written_keeps_training_and_the_last_good_one(
+    tmp_path: Path,
+) -> None:
+    expected = run(2, tmp_path / "other").summary.parameters_sha256
+    # A file where the folder would be: nobody may write there, not even root.
+    (tmp_path / "full").write_text("")
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        got = run(2, tmp_path / "full" / "checkpoints")
+    assert got.summary.parameters_sha256 == expected
+    assert any("training goes on" in str(each.message) for each in said)
+
+
+# -- other cuts, other networks -------------------------------------------------------
+
+
+@pytest.mark.parametrize("balance", ["2,1,2", "1,1,1,1,1", "5"])
+def test_another_cut_keeps_the_bodies_and_says_what_begins_anew(
+    balance: str, tmp_path: Path
+) -> None:
+    run(2, tmp_path / "first")
+    saved = newest_up_to(tmp_path / "first", STEPS)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        stages = balance.count(",") + 1
+        options: dict[str, Any] = dict(balance=balance, num_stages=stages)
+        got = run(1, tmp_path / "then", resume=saved, **options)
+    assert any("begin anew" in str(each.message) for each in said)
+    assert got.summary.steps == STEPS
+    if int(saved.name[5:]) == STEPS:  # then nothing has been learned since
+        first = run(1, tmp_path / "again")
+        assert same(got.body, first.body)
+
+
+def test_another_network_is_refused(tmp_path: Path) -> None:
+    run(1, tmp_path / "first")
+    saved = newest_up_to(tmp_path / "first", 4)
+    layers, told = small_resnet("resnet14"), Checkpoints(tmp_path / "then")
+    options: dict[str, Any] = dict(checkpoints=told, resume=saved)
+    with pytest.raises(DataError, match="in the checkpoint"):
+        train(1, layers, BATCHES, **options)
+    with pytest.raises(DataError, match="head of stage 0"):
+        run(1, tmp_path / "then", resume=saved, head="0c1f")
+
+
+# -- ending early ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("asks", [0, 1])
+@pytest.mark.parametrize("moment", ["step", "evaluation"])
+def test_a_run_that_is_stopped_saves_and_goes_on(
+    moment: str, asks: int, tmp_path: Path
+) -> None:
+    layers = small_resnet("resnet8")
+    whole = train(2, layers, BATCHES, epochs=2, evaluate=BATCHES)
+    told = Checkpoints(tmp_path)
+
+    trainers: dict[int, Trainer] = {}
+
+    class Loader(list[Batch]):
+        """Has a worker asked to stop when the batch of this number is drawn."""
+
+        def __init__(self, last: int) -> None:
+            super().__init__(BATCHES)
+            self.left = last
+
+        def __iter__(self) -> Iterator[Batch]:
+            for batch in list.__iter__(self):
+                self.left -= 1
+                if self.left == 0:
+                    trainers[asks].stop()
+                yield batch
+
+    def stopped(world: World) -> bool:
+        made = trainers[world.rank] = trainer(world, layers)
+        # The plan has drawn a batch of each before.
+        moments = {moment: 4}
+        loaders = [Loader(moments.get(name, -1)) for name in ("step", "evaluation")]
+        summary = made.fit(loaders[0], epochs=2, evaluate=loaders[1], checkpoints=told)
+        assert summary.steps <= STEPS
+        made.close()
+        return made.ended_early
+
+    assert on_every_rank(2, stopped) == [True, True]
+    found, _ = newest(tmp_path)
+    assert found is not None
+    got = train(2, layers, BATCHES, epochs=2, evaluate=BATCHES, resume=found)
+    assert got.summary.parameters_sha256 == whole.summary.parameters_sha256
+    assert str(got.summary.exit_accuracy) == str(whole.summary.exit_accuracy)
+    expected = [e for e in whole.records.evaluations if e.step >= int(found.name[5:])]
+    assert str(got.records.evaluations) == str(expected)

@@ -1,0 +1,144 @@
+"""When a checkpoint is made, and what becomes of one that some worker could not write."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+
+from pglpipe.checkpoint import MANIFEST, examine, folder_of, newest, write_stage
+from pglpipe.errors import ConfigError
+from pglpipe.reports import SavedReport
+from pglpipe.saving import Checkpoints, Ledger, Writer
+from pglpipe.snapshot import Snapshot
+
+STAGE = Snapshot({"weight": torch.zeros(3)}, {"taken": 1})
+
+
+def report(folder: Path, step: int, rank: int, error: str = "") -> SavedReport:
+    """What a worker with one stage says, having written it."""
+    if error:
+        return SavedReport(rank, step, [], {rank: {}}, error)
+    written = write_stage(folder_of(folder, step), rank, STAGE)
+    return SavedReport(rank, step, [vars(written)], {rank: STAGE.numbers})
+
+
+def complete(ledger: Ledger, folder: Path, step: int) -> None:
+    for rank in (1, 0):
+        assert ledger.is_busy
+        ledger.add(report(folder, step, rank), lambda step: {"late": step})
+
+
+def test_it_is_due_every_so_many_steps_but_not_while_one_is_written(
+    tmp_path: Path,
+) -> None:
+    ledger = Ledger(Checkpoints(tmp_path, every=3), 2)
+    assert [step for step in range(1, 4) if ledger.due(step)] == [3]
+    ledger.begin(4, {})  # a step late
+    assert not any(ledger.due(step) for step in range(4, 9))
+    complete(ledger, tmp_path, 4)
+    assert [step for step in range(4, 9) if ledger.due(step)] == [6, 7, 8]
+
+
+def test_a_run_that_goes_on_counts_from_where_it_was(tmp_path: Path) -> None:
+    ledger = Ledger(Checkpoints(tmp_path, every=3), 2)
+    ledger.resumed(7)
+    assert [step for step in range(7, 10) if ledger.due(step)] == [9]
+
+
+def test_without_a_number_none_is_ever_due(tmp_path: Path) -> None:
+    ledger = Ledger(Checkpoints(tmp_path), 2)
+    assert not any(ledger.due(step) for step in range(100))
+
+
+def test_the_last_report_makes_it_a_checkpoint(tmp_path: Path) -> None:
+    told = Checkpoints(tmp_path, every=1, keep=1, about={"balance": [1, 2]})
+    ledger = Ledger(told, 2)
+    for step in (1, 2):
+        assert ledger.begin(step, {"position": {"step": step}}).step == step
+        complete(ledger, tmp_path, step)
+    found, damaged = newest(tmp_path)
+    assert found == folder_of(tmp_path, 2) and not damaged
+    manifest = examine(found)
+    assert manifest["balance"] == [1, 2] and manifest["late"] == 2
+    assert manifest["stages"] == [{"taken": 1}, {"taken": 1}]
+    assert [path.name for path in tmp_path.iterdir()] == [found.name]
+
+
+def test_one_that_a_worker_could_not_write_is_told_and_the_last_good_one_stays(
+    tmp_path: Path,
+) -> None:
+    ledger = Ledger(Checkpoints(tmp_path, every=1, keep=1), 2)
+    ledger.begin(1, {})
+    complete(ledger, tmp_path, 1)
+    ledger.begin(2, {})
+    ledger.add(report(tmp_path, 2, 0), lambda step: {})
+    with pytest.warns(UserWarning, match="after step 2: no space.*training goes on"):
+        ledger.add(report(tmp_path, 2, 1, "no space"), lambda step: {})
+    assert newest(tmp_path) == (folder_of(tmp_path, 1), [])
+    assert not ledger.is_busy and ledger.due(3)
+
+
+def test_a_file_that_this_worker_cannot_see_is_no_part_of_a_checkpoint(
+    tmp_path: Path,
+) -> None:
+    """As on a second machine without a file system in common."""
+    ledger = Ledger(Checkpoints(tmp_path / "here", every=1), 2)
+    ledger.begin(1, {})
+    ledger.add(report(tmp_path / "here", 1, 0), lambda step: {})
+    with pytest.warns(UserWarning, match="stage-01"):
+        ledger.add(report(tmp_path / "there", 1, 1), lambda step: {})
+    assert newest(tmp_path / "here")[0] is None
+
+
+def test_one_that_was_there_before_is_gone_before_it_is_written_anew(
+    tmp_path: Path,
+) -> None:
+    ledger = Ledger(Checkpoints(tmp_path, every=1), 2)
+    ledger.begin(1, {})
+    complete(ledger, tmp_path, 1)
+    ledger.resumed(0)
+    ledger.begin(1, {})
+    assert not (folder_of(tmp_path, 1) / MANIFEST).exists()
+
+
+def test_a_writer_copies_nothing_that_it_was_not_given_and_reports_once(
+    tmp_path: Path,
+) -> None:
+    said: list[SavedReport] = []
+    writer = Writer(tmp_path, 3, said.append)
+    writer.write(5, {2: STAGE, 3: STAGE})
+    writer.finish()
+    writer.finish()
+    ((report,),) = [said]
+    assert (report.rank, report.step, report.error) == (3, 5, "")
+    assert [file["name"] for file in report.files] == [
+        "stage-02.safetensors",
+        "stage-03.safetensors",
+    ]
+
+
+def test_a_writer_says_what_kept_it_from_writing(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    said: list[SavedReport] = []
+    writer = Writer(tmp_path / "file", 1, said.append)
+    writer.write(5, {0: STAGE})
+    writer.finish()
+    assert said[0].error.startswith(f"rank 1 cannot write to {tmp_path / 'file'}")
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"every": -1}, "--checkpoint-every of at least 0, got -1"),
+        ({"minutes": -0.5}, "--checkpoint-minutes of at least 0, got -0.5"),
+        ({"keep": 0}, "--keep-checkpoints of at least 1, got 0"),
+    ],
+)
+def test_a_number_out_of_its_range_is_refused(
+    options: dict[str, float], words: str
+) -> None:
+    with warnings.catch_warnings(), pytest.raises(ConfigError, match=words):
+        Checkpoints(Path("x"), **options)  # type: ignore[arg-type]
