@@ -170,3 +170,26 @@ class Message(NamedTuple):
 
     command: Command
     tensors: tuple[Tensor, ...] = ()
+
+
+def kind_of(command: Command) -> str:
+    """One word for it: ``local``, ``evaluate``."""
+    return type(command).__name__.removesuffix("Step").lower()
+
+
+def noun_of(command: Command) -> str:
+    """What a message calls it: ``step 17, local step``."""
+    match command:
+        case LocalStep() | StaleStep() | GlobalStep() | WindowStep():
+            return f"step {command.step}, {kind_of(command)} step"
+        case Evaluate():
+            return f"the evaluation after {command.step} steps"
+        case Conclude():
+            return f"the end of the evaluation after {command.step} steps"
+        case Checkpoint():
+            return f"the checkpoint after {command.step} steps"
+        case Collect():
+            return "the collection of the weights"
+        case Stop():
+            return "the end of the run"
+    return str(command)
