@@ -1,0 +1,140 @@
+"""Signs of life: who gives none for so many looks has failed; who leaves in peace has not."""
+
+from __future__ import annotations
+
+import json
+import time
+
+import pytest
+from torch.distributed import HashStore, Store
+
+from pglpipe.commands import LocalStep
+from pglpipe.recent import Recent
+from pglpipe.transport import pulse
+from pglpipe.transport.mailbox import Mailbox
+from pglpipe.transport.passport import Passport
+from pglpipe.transport.pulse import Pulse
+from pglpipe.transport.signs import (
+    EARLY_LOOKS,
+    SILENT_LOOKS,
+    STOPPED_LOOKS,
+    Beat,
+    Other,
+)
+
+NAMES = ["rank 0 (stage 0) on a", "rank 1 (stage 1) on b", "rank 2 (stage 2) on c"]
+ELSEWHERE = [Passport(host, "", 0, 0) for host in "abc"]
+
+
+def beat(count: int, *, settled: bool = True) -> str:
+    return json.dumps(Beat(count, "at step 7, local step", None, settled))
+
+
+def looks_until_it_has_failed(other: Other, text: str, state: str = "") -> int:
+    for looks in range(1, 1000):
+        other.update(text, state, 0)
+        if other.failure:
+            return looks
+    raise AssertionError("it never has")
+
+
+@pytest.mark.parametrize(
+    ("settled", "state", "looks", "words"),
+    [
+        (True, "", SILENT_LOOKS, "shows no sign of life for 3 s"),
+        (True, "there", SILENT_LOOKS, "shows no sign of life for 3 s"),
+        (True, "stopped", STOPPED_LOOKS, "is stopped for 2 s"),
+        (False, "stopped", STOPPED_LOOKS, "is stopped for 2 s"),
+        (False, "", EARLY_LOOKS, "shows no sign of life for 60 s"),
+        (True, "gone", 0, "is gone"),
+    ],
+)
+def test_who_gives_no_sign_has_failed_after_so_many_looks(
+    settled: bool, state: str, looks: int, words: str
+) -> None:
+    other = Other()
+    text = beat(3, settled=settled)
+    # The first look finds a new count, and the next ones the same.
+    assert looks_until_it_has_failed(other, text, state) == looks + 1
+    assert other.failure == words and other.beat.doing == "at step 7, local step"
+
+
+def test_a_count_that_moves_is_life_however_late_one_looks() -> None:
+    other = Other()
+    for count in range(100):
+        for _ in range(SILENT_LOOKS):
+            other.update(beat(count), "", 0)
+            assert other.failure is None
+
+
+def test_a_process_that_computes_or_is_debugged_is_not_silent() -> None:
+    other = Other()
+    for ticks in range(100):
+        for _ in range(SILENT_LOOKS):
+            other.update(beat(1), "there", ticks)
+            assert other.failure is None
+    for _ in range(100):
+        other.update(beat(1), "debugged", 0)
+        assert other.failure is None
+
+
+def test_who_has_left_may_be_gone_and_may_come_back() -> None:
+    other = Other()
+    for _ in range(100):
+        other.update("left", "gone", 0)
+        assert other.left and other.failure is None
+    other.update(beat(1), "there", 0)
+    assert not other.left
+
+
+def made(store: Store, rank: int, recent: Recent | None = None) -> Pulse:
+    return Pulse(store, rank, ELSEWHERE, NAMES, recent or Recent(rank), False)
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two beats in a hundredth of a second."""
+    monkeypatch.setattr(pulse, "BEAT_SECONDS", 0.005)
+
+
+@pytest.mark.usefixtures("quick")
+def test_workers_that_leave_one_after_another_accuse_nobody() -> None:
+    store = HashStore()
+    pulses = [made(store, rank) for rank in range(3)]
+    for each in pulses:
+        each.start()
+    for each in pulses:
+        time.sleep(0.1)
+        each.leave()
+    assert Mailbox(store, 0, 3, 1.0).failure() is None
+
+
+@pytest.mark.usefixtures("quick")
+def test_the_others_know_what_a_worker_is_at_and_who_keeps_them_waiting() -> None:
+    store = HashStore()
+    recents = [Recent(rank) for rank in range(3)]
+    pulses = [made(store, rank, recents[rank]) for rank in range(3)]
+    for each in recents:
+        each.begin(LocalStep(7, 0))
+    recents[2].pause()
+    recents[2].waits_for = 1
+    for each in pulses:
+        each.start()
+    deadline = time.monotonic() + 10
+    words = "while waiting for a command after step 7, local step"
+    while pulses[0].last_heard_of(2) != words:
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+    assert pulses[0].last_heard_of(1) == "at step 7, local step"
+    assert pulses[0].suspect(2) == 1 and pulses[0].suspect(1) == 1
+    for each in pulses:
+        each.leave()
+
+
+def test_whoever_waits_in_a_circle_is_named_itself() -> None:
+    store = HashStore()
+    one = made(store, 0)
+    store.set("alive/2", json.dumps(Beat(waits_for=1)))
+    for waits_for in (2, 0):  # this worker waits, too
+        store.set("alive/1", json.dumps(Beat(waits_for=waits_for)))
+        assert one.suspect(2) == 2
