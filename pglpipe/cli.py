@@ -36,7 +36,7 @@ app = typer.Typer(
 Config = Annotated[
     Optional[Path], typer.Option("--config", help="TOML file of options")
 ]
-_GRACE_SECONDS = 5.0
+_GRACE_SECONDS = 1.0
 
 RunDir = Annotated[Path, typer.Option("--run-dir", help="folder of a finished run")]
 

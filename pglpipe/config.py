@@ -200,7 +200,10 @@ class RunConfig:
         WIRE_FORMATS,
     )
     edge_timeout: float = option(
-        300.0, "seconds until a silent neighbour counts as lost", at_least=1.0
+        60.0,
+        "seconds until a silent neighbour counts as lost; at least 300 while anybody does what is new, "
+        "as in the first step",
+        at_least=1.0,
     )
     # output
     run_dir: str = option("", "where the run is written (default: runs/DATE-TIME)")

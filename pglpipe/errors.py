@@ -49,7 +49,15 @@ class DataError(UserError):
 
 
 class WorkerError(PglpipeError, RuntimeError):
-    """The run cannot go on; every worker ends."""
+    """The run cannot go on; every worker ends.
+
+    Attributes:
+        rank: the worker whose fault it seems to be, where that is known.
+    """
+
+    def __init__(self, text: str = "", *, rank: int | None = None) -> None:
+        super().__init__(text)
+        self.rank = rank
 
 
 class PeerLost(WorkerError):

@@ -27,7 +27,7 @@ from pglpipe.seeding import derive, seeded
 from pglpipe.snapshot import Snapshot, fill_module, module_snapshot
 from pglpipe.stage import Stage
 from pglpipe.timetable import parts_of
-from pglpipe.transport import EdgePlan, Edges, World, payload_bytes
+from pglpipe.transport import FIRST_SECONDS, EdgePlan, Edges, World, payload_bytes
 from pglpipe.windows import crossing
 from pglpipe.wire import Wire
 from pglpipe.worker import Worker
@@ -72,7 +72,7 @@ class Pipeline:
         )
         self.plan = plan
         self._stages = stages
-        self.worker = Worker(duty, stages, post)
+        self.worker = Worker(duty, stages, post, world.recent)
         self.edges = Edges(world, edge_plan, blueprint.device, backend, on_failure)
 
     def load(self, path: Path, manifest: Manifest) -> bool:
@@ -171,7 +171,7 @@ def _edge_plan(
     # A stale gradient may wait for so many steps.
     delay = blueprint.guidance.delay if blueprint.guidance.is_stale else 0
     return EdgePlan(
-        names=[plan.name(rank) for rank in range(world.size)],
+        names=world.names,
         down_bytes=[
             payload_bytes([*wire.pack(activation), *beside]) for activation in crossings
         ],
@@ -185,4 +185,5 @@ def _edge_plan(
         ],
         depth=max(blueprint.queue_depth, delay),
         timeout=blueprint.edge_timeout,
+        opening=FIRST_SECONDS,
     )

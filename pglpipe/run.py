@@ -22,7 +22,8 @@ from pglpipe import device as devices
 from pglpipe import display, models, state, tables
 from pglpipe.config import RunConfig
 from pglpipe.config_file import resolve
-from pglpipe.errors import Stopped, UserError
+from pglpipe.errors import Stopped, UserError, WorkerError
+from pglpipe.failing import fail
 from pglpipe.ingredients import compare_every, learning_rate, local_loss, optimizer
 from pglpipe.material import Material, load
 from pglpipe.metrics import Summary
@@ -50,8 +51,11 @@ def train(config: RunConfig) -> Summary:
         WorkerError: a worker failed; the message names it.
     """
     world = join(config.edge_timeout)
-    with _failing_together(world):
-        return _train(config, world)
+    try:
+        with _failing_together(world):
+            return _train(config, world)
+    finally:
+        world.leave()
 
 
 def plan(config: RunConfig, num_workers: int) -> Plan:
@@ -88,6 +92,8 @@ def _train(asked: RunConfig, world: World) -> Summary:
     start = _start(asked, world)
     folder = RunDirectory(start.folder) if leads else None
     config = start.config
+    world.recent.keep_in(start.folder)
+    world.recent.begin("loading the data")
     _set_threads(config)
     material = load(config, world)
     observers = Observers()
@@ -224,6 +230,14 @@ def _failing_together(world: World) -> Iterator[None]:
     except UserError as error:
         error.told = not world.mailbox.fail(str(error))
         raise
+    except (WorkerError, Stopped):
+        raise
+    except Exception as error:
+        if world.size == 1:
+            raise
+        failure = WorkerError(fail(world, error))
+        failure.told = True
+        raise failure from error
 
 
 @contextmanager
@@ -259,6 +273,7 @@ def _linger(world: World) -> None:
     has noticed who it was.
     """
     deadline = time.monotonic() + _LINGER_SECONDS
-    while not world.mailbox.failure() and time.monotonic() < deadline:
+    while not (failure := world.mailbox.failure()) and time.monotonic() < deadline:
         time.sleep(0.05)
+    world.recent.write(failure or "ended by its launcher")
     os._exit(128 + signal.SIGTERM)

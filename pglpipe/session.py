@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import atexit
 import dataclasses
-import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -20,13 +19,14 @@ from pglpipe import checkpoint, state
 from pglpipe.blueprint import Blueprint, Sample
 from pglpipe.coordinator import Coordinator
 from pglpipe.errors import ConfigError, UserError, WorkerError
+from pglpipe.failing import declare, fail
 from pglpipe.metrics import Summary
 from pglpipe.observers import Observer
 from pglpipe.pipeline import Pipeline
 from pglpipe.plan import Plan, draft
 from pglpipe.saving import Checkpoints, Ledger, chosen
 from pglpipe.source import Source
-from pglpipe.transport import World, pick_backend
+from pglpipe.transport import FIRST_SECONDS, World, pick_backend
 
 
 class Session:
@@ -61,10 +61,7 @@ class Session:
             value = compute()
         except Exception as error:
             # The others wait for the value; they shall not wait in vain.
-            if isinstance(error, UserError):
-                self._mailbox.fail(str(error))
-            else:
-                self.declare_failed(f"rank 0 failed: {error}")
+            fail(self._world, error)
             raise
         return self._mailbox.share(value)
 
@@ -76,17 +73,26 @@ class Session:
             trains: whether anything will be kept for backward.
         """
         if self._plan is None:
-            self._sample = Sample.from_json(
-                self.agree(lambda: largest_batch().to_json())
-            )
-            blueprint = self._blueprint
-            if not trains:
-                blueprint = dataclasses.replace(blueprint, trains=False)
-            self._plan = draft(blueprint, self._sample, self._world, self.agree)
-            if self._coordinator is not None:
-                parts = self._plan.memory.microbatches
-                self._coordinator.cut(parts, self._sample.trained)
+            try:
+                self._plan = self._draft(largest_batch, trains)
+            except Exception as error:
+                fail(self._world, error)
+                self._world.leave()
+                raise
         return self._plan
+
+    def _draft(self, largest_batch: Callable[[], Sample], trains: bool) -> Plan:
+        world, blueprint = self._world, self._blueprint
+        world.recent.begin("planning the cut")
+        self._sample = Sample.from_json(self.agree(lambda: largest_batch().to_json()))
+        if not trains:
+            blueprint = dataclasses.replace(blueprint, trains=False)
+        plan = draft(blueprint, self._sample, world, self.agree)
+        world.name_stages([plan.name(rank) for rank in range(world.size)])
+        if self._coordinator is not None:
+            parts = plan.memory.microbatches
+            self._coordinator.cut(parts, self._sample.trained)
+        return plan
 
     def build(self, *, trains: bool = True) -> Pipeline:
         """Builds this worker's stages and opens its edges, once.
@@ -102,6 +108,8 @@ class Session:
                 "make a new Trainer for fit"
             )
         if self.pipeline is None:
+            self._world.pulse.start()
+            self._world.recent.begin("building its stages")
             with self._naming_the_culprit():
                 self.pipeline = Pipeline(
                     self._blueprint,
@@ -131,6 +139,7 @@ class Session:
         )
         if folder:
             self.pipeline.worker.write_to(Path(folder))
+            self._world.recent.keep_in(Path(folder))
         if told and self._coordinator:
             about = {**told.about, "balance": self.pipeline.plan.balance}
             told = dataclasses.replace(told, about=about)
@@ -187,12 +196,7 @@ class Session:
         if self.pipeline is not None:
             self.pipeline.edges.close()
             self._forget_pipeline()
-
-    def declare_failed(self, text: str) -> str:
-        """Tells everybody; the first to do so also tells the user. Returns what stands."""
-        if self._world.size > 1 and self._mailbox.fail(text):
-            print(f"pglpipe: {text}", file=sys.stderr, flush=True)
-        return self._mailbox.failure() or text
+        self._world.leave()
 
     def _run(self, command: Callable[[Coordinator], Source]) -> tuple[bool, Any]:
         """A run to ``Stop``; whether it was asked to end early, and the fields of its summary."""
@@ -213,7 +217,7 @@ class Session:
             mailbox=self._mailbox,
             observer=observer,
             device=blueprint.device,
-            timeout=blueprint.edge_timeout,
+            timeout=max(blueprint.edge_timeout, FIRST_SECONDS),
             image=blueprint.learning.image,
             compare_every=blueprint.compare_every,
         )
@@ -241,10 +245,11 @@ class Session:
         try:
             yield
         except Exception as error:
-            text = self.declare_failed(self._accuse(error))
+            text = fail(self._world, error)
             if self.pipeline is not None:
                 self.pipeline.edges.abandon()
             self._forget_pipeline()
+            self._world.leave()
             if isinstance(error, UserError):
                 raise
             failure = WorkerError(text)
@@ -257,18 +262,4 @@ class Session:
 
     def _lost(self, error: WorkerError) -> None:
         """Called by an edge's thread, the first to notice that a neighbour is gone."""
-        self.declare_failed(str(error))
-
-    def _accuse(self, error: Exception) -> str:
-        assert self._plan is not None, "plan comes first"
-        me, doing = self._plan.name(self._world.rank), self._doing()
-        if isinstance(error, WorkerError):
-            return f"{error} (noticed by {me} at {doing})"
-        reason = (str(error).splitlines() or [""])[0]
-        return f"{me} failed at {doing}: {type(error).__name__}: {reason}"
-
-    def _doing(self) -> object:
-        if self.pipeline is None:
-            return "building its stages"
-        between = "reading the next batch" if self.leads else "waiting for a command"
-        return self.pipeline.worker.doing or between
+        declare(self._world, error)

@@ -85,7 +85,8 @@ class Trainer:
         overlap_stages: whether the stages of a worker learn at the same time, each in a CUDA
             stream and graphs of its own; for a GPU with room for all their activations. Nothing
             may draw random numbers then, neither layers and heads nor losses.
-        edge_timeout: seconds after which a silent neighbour counts as lost.
+        edge_timeout: seconds after which a silent neighbour counts as lost; at least 300 while any
+            worker does what it has not done before, as in the first step.
         observer: told of every step and evaluation, on worker 0.
         weights: a safetensors file to start from instead of fresh weights.
         model: the network's name, for ``balance="published"``.
@@ -126,7 +127,7 @@ class Trainer:
         precision: str = "fp32",
         compile: bool = False,
         overlap_stages: bool = False,
-        edge_timeout: float = 300.0,
+        edge_timeout: float = 60.0,
         observer: Observer | None = None,
         weights: Path | None = None,
         model: str = "",

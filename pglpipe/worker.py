@@ -27,7 +27,6 @@ from pglpipe.collecting import Collecting
 from pglpipe.commands import (
     Checkpoint,
     Collect,
-    Command,
     Conclude,
     Evaluate,
     GlobalStep,
@@ -44,6 +43,7 @@ from pglpipe.global_pass import GlobalPass
 from pglpipe.local_steps import local_pass
 from pglpipe.overlap import Overlap, lanes_on
 from pglpipe.recall import Recall
+from pglpipe.recent import Recent
 from pglpipe.refresh import Refresh, Sorted
 from pglpipe.reporter import Reporter, samples_of, step_report
 from pglpipe.reports import Report, StopRequest
@@ -61,9 +61,13 @@ class Worker:
     """One process' part of the pipeline: consecutive stages between two edges."""
 
     def __init__(
-        self, duty: Duty, stages: Sequence[Stage], post: Callable[[Report], None]
+        self,
+        duty: Duty,
+        stages: Sequence[Stage],
+        post: Callable[[Report], None],
+        recent: Recent | None = None,
     ) -> None:
-        self.doing: Command | None = None
+        self.recent = recent or Recent(duty.rank)
         self.asked_to_stop = False
         self._post = post
         self._writer: Writer | None = None
@@ -121,9 +125,9 @@ class Worker:
         ended, waited = time.perf_counter(), self._waits()
         while True:
             self._stopwatch.begin(links.stalls)
-            self.doing = None
+            self.recent.pause()
             message = links.inbox.get()
-            self.doing = message.command
+            self.recent.begin(message.command)
             self._pass_on_request()
             figures = self._obey(message)
             began, ended = ended, time.perf_counter()

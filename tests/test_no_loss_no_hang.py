@@ -81,7 +81,7 @@ MANY = image_batches(*[8] * 20)
 
 @pytest.mark.parametrize(
     ("guidance", "operation"),
-    [(NEVER, "LocalStep(step=2, epoch=0)"), (ALWAYS, "GlobalStep(step=2")],
+    [(NEVER, "at step 2, local step"), (ALWAYS, "at step 2, global step")],
     ids=["local", "global"],
 )
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
@@ -99,7 +99,7 @@ def test_an_exception_in_a_layer_ends_every_worker(
 
 def test_the_middle_of_a_longer_pipeline_takes_both_sides_with_it() -> None:
     ends, _ = ends_of(4, mined(2, when=2), MANY, balance="2,1,1,1,1", num_stages=5)
-    assert_one_line_for_all(ends, "rank", "(stage 1)", "LocalStep(step=1, epoch=0)")
+    assert_one_line_for_all(ends, "rank", "(stage 1)", "at step 1, local step")
 
 
 class BrokenLoader:
@@ -150,7 +150,7 @@ def test_an_optimizer_that_raises_names_its_stage() -> None:
         1, small_resnet("resnet8"), MANY, optimizer=optimizer, guidance=NEVER
     )
     assert_one_line_for_all(
-        ends, "rank 0 (stages 0-1) failed at LocalStep(step=0", "no step today"
+        ends, "rank 0 (stages 0-1) on ", "failed at step 0, local step", "no step today"
     )
 
 
@@ -175,3 +175,56 @@ def test_nobody_waits_for_the_time_out_of_a_loader_that_failed() -> None:
     )
     assert_one_line_for_all(ends, "rank 0 (stage 0)")
     assert seconds < SOON
+
+
+class Nap(nn.Module):
+    """Takes its time in its n-th backward, or in its first forward in evaluation (where the workers, being
+    threads, take turns).
+    """
+
+    def __init__(self, when: int, seconds: float) -> None:
+        super().__init__()
+        self.left, self.seconds = when, seconds
+        self.is_new = True
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.device.type != "meta":
+            if self.training:
+                self.left -= 1
+                if self.left == 0:
+                    x.register_hook(self.sleep)  # type: ignore[no-untyped-call]
+            elif self.is_new:
+                self.is_new = False
+                self.sleep()
+        return x
+
+    def sleep(self, *_: object) -> None:
+        time.sleep(self.seconds)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("guidance", [NEVER, ALWAYS], ids=["local", "global"])
+def test_what_is_done_for_the_first_time_may_take_longer(
+    guidance: Guidance, rank: int
+) -> None:
+    layers = small_resnet("resnet8")
+    layers.insert([2, 5][rank], Layer("nap", lambda: Nap(1, seconds=1.5)))
+
+    def work(world: World) -> int:
+        made = trainer(world, layers, **NAPPING, guidance=guidance)
+        steps = made.fit(MANY, epochs=1, evaluate=MANY).steps
+        made.close()
+        return steps
+
+    assert outcomes(2, work, timeout=40.0) == [20, 20]
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_what_has_been_done_before_may_not(rank: int) -> None:
+    layers = small_resnet("resnet8")
+    layers.insert([2, 5][rank], Layer("nap", lambda: Nap(5, seconds=3.0)))
+    ends, _ = ends_of(2, layers, MANY, **NAPPING, guidance=NEVER)
+    assert_one_line_for_all(ends, f"rank {rank} (stage {rank})", "is silent for 0.5 s")
+
+
+NAPPING: dict[str, Any] = dict(num_stages=2, balance="3,3", edge_timeout=0.5)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -183,7 +184,7 @@ def test_an_exception_in_a_layer_is_one_line_with_rank_stage_and_operation(
     ended = run(command, cwd=tmp_path)
     (line,) = ended.said
     assert line == (
-        "pglpipe: rank 1 (stage 1) failed at LocalStep(step=2, epoch=0): "
+        f"pglpipe: rank 1 (stage 1) on {socket.gethostname()} failed at step 2, local step: "
         "RuntimeError: out of luck"
     )
     assert 'faulty.py", line' in ended.err, "the traceback shows where"

@@ -200,7 +200,7 @@ def test_the_last_worker_sends_gradients_up_and_knows_the_loss() -> None:
     assert [m.tensors[0].shape for m in up] == [(2, 3), (2, 3), (2,)]
     assert isinstance(posted[0], TrainReport)
     assert list(posted[0].steps[0].losses) == [1]
-    assert worker.doing == Stop()
+    assert worker.recent.doing == "at the end of the run"
 
 
 def test_weights_go_up_in_pieces_and_those_from_below_are_relayed() -> None:

@@ -4,9 +4,11 @@ from pglpipe.transport.base import Inbox, Links, Nobody, Outbox
 from pglpipe.transport.links import TRANSPORTS, EdgePlan, Edges, pick_backend
 from pglpipe.transport.mailbox import Mailbox
 from pglpipe.transport.packing import is_dense, payload_bytes
+from pglpipe.transport.patience import FIRST_SECONDS
 from pglpipe.transport.world import World, join
 
 __all__ = [
+    "FIRST_SECONDS",
     "TRANSPORTS",
     "EdgePlan",
     "Edges",

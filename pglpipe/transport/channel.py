@@ -12,7 +12,9 @@ from torch import Tensor
 from torch.distributed import ProcessGroup, Work
 
 from pglpipe.errors import EdgeTimeout, PeerLost, ProtocolError
+from pglpipe.recent import Recent
 from pglpipe.transport import packing
+from pglpipe.transport.patience import Patience, in_seconds
 
 HEADER, PAYLOAD = 0, 1  # tags
 
@@ -25,20 +27,28 @@ class Channel:
         headers: a gloo group of two ranks.
         payloads: the group for the tensors: the same one, or an NCCL group.
         peer: the other end's rank in both groups.
+        rank: the other end's among all workers.
         name: for messages: ``"rank 2 (stages 4-5)"``, the worker at the other end.
         staging: the device of the slots: the CPU for gloo, the GPU for NCCL.
         device: the device of the worker's tensors.
         timeout: seconds to wait for the neighbour.
+        opening: seconds to wait for it before the first message.
+        patience: knows when ``timeout`` is too short.
+        recent: where it stands for whom the worker waits.
         check: raises if some worker has declared the run failed.
     """
 
     headers: ProcessGroup
     payloads: ProcessGroup
     peer: int
+    rank: int
     name: str
     staging: torch.device
     device: torch.device
     timeout: float
+    opening: float
+    patience: Patience
+    recent: Recent
     check: Callable[[], None]
 
     def slot(self, capacity: int) -> Tensor:
@@ -74,10 +84,18 @@ class Channel:
                 work.wait()
         except RuntimeError as error:
             if "timed out" in str(error).lower():
-                raise EdgeTimeout(
-                    f"{self.name} is silent for {limit.total_seconds():g} s"
-                ) from error
-            raise PeerLost(f"{self.name} is gone") from error
+                raise self.silent(limit.total_seconds()) from error
+            raise self.gone() from error
+
+    def silent(self, seconds: float) -> EdgeTimeout:
+        """What to raise for a neighbour that has said nothing for so long."""
+        return EdgeTimeout(
+            f"{self.name} is silent for {in_seconds(seconds)}", rank=self.rank
+        )
+
+    def gone(self) -> PeerLost:
+        """What to raise for an edge that broke."""
+        return PeerLost(f"{self.name} is gone", rank=self.rank)
 
 
 class Fence:
@@ -146,7 +164,7 @@ def greet(channel: Channel, capacity: int) -> None:
     """Warms up a direction and says what will travel on it."""
     greeting = torch.tensor([packing.MAGIC, packing.VERSION, capacity])
     work = channel.headers.send([greeting], channel.peer, HEADER)
-    channel.wait(work, channel.headers, timedelta(seconds=channel.timeout))
+    channel.wait(work, channel.headers, timedelta(seconds=channel.opening))
     if channel.payloads is not channel.headers:
         warm_up = torch.zeros(1, dtype=torch.uint8, device=channel.staging)
         channel.payloads.send([warm_up], channel.peer, PAYLOAD).wait()
@@ -155,7 +173,7 @@ def greet(channel: Channel, capacity: int) -> None:
 def check_greeting(channel: Channel, capacity: int) -> None:
     greeting = torch.zeros(3, dtype=torch.int64)
     work = channel.headers.recv([greeting], channel.peer, HEADER)
-    channel.wait(work, channel.headers, timedelta(seconds=channel.timeout))
+    channel.wait(work, channel.headers, timedelta(seconds=channel.opening))
     expected = [packing.MAGIC, packing.VERSION, capacity]
     if greeting.tolist() != expected:
         raise ProtocolError(

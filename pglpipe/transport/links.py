@@ -23,7 +23,8 @@ from pglpipe.transport.base import Inbox, Links, Nobody, ReceivingEnd, SendingEn
 from pglpipe.transport.channel import Channel
 from pglpipe.transport.mailbox import Mailbox
 from pglpipe.transport.p2p import Receiver, Sender
-from pglpipe.transport.world import World, here
+from pglpipe.transport.passport import here
+from pglpipe.transport.world import World
 
 if TYPE_CHECKING:
     from pglpipe.transport.rpc_opener import RpcOpener
@@ -40,6 +41,7 @@ class EdgePlan:
         down_bytes, up_bytes: size of the largest message of each edge and direction.
         depth: slots at either end of a direction.
         timeout: seconds to wait for a silent neighbour.
+        opening: seconds to wait for one while the edges are opened, if more.
     """
 
     names: Sequence[str]
@@ -47,6 +49,7 @@ class EdgePlan:
     up_bytes: Sequence[int]
     depth: int
     timeout: float
+    opening: float = 0.0
 
 
 class Edges:
@@ -158,8 +161,10 @@ class Edges:
 
     def _channel(self, edge: int, direction: str) -> Channel:
         end = self._world.rank - edge
-        key, timeout = f"run/{self._run}/edge/{edge}/{direction}", self._plan.timeout
-        store, limit = self._world.store, timedelta(seconds=timeout)
+        peer, plan = edge + 1 - end, self._plan
+        opening = max(plan.timeout, plan.opening)
+        key = f"run/{self._run}/edge/{edge}/{direction}"
+        store, limit = self._world.store, timedelta(seconds=opening)
         headers: Any = ProcessGroupGloo(PrefixStore(key, store), end, 2, limit)
         payloads = headers
         if self._backend == "nccl":
@@ -169,10 +174,14 @@ class Edges:
             headers=headers,
             payloads=payloads,
             peer=1 - end,
-            name=self._plan.names[edge + 1 - end],
+            rank=peer,
+            name=plan.names[peer],
             staging=self._device if self._backend == "nccl" else torch.device("cpu"),
             device=self._device,
-            timeout=timeout,
+            timeout=plan.timeout,
+            opening=opening,
+            patience=self._world.patience,
+            recent=self._world.recent,
             check=self._check,
         )
         self._channels.append(channel)

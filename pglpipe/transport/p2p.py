@@ -35,7 +35,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup, Work
 
 from pglpipe.commands import Message
-from pglpipe.errors import EdgeTimeout, PeerLost, WorkerError
+from pglpipe.errors import PeerLost, WorkerError
 from pglpipe.stopwatch import Stalls, stalling
 from pglpipe.transport import packing
 from pglpipe.transport.channel import (
@@ -100,7 +100,7 @@ class Sender:
                 if part.numel()
             ]
         except RuntimeError as error:
-            raise PeerLost(f"{channel.name} is gone") from error
+            raise channel.gone() from error
         # The header must live as long as its send.
         self._under_way.append((works, header))
         self._sequence += 1
@@ -108,11 +108,14 @@ class Sender:
 
     def _finish_oldest(self) -> None:
         started = time.perf_counter()
+        channel = self._channel
         works, _ = self._under_way.pop(0)
-        with stalling(self._channel.device, self._stalls.sent):
+        limit = timedelta(seconds=channel.patience.limit(channel.timeout))
+        channel.recent.waits_for = channel.rank
+        with stalling(channel.device, self._stalls.sent):
             for work, group in works:
-                limit = timedelta(seconds=self._channel.timeout)
-                self._channel.wait(work, group, limit)
+                channel.wait(work, group, limit)
+        channel.recent.waits_for = None
         self.waited += time.perf_counter() - started
 
 
@@ -153,7 +156,7 @@ class Receiver:
         """The next message; its tensors are copies on the worker's device."""
         with stalling(self._channel.device, self._stalls.received):
             started = time.perf_counter()
-            arrival = self._next(started + self._channel.timeout)
+            arrival = self._next(started)
             self.waited += time.perf_counter() - started
             if isinstance(arrival, _Arrival) and arrival.slot is not None:
                 arrival.slot.fence.await_filled()
@@ -177,15 +180,18 @@ class Receiver:
                 if isinstance(arrival, _Arrival) and arrival.slot is not None:
                     self._offer(arrival.slot)
 
-    def _next(self, deadline: float) -> _Arrival | WorkerError:
-        while time.perf_counter() < deadline:
+    def _next(self, started: float) -> _Arrival | WorkerError:
+        channel, waited = self._channel, 0.0
+        channel.recent.waits_for = channel.rank
+        while not channel.patience.is_over(waited, channel.timeout):
             with suppress(queue.Empty):
-                return self._ready.get(timeout=_CHECK_SECONDS)
+                arrival = self._ready.get(timeout=_CHECK_SECONDS)
+                channel.recent.waits_for = None
+                return arrival
             # A neighbour that failed elsewhere may be alive and silent.
-            self._channel.check()
-        return EdgeTimeout(
-            f"{self._channel.name} is silent for {self._channel.timeout:g} s"
-        )
+            channel.check()
+            waited = time.perf_counter() - started
+        return channel.silent(waited)
 
     def _open(self, arrival: _Arrival) -> Message:
         assert arrival.envelope.command is not None, "the thread ends with its edge"
@@ -263,7 +269,7 @@ class Receiver:
         try:
             return group.recv([buffer], self._channel.peer, tag)
         except RuntimeError as error:
-            raise PeerLost(f"{self._channel.name} is gone") from error
+            raise self._channel.gone() from error
 
 
 class _Landing(NamedTuple):

@@ -123,7 +123,7 @@ class RpcReceiver:
         """The next message; its tensors are copies on the worker's device."""
         started = time.perf_counter()
         with stalling(self._line.device, self._line.stalls.received):
-            opened = self._next(started + self._line.timeout)
+            opened = self._next(started)
         self.waited += time.perf_counter() - started
         if isinstance(opened, WorkerError):
             raise opened
@@ -214,12 +214,17 @@ class RpcReceiver:
             reply = self._unanswered.popleft()
         reply.set_result(None)
 
-    def _next(self, deadline: float) -> _Opened | WorkerError:
-        while time.perf_counter() < deadline:
+    def _next(self, started: float) -> _Opened | WorkerError:
+        line, waited = self._line, 0.0
+        line.recent.waits_for = line.peer
+        while not line.patience.is_over(waited, line.timeout):
             with suppress(queue.Empty):
-                return self._ready.get(timeout=min(_CHECK_SECONDS, self._line.timeout))
-            self._line.check()
-        return self._line.silent()
+                opened = self._ready.get(timeout=min(_CHECK_SECONDS, line.timeout))
+                line.recent.waits_for = None
+                return opened
+            line.check()
+            waited = time.perf_counter() - started
+        return line.silent(waited)
 
     def _watch_ended(self, reply: Reply) -> None:
         if error_of(reply) is not None and not self._ended.is_set():

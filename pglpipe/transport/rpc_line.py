@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 
 from pglpipe.errors import EdgeTimeout, PeerLost
+from pglpipe.recent import Recent
 from pglpipe.stopwatch import Stalls
+from pglpipe.transport.patience import Patience, in_seconds
 from pglpipe.transport.rpc_agent import Address, Agent, Reply
 
 _CHECK_SECONDS = 0.25
@@ -30,6 +32,8 @@ class Line:
         capacity: bytes of the largest message.
         depth: messages that may wait at either end.
         timeout: seconds to wait for the neighbour.
+        patience: knows when that is too short.
+        recent: where it stands for whom the worker waits.
         check: raises if some worker has declared the run failed.
         stalls: where its ends note what a GPU waits.
     """
@@ -42,6 +46,8 @@ class Line:
     capacity: int
     depth: int
     timeout: float
+    patience: Patience
+    recent: Recent
     check: Callable[[], None]
     stalls: Stalls
 
@@ -59,13 +65,15 @@ class Line:
         except RuntimeError as error:
             raise self.gone() from error
 
-    def silent(self) -> EdgeTimeout:
-        """What to raise for a neighbour that does not answer."""
-        return EdgeTimeout(f"{self.name} is silent for {self.timeout:g} s")
+    def silent(self, seconds: float) -> EdgeTimeout:
+        """What to raise for a neighbour that has not answered for so long."""
+        return EdgeTimeout(
+            f"{self.name} is silent for {in_seconds(seconds)}", rank=self.peer
+        )
 
     def gone(self) -> PeerLost:
         """What to raise for a call that broke."""
-        return PeerLost(f"{self.name} is gone")
+        return PeerLost(f"{self.name} is gone", rank=self.peer)
 
 
 class Call:
@@ -84,12 +92,15 @@ class Call:
             EdgeTimeout: the neighbour did not answer.
         """
         line = self._line
-        deadline = time.perf_counter() + line.timeout
+        started = time.perf_counter()
+        line.recent.waits_for = line.peer
         while not self._ended.wait(min(_CHECK_SECONDS, line.timeout)):
             # A neighbour that failed elsewhere may be alive and silent.
             line.check()
-            if time.perf_counter() > deadline:
-                raise line.silent()
+            waited = time.perf_counter() - started
+            if line.patience.is_over(waited, line.timeout):
+                raise line.silent(waited)
+        line.recent.waits_for = None
         if (error := error_of(self._reply)) is not None:
             raise line.gone() from error
 

@@ -40,7 +40,7 @@ class RpcOpener:
     ) -> None:
         self._world, self._plan, self._device = world, plan, device
         self._stalls, self._on_failure = stalls, on_failure
-        self._agent = rpc_agent.enter(world, plan.timeout)
+        self._agent = rpc_agent.enter(world, max(plan.timeout, plan.opening))
         # The agent outlives a run that failed, so the run's number must be a new one.
         self._run = world.mailbox.share(secrets.randbits(62))
         self._receivers: list[RpcReceiver] = []
@@ -95,6 +95,8 @@ class RpcOpener:
             capacity=capacity,
             depth=self._plan.depth,
             timeout=self._plan.timeout,
+            patience=self._world.patience,
+            recent=self._world.recent,
             check=self._world.mailbox.check,
             stalls=self._stalls,
         )

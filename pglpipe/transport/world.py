@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import itertools
 import os
-import socket
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import cache, cached_property
 
 from torch.distributed import HashStore, PrefixStore, Store, TCPStore
 
+from pglpipe.recent import Recent
 from pglpipe.transport.mailbox import Mailbox
+from pglpipe.transport.meeting import meet
+from pglpipe.transport.passport import Passport, here, own_passport
+from pglpipe.transport.patience import FIRST_SECONDS, Patience
+from pglpipe.transport.pulse import NoPulse, Pulse
 
 _joined: Counter[int] = Counter()  # times, by rank
 
@@ -28,13 +32,18 @@ class World:
         local_rank: this worker's number on its host.
         store: the key-value store through which they meet.
         timeout: seconds to wait for each other.
+        workers: which processes they are, by rank, if each has one that the launcher started for
+            the run alone; it may then be ended with the run.
+        keeps_store: whether the store ends with this process.
     """
 
     rank: int = 0
     size: int = 1
     local_rank: int = 0
     store: Store = field(default_factory=HashStore)
-    timeout: float = 300.0
+    timeout: float = FIRST_SECONDS
+    workers: Sequence[Passport] = ()
+    keeps_store: bool = False
 
     @cached_property
     def runs(self) -> Iterator[int]:
@@ -46,13 +55,57 @@ class World:
         """This worker's view of what all of them share."""
         return Mailbox(self.store, self.rank, self.size, self.timeout)
 
+    @cached_property
+    def patience(self) -> Patience:
+        """How long this worker waits for a silent neighbour."""
+        return Patience(self.store, self.rank, self.size)
 
-def join(timeout: float = 300.0) -> World:
+    @cached_property
+    def recent(self) -> Recent:
+        """What this worker did last."""
+        return Recent(self.rank, self.patience.first)
+
+    @cached_property
+    def names(self) -> list[str]:
+        """What to call the workers in messages; their stages are added when they are known."""
+        hosts = [worker.host for worker in self.workers] or [here()] * self.size
+        return [f"rank {rank} on {host}" for rank, host in enumerate(hosts)]
+
+    @cached_property
+    def pulse(self) -> Pulse | NoPulse:
+        """The workers' signs of life."""
+        if not self.workers:
+            return NoPulse()
+        return Pulse(
+            self.store.clone(),  # type: ignore[attr-defined]
+            self.rank,
+            self.workers,
+            self.names,
+            self.recent,
+            self.keeps_store,
+        )
+
+    def name_stages(self, names: Sequence[str]) -> None:
+        """Says what to call the workers, by rank, now that it is known what each holds."""
+        for rank, name in enumerate(names):
+            host = self.names[rank].rpartition(" on ")[2]
+            self.names[rank] = f"{name} on {host}"
+
+    def leave(self) -> None:
+        """Says that this worker has nothing more to do with the others."""
+        self.pulse.leave()
+
+
+def join(timeout: float = FIRST_SECONDS) -> World:
     """The world that torchrun describes in the environment; alone without one.
 
     Args:
-        timeout: seconds to wait for the store.
+        timeout: seconds to wait for the store and for each other, if more than ``FIRST_SECONDS``.
+
+    Raises:
+        EdgeTimeout: not all workers came.
     """
+    timeout = max(timeout, FIRST_SECONDS)
     if "RANK" not in os.environ:
         return World(timeout=timeout)
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
@@ -62,12 +115,22 @@ def join(timeout: float = 300.0) -> World:
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     is_master = rank == 0 and not agent_keeps_store
     store = _launcher_store(address, port, size, is_master, timeout)
-    # Neither a restarted attempt nor a second run of the same script may meet old keys. All
-    # workers join the same number of times in the same order.
-    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    own = PrefixStore(f"pglpipe/{attempt}/{_joined[rank]}", store)
+    # A second run of the same script may not meet the first one's keys. All workers join the
+    # same number of times in the same order.
+    own = PrefixStore(f"pglpipe/{_joined[rank]}", store)
     _joined[rank] += 1
-    return World(rank, size, int(os.environ.get("LOCAL_RANK", "0")), own, timeout)
+    meeting = meet(own, rank, size, own_passport().to_json(), timeout)
+    world = World(
+        rank,
+        size,
+        int(os.environ.get("LOCAL_RANK", "0")),
+        PrefixStore(meeting.name, own),
+        timeout,
+        [Passport.from_json(hello) for hello in meeting.hellos],
+        is_master,
+    )
+    world.pulse.start()
+    return world
 
 
 @cache
@@ -77,8 +140,3 @@ def _launcher_store(
     """The launcher's store; one connection (and, for a master, one port) per process."""
     limit = timedelta(seconds=timeout)
     return TCPStore(address, port, size, is_master=is_master, timeout=limit)
-
-
-def here() -> str:
-    """This host's name, for messages and for telling which workers share a machine."""
-    return socket.gethostname()

@@ -20,13 +20,16 @@ import pytest
 import torch
 from commands import run
 from torch import Tensor
+from torch.distributed import HashStore
 from torch.futures import Future
 from worlds import at_once
 
 from pglpipe.commands import LocalStep, Message
 from pglpipe.errors import EdgeTimeout, PeerLost, ProtocolError, WorkerError
+from pglpipe.recent import Recent
 from pglpipe.stopwatch import Stalls
 from pglpipe.transport import packing
+from pglpipe.transport.patience import Patience
 from pglpipe.transport.rpc import RpcReceiver, RpcSender
 from pglpipe.transport.rpc_agent import Address, Agent, Reply
 from pglpipe.transport.rpc_line import Line
@@ -95,6 +98,8 @@ def opened() -> Iterator[Open]:
             capacity=1024,
             depth=2,
             timeout=10.0,
+            patience=Patience(HashStore(), 0, 2),
+            recent=Recent(),
             check=lambda: None,
             stalls=Stalls(),
         )

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
+from collections import Counter
+
 import pytest
-from torch.distributed import PrefixStore, TCPStore
+from torch.distributed import TCPStore
 
 from pglpipe.transport import World, join
-from pglpipe.transport.world import here
+from pglpipe.transport.passport import here
 
 WORDS = (
     "RANK",
@@ -15,7 +18,6 @@ WORDS = (
     "MASTER_ADDR",
     "MASTER_PORT",
     "TORCHELASTIC_USE_AGENT_STORE",
-    "TORCHELASTIC_RESTART_COUNT",
 )
 
 
@@ -38,25 +40,39 @@ def test_under_torchrun_its_store_and_numbers_are_taken(
 ) -> None:
     agent = TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
     for word, value in {
-        "RANK": "5",
-        "WORLD_SIZE": "8",
-        "LOCAL_RANK": "1",
+        "RANK": "0",
+        "WORLD_SIZE": "1",
+        "LOCAL_RANK": "3",
         "MASTER_ADDR": "localhost",
         "MASTER_PORT": str(agent.port),
         "TORCHELASTIC_USE_AGENT_STORE": "True",
-        "TORCHELASTIC_RESTART_COUNT": "2",
     }.items():
         environment.setenv(word, value)
-    world = join(timeout=10)
-    assert (world.rank, world.size, world.local_rank) == (5, 8, 1)
-    world.store.set("here", "yes")
-    keys = [PrefixStore(f"pglpipe/2/{run}", agent) for run in range(9)]
-    assert any(store.check(["here"]) for store in keys)
-    # A second trainer of the same script does not see what the first one left.
-    assert not join(timeout=10).store.check(["here"])
-    # An attempt after a restart does not see what this one left.
-    environment.setenv("TORCHELASTIC_RESTART_COUNT", "3")
-    assert not join(timeout=10).store.check(["here"])
+    joined = [join()]
+    try:
+        world = joined[0]
+        assert (world.rank, world.size, world.local_rank) == (0, 1, 3)
+        assert [worker.pid for worker in world.workers] == [os.getpid()]
+        assert world.names == [f"rank 0 on {here()}"] and not world.keeps_store
+        world.store.set("here", "yes")
+        # A second trainer of the same script does not see what the first one left.
+        joined.append(join())
+        assert not joined[1].store.check(["here"])
+        # Nor does an attempt after a restart, whose first trainer it is again.
+        environment.setattr("pglpipe.transport.world._joined", Counter())
+        joined.append(join())
+        assert not joined[2].store.check(["here"])
+    finally:
+        for each in joined:
+            each.leave()
+
+
+def test_names_have_a_host_before_and_after_the_stages_are_known() -> None:
+    world = World(size=2)
+    assert world.names == [f"rank 0 on {here()}", f"rank 1 on {here()}"]
+    for _ in range(2):
+        world.name_stages(["rank 0 (stage 0)", "rank 1 (stages 1-2)"])
+        assert world.names[1] == f"rank 1 (stages 1-2) on {here()}"
 
 
 def test_this_host_has_a_name() -> None:
