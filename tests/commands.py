@@ -16,6 +16,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import io
+import itertools
 import json
 import os
 import re
@@ -174,6 +175,19 @@ class Processes:
         """All that are alive: the command and what it started."""
         mine = f"{_MARK}={self._mark}"
         return [pid for pid in _all_pids() if mine in _environment(pid)]
+
+    def workers(self) -> list[int]:
+        """Those of them that torchrun has given a rank."""
+        return [
+            pid
+            for pid in self.pids()
+            if any(word.startswith("RANK=") for word in _environment(pid))
+        ]
+
+    def variable(self, name: str) -> str:
+        """The value of an environment variable of a worker's."""
+        words = itertools.chain(*(_environment(pid) for pid in self.workers()))
+        return next(w.partition("=")[2] for w in words if w.startswith(f"{name}="))
 
     def worker(self, rank: int) -> int:
         """The process of the worker with this rank."""

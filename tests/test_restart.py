@@ -1,0 +1,97 @@
+"""torchrun starts all workers anew when one is killed; they meet again and end as if nothing had been.
+
+The store in which they meet is the launcher's and outlives them, with the addresses of those who are gone.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import socket
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import pytest
+from commands import Processes, module, run, summary_of
+from test_kill_matrix import AMBUSH
+
+pytestmark = pytest.mark.dist
+
+WORKERS = 2
+TRIES = 20
+RUN = [
+    *("-m", "pglpipe.train", "--model", "ambush:network", "--stages", str(WORKERS)),
+    *("--balance", "1,1", "--head", "0c1f", "--dataset", "synthetic"),
+    *("--batch-size", "16", "--train-limit", "64", "--test-limit", "32"),
+    *("--epochs", "3", "--guidance-period", "4", "--checkpoint-every", "2"),
+    *("--device", "cpu", "--threads", "1", "--run-dir", "run", "--quiet"),
+]
+
+
+def lay(folder: Path, rank: int, phase: str) -> None:
+    """Has a worker killed in the first attempt, and in that alone."""
+    order = {"stage": rank, "stages": WORKERS, "strike": "kill", "phase": phase}
+    (folder / "order.json").write_text(json.dumps(order))
+    shutil.copy(AMBUSH, folder)
+
+
+def restarting(*options: str) -> list[str]:
+    return module("torch.distributed.run", "--max-restarts=1", *options, *RUN)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """The summary of the run that nobody strikes, with one worker."""
+    folder = tmp_path_factory.mktemp("whole")
+    lay(folder, -1, "none")
+    run(module("pglpipe.train", *RUN[2:]), cwd=folder).check()
+    return summary_of(folder / "run")
+
+
+def check_as_whole(folder: Path, whole: dict[str, Any]) -> None:
+    assert (folder / "struck.json").exists(), "nobody was killed"
+    summary = summary_of(folder / "run")
+    for name in ("parameters_sha256", "steps", "exit_accuracy"):
+        assert summary[name] == whole[name], name
+
+
+@pytest.mark.parametrize(
+    "number",
+    [pytest.param(n, marks=[] if n < 2 else [pytest.mark.slow]) for n in range(TRIES)],
+)
+def test_a_killed_worker_comes_back_with_all_others(
+    number: int, whole: dict[str, Any], tmp_path: Path
+) -> None:
+    lay(tmp_path, number % 2, ["evaluate", "local", "checkpoint"][number % 3])
+    command = restarting("--standalone", f"--nproc_per_node={WORKERS}")
+    ended = run(command, cwd=tmp_path).check()
+    assert len(ended.said) == 1 and " is gone" in ended.said[0], ended.err
+    check_as_whole(tmp_path, whole)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", range(3))
+def test_workers_on_several_hosts_come_back(
+    number: int, whole: dict[str, Any], tmp_path: Path
+) -> None:
+    """Two launchers, each with a worker of its own, and with a count of attempts of its own."""
+    lay(tmp_path, number % 2, "local")
+    command = restarting(
+        *("--nnodes=2", "--nproc_per_node=1", "--rdzv_backend=c10d"),
+        *("--rdzv_id=pglpipe", f"--rdzv_endpoint=localhost:{free_port()}"),
+    )
+    with ExitStack() as stack:
+        hosts = [
+            stack.enter_context(Processes(command, cwd=tmp_path)) for _ in range(2)
+        ]
+        for host in hosts:
+            host.wait().check()
+            assert not host.pids(), "processes are left"
+    check_as_whole(tmp_path, whole)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        return int(probe.getsockname()[1])
