@@ -30,6 +30,7 @@ def check_fields(config: RunConfig) -> None:
         config.guidance(),
         config.guided(),
         config.local_weight(),
+        skips=config.on_nonfinite == "skip",
     )
     _check_learning(config)
 

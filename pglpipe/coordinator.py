@@ -258,6 +258,7 @@ class Coordinator:
             global_steps=self._guided_steps,
             wall_seconds=time.perf_counter() - self._began,
             cosines=self._merger.cosines,
+            skipped=self._merger.skipped,
         )
 
 

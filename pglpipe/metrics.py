@@ -30,6 +30,7 @@ class StepRecord:
         losses: by stage; None where a stage took none (all but the last in a plain global step).
         cosines: between the gradients of a stage's own loss and of the true one, by stage; None
             where they were not compared.
+        skipped: stages that did not move, since their numbers were not finite.
         samples_per_second: rate at which the last worker finished this step.
         waited_fraction, memory_bytes: by worker.
     """
@@ -43,6 +44,7 @@ class StepRecord:
     waited_fraction: list[float]
     memory_bytes: list[int]
     cosines: list[float | None]
+    skipped: list[int] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -106,6 +108,7 @@ class Merger:
         self._evaluations: dict[int, dict[int, EvaluationReport]] = defaultdict(dict)
         self._memory = [0] * num_workers
         self._cosines: list[list[float]] = [[] for _ in range(num_stages)]
+        self.skipped = [0] * num_stages  # steps so far, by stage
 
     @property
     def cosines(self) -> list[float | None]:
@@ -148,6 +151,9 @@ class Merger:
         for stage, cosine in cosines.items():
             if math.isfinite(cosine):  # a gradient of zero has no direction
                 self._cosines[stage].append(cosine)
+        skipped = sorted(stage for part in parts.values() for stage in part.skipped)
+        for stage in skipped:
+            self.skipped[stage] += 1
         return StepRecord(
             step=last.step,
             epoch=last.epoch,
@@ -160,6 +166,7 @@ class Merger:
             ],
             memory_bytes=list(self._memory),
             cosines=[cosines.get(stage) for stage in range(self._num_stages)],
+            skipped=skipped,
         )
 
 
@@ -183,6 +190,7 @@ class Summary:
         exit_accuracy: of every stage's exit.
         gradient_cosine: between the gradients of each stage's own loss and of the true one, the mean
             over the global steps in which they were compared.
+        skipped_steps: in which a stage did not move, since its numbers were not finite, by stage.
         workers: by rank; fractions are of the training time.
         parameters_sha256: over all body parameters and buffers: equal runs, equal digest.
     """
@@ -199,6 +207,7 @@ class Summary:
     test_accuracy: float | None
     exit_accuracy: list[float | None]
     gradient_cosine: list[float | None]
+    skipped_steps: list[int]
     workers: list[dict[str, Any]]
     parameters_sha256: str
 
@@ -212,6 +221,7 @@ def summarize(
     global_steps: int,
     wall_seconds: float,
     cosines: list[float | None],
+    skipped: list[int],
 ) -> Summary:
     """The summary of a run from the last words of its workers, in the order of their ranks."""
     slowest = max(finals, key=lambda final: final.train_seconds)
@@ -230,6 +240,7 @@ def summarize(
         test_accuracy=evaluation.accuracies[-1] if evaluation else None,
         exit_accuracy=list(evaluation.accuracies) if evaluation else [],
         gradient_cosine=cosines,
+        skipped_steps=skipped,
         workers=[_worker_summary(final) for final in finals],
         parameters_sha256=combine(pair for final in finals for pair in final.digests),
     )

@@ -200,6 +200,7 @@ def _trainer(
         memory_budget=config.memory_budget_bytes(),
         timetable=config.timetable,
         clip_norm=config.clip_norm or math.inf,
+        on_nonfinite=config.on_nonfinite,
         transport=config.transport,
         queue_depth=config.queue_depth,
         edge_dtype=config.edge_dtype,

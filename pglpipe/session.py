@@ -17,7 +17,7 @@ from typing import Any
 
 from pglpipe.blueprint import Blueprint, Sample
 from pglpipe.coordinator import Coordinator, Source
-from pglpipe.errors import ConfigError, UserError, WorkerError
+from pglpipe.errors import ConfigError, NonFinite, UserError, WorkerError
 from pglpipe.metrics import Summary
 from pglpipe.observers import Observer
 from pglpipe.pipeline import Pipeline
@@ -195,7 +195,10 @@ class Session:
         assert self._plan is not None, "plan comes first"
         me, doing = self._plan.name(self._world.rank), self._doing()
         if isinstance(error, WorkerError):
-            return f"{error} (noticed by {me} at {doing})"
+            text = f"{error} (noticed by {me} at {doing})"
+            if isinstance(error, NonFinite):
+                return self._mailbox.earliest(error.place, text)
+            return text
         reason = (str(error).splitlines() or [""])[0]
         return f"{me} failed at {doing}: {type(error).__name__}: {reason}"
 

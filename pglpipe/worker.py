@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
+from functools import partial
 
 from torch import Tensor
 
@@ -50,6 +51,7 @@ from pglpipe.state import digests
 from pglpipe.stopwatch import Figures, Stopwatch
 from pglpipe.timetable import Row
 from pglpipe.transport import Links
+from pglpipe.watch import judge
 from pglpipe.window_pass import WindowPass
 
 
@@ -62,7 +64,10 @@ class Worker:
         self.doing: Command | None = None
         self._duty = duty
         self._stages = stages
-        self._reporter = Reporter(duty.rank, duty.device, post, self._idle_bytes)
+        judges = partial(judge, [stage.watch for stage in stages])
+        self._reporter = Reporter(
+            duty.rank, duty.device, post, self._idle_bytes, judges
+        )
         self._stopwatch = Stopwatch(duty.device, len(stages) if duty.overlaps else 1)
         self._saved = {kind: _saved_bytes(stages) for kind in ("local", "global")}
         self._counted: set[type[TrainStep]] = set()
@@ -80,6 +85,7 @@ class Worker:
             stages,
             self._row,
             clips=duty.clips,
+            skips=duty.skips,
             is_first=duty.rank == 0,
             wire=duty.wire,
             recompute=duty.recompute,
@@ -135,6 +141,9 @@ class Worker:
             case LocalStep() | StaleStep() | GlobalStep() | WindowStep():
                 self._train(True)
                 figures = self._step(command, tensors)
+                for stage in self._stages:
+                    if told := stage.watch.take_figures():
+                        figures = {**figures, **told}
                 self._refresh.after(command.step, self._links)
                 return figures
             case Evaluate():
