@@ -53,12 +53,15 @@ def check_together(
     guided: Guided,
     weight: LocalWeight,
     local_loss: LocalLoss | None = None,
+    *,
+    skips: bool = False,
 ) -> None:
     """Raises ConfigError for options that contradict each other, or do nothing together.
 
     Args:
         budgeted: whether there is a memory budget.
         local_loss: None while it is not known.
+        skips: whether steps whose numbers are not finite are skipped.
     """
     in_parts = memory.local_microbatches > 1
     stale = "stale" in guidance.kinds
@@ -79,6 +82,7 @@ def check_together(
         (compares and cut and asks_heads, _COMPARED_IN_MICROBATCHES),
         (guided.local_weight > 0 and windows_alone, _WINDOW_LOCAL_WEIGHT),
         (overlap_stages and weight.end != 1, _OVERLAP_WEIGHT),
+        (overlap_stages and skips, _OVERLAP_SKIP),
     )
     if guided.shrink != 1 and not guidance.is_stale:
         raise ConfigError(
@@ -135,4 +139,8 @@ _WINDOW_LOCAL_WEIGHT = (
 _OVERLAP_WEIGHT = (
     "--overlap-stages or --local-weight-end",
     "what is recorded has one weight for all steps",
+)
+_OVERLAP_SKIP = (
+    "--overlap-stages or --on-nonfinite skip",
+    "what is recorded never waits to look at its numbers",
 )

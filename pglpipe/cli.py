@@ -21,6 +21,7 @@ import typer
 from pglpipe import run, tables
 from pglpipe.config import RunConfig
 from pglpipe.config_file import resolve
+from pglpipe.doctor import examine
 from pglpipe.errors import Stopped, UserError, WorkerError
 
 # Some versions of typer build on click, others on a copy of their own; in both of them the
@@ -100,6 +101,17 @@ def export(
     """Writes the uncut network of a finished run as an ordinary state_dict."""
     run.export(run_dir, output)
     print(f"written to {output}")
+
+
+@app.command()
+def doctor() -> None:
+    """Checks machines and network, under torchrun every edge too; says what to set."""
+    diagnosis = examine()
+    if _leads():
+        tables.show_diagnosis(diagnosis)
+    elif diagnosis.status:
+        time.sleep(_GRACE_SECONDS)  # as where a complaint is told
+    _leave(diagnosis.status)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

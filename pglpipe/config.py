@@ -16,7 +16,7 @@ from pglpipe.device import DEVICES
 from pglpipe.guidance import REACHES, UNITS, WARMUPS, Guidance
 from pglpipe.guided import GUIDED_HEADS, OPTIMIZERS, Guided, LocalWeight
 from pglpipe.heads import HEAD_NAMES
-from pglpipe.learning import PRECISIONS
+from pglpipe.learning import ON_NONFINITE, PRECISIONS
 from pglpipe.learning_rate import LR_SCHEDULES
 from pglpipe.losses import LOSSES, Lambdas, as_lambdas
 from pglpipe.memory import as_bytes
@@ -175,6 +175,12 @@ class RunConfig:
         0.0,
         "largest gradient norm (global: of the network, local: of a stage); 0 for none",
         at_least=0.0,
+    )
+    on_nonfinite: str = option(
+        "stop",
+        "what a loss or gradient that is not finite does: stop the run, or have its stage (in a "
+        "global step all stages) skip the step; to skip, a GPU's host waits for every step",
+        ON_NONFINITE,
     )
     seed: int = option(0, "where all randomness starts", at_least=0)
     # machine

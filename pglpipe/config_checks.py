@@ -29,6 +29,7 @@ def check_fields(config: Config) -> None:
         config.guidance(),
         config.guided(),
         config.local_weight(),
+        skips=config.on_nonfinite == "skip",
     )
     _check_learning(config)
 

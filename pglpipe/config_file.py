@@ -10,6 +10,7 @@ from typing import Any
 
 from pglpipe.config import DEFAULT_EPOCHS, RunConfig
 from pglpipe.errors import ConfigError, nearest
+from pglpipe.options import shown
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -19,17 +20,19 @@ def read(path: Path) -> dict[str, Any]:
         ConfigError: the file is missing, is no TOML, or has a key that does not exist.
     """
     try:
-        values = tomllib.loads(path.read_text(encoding="utf-8"))
+        values = tomllib.loads(path.read_bytes().decode())
     except OSError as error:
         raise ConfigError(
             f"expected a config file at {path}: {error.strerror}"
         ) from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # no TOML, or more than can be read
         raise ConfigError(f"expected TOML in {path}: {error}") from None
     known = [field.name for field in dataclasses.fields(RunConfig)]
     for key in values:
         if key not in known:
-            raise ConfigError(f"unknown key {key!r} in {path}: {nearest(key, known)}")
+            raise ConfigError(
+                f"unknown key {shown(key)} in {path}: {nearest(key, known)}"
+            )
     return values
 
 

@@ -123,7 +123,7 @@ class Coordinator:
     def resume(self, manifest: dict[str, Any]) -> None:
         """Goes on from where a checkpoint was made."""
         self._at = Position(**manifest["position"])
-        self._merger.resume(manifest["cosines"])
+        self._merger.resume(manifest["merged"])
         if self._ledger:
             self._ledger.resumed(self._at.step)
 
@@ -273,12 +273,12 @@ class Coordinator:
                     self._finals[report.rank] = report
                 case SavedReport():
                     assert self._ledger is not None, "nobody saves unasked"
-                    self._ledger.add(report, self._cosines_until)
+                    self._ledger.add(report, self._merged_until)
                 case StopRequest():
                     self._stopping = True
 
-    def _cosines_until(self, step: int) -> dict[str, Any]:
-        return {"cosines": self._merger.cosines_until(step)}
+    def _merged_until(self, step: int) -> dict[str, Any]:
+        return {"merged": self._merger.until(step)}
 
     def _summary(self) -> Summary:
         return summarize(
@@ -289,4 +289,5 @@ class Coordinator:
             global_steps=self._at.guided_steps,
             wall_seconds=time.perf_counter() - self._began,
             cosines=self._merger.cosines,
+            skipped=self._merger.skipped,
         )

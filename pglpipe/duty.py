@@ -22,6 +22,7 @@ class Duty:
         rank, size: its number and how many workers there are.
         timetable: ``(num_workers, num_microbatches) -> Timetable``.
         clips: whether global steps clip the norm of the whole network's gradient.
+        skips: whether they are skipped by all stages where the numbers of one are not finite.
         layouts: the weights of every stage of the network, to relay those of others.
         piece_bytes: the most bytes of weights in one message up.
         device: where its stages are.
@@ -50,3 +51,4 @@ class Duty:
     delay: int = 1
     guided: Guided = Guided()
     loans: Loans = Loans()
+    skips: bool = False

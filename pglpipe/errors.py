@@ -11,7 +11,8 @@
     └── WorkerError             the run is over on every worker, exit status 1
         ├── PeerLost            a neighbour's process is gone
         ├── EdgeTimeout         a neighbour is silent for too long
-        └── ProtocolError       a neighbour sent what nobody expects here
+        ├── ProtocolError       a neighbour sent what nobody expects here
+        └── NonFinite           a loss or a gradient is no finite number
 
 A message says what was expected, what came, and how to repair it, on one line.
 """
@@ -85,6 +86,19 @@ class Stopped(PglpipeError):
             f"says --run-dir {folder}"
         )
         self.signal = signal
+
+
+class NonFinite(WorkerError):
+    """A loss or a gradient is no finite number.
+
+    Attributes:
+        place: orders what several workers find of one cause: the step, and the stages in the order
+            in which such a number travels.
+    """
+
+    def __init__(self, message: str, place: tuple[int, int]) -> None:
+        super().__init__(message)
+        self.place = place
 
 
 def nearest(word: str, valid: Iterable[str]) -> str:

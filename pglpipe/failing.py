@@ -11,7 +11,7 @@ from __future__ import annotations
 import sys
 import threading
 
-from pglpipe.errors import UserError, WorkerError
+from pglpipe.errors import NonFinite, UserError, WorkerError
 from pglpipe.transport import World
 
 _declaring = threading.Lock()
@@ -52,6 +52,9 @@ def accuse(world: World, error: Exception) -> str:
     if not isinstance(error, WorkerError):
         reason = (str(error).splitlines() or [""])[0]
         return f"{me} failed {recent.doing}: {type(error).__name__}: {reason}"
+    if isinstance(error, NonFinite):
+        text = f"{error} (noticed by {me} {recent.doing})"
+        return world.mailbox.earliest(error.place, text)
     text, rank = str(error), error.rank
     if rank is not None and (heard := pulse.last_heard_of(rank)):
         text = f"{text}, last heard of {heard}"

@@ -6,11 +6,15 @@
              F1
     gradients_out ◀─ B0 ◀─ gradients_in
                      B1
-    if gradients are clipped: norms up, the total norm down
-    update
+    look whether loss and gradients are finite, before the last gradient goes up
+    if gradients are clipped, or steps skipped: norms up, the total norm down
+    update, unless the total is not finite
 
 The gradient stops at no cut, so the sum over the microbatches is the gradient of the mean
 loss that back-propagation through the uncut network would give.
+
+A stage whose loss or gradient is not finite is found before the stages above it can see what came of
+that. Where such steps are skipped, all stages do so: its worker says NaN for its norms.
 """
 
 from __future__ import annotations
@@ -18,6 +22,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from itertools import zip_longest
+from math import isfinite, nan
 
 import torch
 from torch import Tensor
@@ -45,6 +50,7 @@ class GlobalPass:
         stages: those of the worker, in order.
         row: the worker's row of the timetable, by the number of microbatches.
         clips: whether the norm of the whole network's gradient is clipped.
+        skips: whether no stage moves in a step in which a stage's numbers are not finite.
         is_first: whether the worker holds the first stage.
         wire: the format of the activations between stages.
         recompute: whether stages keep their inputs instead of their graphs, and run their
@@ -57,6 +63,7 @@ class GlobalPass:
         row: Callable[[int], Row],
         *,
         clips: bool,
+        skips: bool = False,
         is_first: bool,
         wire: Wire,
         recompute: bool = False,
@@ -64,6 +71,7 @@ class GlobalPass:
         self._stages = stages
         self._row = row
         self._clips = clips
+        self._skips = skips
         self._is_first = is_first
         self._wire = wire
         self._recompute = recompute
@@ -82,18 +90,14 @@ class GlobalPass:
             expected = Microbatch(command.step, action.microbatch)
             if action.kind == "F":
                 self._forward(expected, turns=following == Action("B", expected.index))
-            else:
-                self._backward(expected)
-        figures = {
-            ("losses", stage): torch.stack(parts).sum()
-            for stage, parts in sorted(self._losses.items())
-        }
-        for stage in self._stages:
-            if (cosine := stage.crossing.settle(compares=self._compares)) is not None:
-                figures["cosines", stage.index] = cosine
-        self._limit()
-        for stage in self._stages:
-            stage.update(command.step, guided=True)
+                continue
+            gradient = self._backward(expected)
+            if following is None:
+                figures = self._settle()
+                sound = self._look(figures)
+            if gradient is not None:
+                links.gradients_out.put(Message(expected, (gradient,)))
+        self._update(sound)
         return figures
 
     def _forward(self, expected: Microbatch, *, turns: bool) -> None:
@@ -118,8 +122,12 @@ class GlobalPass:
             packet = packet.then(self._wire.pack(y, ends=stage.is_last))
         self._links.outbox.put(Message(expected, packet.tensors))
 
-    def _backward(self, expected: Microbatch) -> None:
-        """Takes one gradient back through all stages here; it begins at the true loss."""
+    def _backward(self, expected: Microbatch) -> Tensor | None:
+        """Takes one gradient back through all stages here; it begins at the true loss.
+
+        Returns:
+            What goes on to the worker above, None from the first one.
+        """
         gradient: Tensor | None = None
         if self._links.gradients_in is not None:
             (gradient,) = only(expected, self._links.gradients_in.get())
@@ -133,26 +141,59 @@ class GlobalPass:
                 )
             if loss is not None:
                 self._losses[stage.index].append(loss)
-        if gradient is not None:
-            self._links.gradients_out.put(Message(expected, (gradient,)))
+        return gradient
 
-    def _limit(self) -> None:
-        """Norms of all gradients ride up to the first worker, the total norm rides down."""
-        if not self._clips:
+    def _settle(self) -> dict[tuple[str, int], Tensor]:
+        """What the step has come to by stage, when the last backward is done."""
+        figures = {
+            ("losses", stage): torch.stack(parts).sum()
+            for stage, parts in sorted(self._losses.items())
+        }
+        for stage in self._stages:
+            if (cosine := stage.crossing.settle(compares=self._compares)) is not None:
+                figures["cosines", stage.index] = cosine
+        return figures
+
+    def _look(self, figures: Figures) -> list[bool]:
+        """Whether each stage's loss and gradients are finite; those nearest to the loss are asked first."""
+        found = [
+            stage.watch.passes(
+                self._command.step, figures.get(("losses", stage.index)), rising=True
+            )
+            for stage in reversed(self._stages)
+        ]
+        return found[::-1]
+
+    def _update(self, sound: Sequence[bool]) -> None:
+        """Has all stages of the network move, or none."""
+        total = (
+            self._total_norm(sound=all(sound)) if self._clips or self._skips else None
+        )
+        if total is not None and self._skips and not isfinite(total):
+            for stage in self._stages:
+                stage.watch.skip()
             return
+        for stage in self._stages:
+            if total is not None and self._clips:
+                stage.clip(total)
+            stage.update(self._command.step, guided=True)
+
+    def _total_norm(self, *, sound: bool) -> Tensor:
+        """Norms of all gradients ride up to the first worker, the total norm rides down."""
         expected = Clip(self._command.step)
         norms = torch.cat([stage.gradient_norms() for stage in self._stages])
+        if not sound:
+            norms = torch.full_like(norms, nan)
         if self._links.gradients_in is not None:
             (below,) = only(expected, self._links.gradients_in.get())
             norms = torch.cat([norms, below])
         self._links.gradients_out.put(Message(expected, (norms,)))
         if self._is_first:
-            total = torch.linalg.vector_norm(norms)
+            total: Tensor = torch.linalg.vector_norm(norms)
         else:
             (total,) = only(expected, self._links.inbox.get())
         self._links.outbox.put(Message(expected, (total,)))
-        for stage in self._stages:
-            stage.clip(total)
+        return total
 
 
 def only(expected: Command, message: Message) -> tuple[Tensor, ...]:

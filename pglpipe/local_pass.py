@@ -102,7 +102,8 @@ class LocalPass:
             if self._guided.asks_heads:
                 losses["losses", stage.index] = stage.crossing.blend()
         for stage in reversed(waiting):
-            self._apply(stage, step, links)
+            loss = losses.get(("losses", stage.index))
+            self._apply(stage, step, loss, links)
         self._taken = step + 1
         first = self._stages[0].index
         self._on_edge = {
@@ -167,15 +168,16 @@ class LocalPass:
         if guided and stage.is_last:
             stage.zero_grad()
             gradient, loss = stage.crossing.backward_from_loss()
-            stage.clip_alone()
-            stage.update(step, guided=True)
+            stage.finish(step, loss, guided=True)
             if gradient is not None:
                 self._rise(stage, step, gradient, links)
             return loss
         return stage.learn(step)
 
-    def _apply(self, stage: Stage, step: int, links: Links) -> None:
-        """Adds what the gradient that is due says, and updates."""
+    def _apply(
+        self, stage: Stage, step: int, loss: Tensor | None, links: Links
+    ) -> None:
+        """Adds what the gradient that is due says, and updates; ``loss`` is the stage's own."""
         key = _, guided = self._due(stage, step)
         x = self._inputs.pop(key).tensor
         if stage is self._stages[-1]:
@@ -186,8 +188,7 @@ class LocalPass:
         if self._guided.shrink != 1:
             gradient = gradient * self._guided.shrink
         passed = stage.crossing.replay(x, guided, gradient)
-        stage.clip_alone()
-        stage.update(step, guided=True)
+        stage.finish(step, loss, guided=True)
         if passed is not None:
             self._rise(stage, guided, passed, links)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -35,6 +35,7 @@ class StepRecord:
         losses: by stage; None where a stage took none (all but the last in a plain global step).
         cosines: between the gradients of a stage's own loss and of the true one, by stage; None
             where they were not compared.
+        skipped: stages that did not move, since their numbers were not finite.
         samples_per_second: rate at which the last worker finished this step.
         waited_fraction, memory_bytes: by worker.
     """
@@ -48,6 +49,7 @@ class StepRecord:
     waited_fraction: list[float]
     memory_bytes: list[int]
     cosines: list[float | None]
+    skipped: list[int] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -111,6 +113,7 @@ class Merger:
         self._evaluations: dict[int, dict[int, EvaluationReport]] = defaultdict(dict)
         self._memory = [0] * num_workers
         self._cosines: list[dict[int, float]] = [{} for _ in range(num_stages)]
+        self._skipped: list[list[int]] = [[] for _ in range(num_stages)]
 
     @property
     def cosines(self) -> list[float | None]:
@@ -119,15 +122,26 @@ class Merger:
             statistics.fmean(seen.values()) if seen else None for seen in self._cosines
         ]
 
-    def cosines_until(self, step: int) -> list[list[tuple[int, float]]]:
-        """Those of the steps before this one, with their steps, by stage."""
-        return [
-            [pair for pair in seen.items() if pair[0] < step] for seen in self._cosines
-        ]
+    @property
+    def skipped(self) -> list[int]:
+        """Steps that were skipped so far, by stage."""
+        return list(map(len, self._skipped))
 
-    def resume(self, cosines: list[list[tuple[int, float]]]) -> None:
-        """Goes on from what :meth:`cosines_until` said."""
-        self._cosines = [dict(seen) for seen in cosines]
+    def until(self, step: int) -> dict[str, Any]:
+        """What is known of the steps before this one, beyond records; JSON can hold it."""
+        return {
+            "cosines": [
+                [pair for pair in seen.items() if pair[0] < step]
+                for seen in self._cosines
+            ],
+            "skipped": [[s for s in seen if s < step] for seen in self._skipped],
+        }
+
+    def resume(self, known: Mapping[str, Any]) -> None:
+        """Goes on from what :meth:`until` said, of as many stages."""
+        if len(known["cosines"]) == self._num_stages:
+            self._cosines = [dict(seen) for seen in known["cosines"]]
+            self._skipped = [list(seen) for seen in known["skipped"]]
 
     def add_training(self, report: TrainReport) -> Iterator[StepRecord]:
         """The steps that this report completes."""
@@ -165,6 +179,9 @@ class Merger:
         for stage, cosine in cosines.items():
             if math.isfinite(cosine):  # a gradient of zero has no direction
                 self._cosines[stage][last.step] = cosine
+        skipped = sorted(stage for part in parts.values() for stage in part.skipped)
+        for stage in skipped:
+            self._skipped[stage].append(last.step)
         return StepRecord(
             step=last.step,
             epoch=last.epoch,
@@ -177,6 +194,7 @@ class Merger:
             ],
             memory_bytes=list(self._memory),
             cosines=[cosines.get(stage) for stage in range(self._num_stages)],
+            skipped=skipped,
         )
 
 
@@ -200,6 +218,7 @@ class Summary:
         exit_accuracy: of every stage's exit.
         gradient_cosine: between the gradients of each stage's own loss and of the true one, the mean
             over the global steps in which they were compared.
+        skipped_steps: in which a stage did not move, since its numbers were not finite, by stage.
         workers: by rank; fractions are of the training time.
         parameters_sha256: over all body parameters and buffers: equal runs, equal digest.
     """
@@ -216,6 +235,7 @@ class Summary:
     test_accuracy: float | None
     exit_accuracy: list[float | None]
     gradient_cosine: list[float | None]
+    skipped_steps: list[int]
     workers: list[dict[str, Any]]
     parameters_sha256: str
 
@@ -229,6 +249,7 @@ def summarize(
     global_steps: int,
     wall_seconds: float,
     cosines: list[float | None],
+    skipped: list[int],
 ) -> Summary:
     """The summary of a run from the last words of its workers, in the order of their ranks."""
     slowest = max(finals, key=lambda final: final.train_seconds)
@@ -247,6 +268,7 @@ def summarize(
         test_accuracy=evaluation.accuracies[-1] if evaluation else None,
         exit_accuracy=list(evaluation.accuracies) if evaluation else [],
         gradient_cosine=cosines,
+        skipped_steps=skipped,
         workers=[_worker_summary(final) for final in finals],
         parameters_sha256=combine(pair for final in finals for pair in final.digests),
     )

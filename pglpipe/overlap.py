@@ -174,6 +174,7 @@ class _Track:
             put = send if self._sink is None else self._sink.fill
             put(self._output)
             losses["losses", self._stage.index] = self._learn(step)
+            losses.update(self._stage.watch.take_figures())
 
     def _forward(self, step: int) -> None:
         if self._replay is None:
@@ -197,6 +198,7 @@ class _Track:
             self._stage.parameters(), self._gradients, strict=True
         ):
             parameter.grad = gradient
+        self._stage.watch.tell(self._norms)
         self._stage.update(step)
         return self._loss.clone()
 
@@ -204,7 +206,9 @@ class _Track:
         """Nothing in a stage that may overlap depends on the number of the step."""
 
         def backward() -> None:
-            self._loss = self._stage.backward_locally(0)
+            self._loss = self._stage.backward_locally()
+            self._norms = self._stage.watch.look()
+            self._stage.clip_alone()
             self._gradients = [p.grad for p in self._stage.parameters()]
 
         try:

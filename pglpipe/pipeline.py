@@ -69,6 +69,7 @@ class Pipeline:
             delay=blueprint.guidance.delay,
             guided=blueprint.learning.guided,
             loans=plan.loans,
+            skips=blueprint.learning.on_nonfinite == "skip",
         )
         self.plan = plan
         self._stages = stages

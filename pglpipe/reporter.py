@@ -28,6 +28,8 @@ from pglpipe.stopwatch import Timing
 
 _INTERVAL = 0.25  # seconds
 
+Judge = Callable[[StepReport, Mapping[int, list[float]]], None]
+
 
 class Reporter:
     """Posts the reports of one worker.
@@ -37,6 +39,8 @@ class Reporter:
         device: where its stages are.
         post: sends a report on its way without waiting for anyone.
         idle_bytes: memory that is held, but not counted as allocated.
+        judge: raises for a step, and for the norms by stage that were told of it, if something is
+            wrong with them.
     """
 
     def __init__(
@@ -45,11 +49,13 @@ class Reporter:
         device: torch.device,
         post: Callable[[Report], None],
         idle_bytes: Callable[[], int] = lambda: 0,
+        judge: Judge = lambda step, norms: None,
     ) -> None:
         self._rank = rank
         self._device = device
         self._post = post
         self._idle_bytes = idle_bytes
+        self._judge = judge
         self._clock = StepClock()
         self._unread: deque[Timing] = deque()
         self._last = time.perf_counter()
@@ -97,8 +103,10 @@ class Reporter:
         """Posts the steps that have not been; those only whose losses are known if not ``wait``."""
         steps = []
         while self._unread and (wait or self._unread[0].has_passed()):
-            steps.append(self._unread.popleft().read())
+            timing = self._unread.popleft()
+            steps.append(timing.read())
             self._clock.add(steps[-1])
+            self._judge(steps[-1], timing.norms)
         self._last = time.perf_counter()
         if steps:
             self._post(TrainReport(self._rank, steps, self._memory()))

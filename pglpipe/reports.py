@@ -20,6 +20,7 @@ class StepReport:
         seconds: waiting and working for this step.
         waited_recv: seconds of it spent waiting for messages.
         waited_send: seconds of it spent waiting for a free slot.
+        skipped: stages that did not move, since their numbers were not finite.
     """
 
     step: int
@@ -31,6 +32,7 @@ class StepReport:
     waited_recv: float
     waited_send: float
     cosines: dict[int, float] = field(default_factory=dict)
+    skipped: list[int] = field(default_factory=list)
 
     @property
     def waited(self) -> float:

@@ -139,7 +139,9 @@ def _start(asked: RunConfig, world: World) -> Start:
     """How the run begins, as worker 0 finds it."""
     if world.rank > 0:
         return Start.from_json(world.mailbox.share())
-    found = start_of(asked, Path(asked.run_dir or default_path()))
+    # An attempt that the launcher has restarted goes on in the folder of the first.
+    folder = asked.run_dir or world.first_said("run_dir", str(default_path()))
+    found = start_of(asked, Path(folder))
     world.mailbox.share(found.to_json())
     return found
 
@@ -189,6 +191,7 @@ def _trainer(
         memory_budget=config.memory_budget_bytes(),
         timetable=config.timetable,
         clip_norm=config.clip_norm or math.inf,
+        on_nonfinite=config.on_nonfinite,
         transport=config.transport,
         queue_depth=config.queue_depth,
         edge_dtype=config.edge_dtype,

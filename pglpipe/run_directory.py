@@ -96,6 +96,7 @@ class RunDirectory:
             samples_per_second=record.samples_per_second,
             waited_fraction=record.waited_fraction,
             memory_bytes=record.memory_bytes,
+            **({"skipped": record.skipped} if record.skipped else {}),
         )
 
     def on_evaluation(self, record: EvaluationRecord) -> None:

@@ -20,13 +20,13 @@ A local step may take its batch through in parts, of which one at a time has a g
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
 from pglpipe.body import Body, dense
+from pglpipe.clipping import clip_alone, clip_with_others, norms_of
 from pglpipe.crossing import Crossing
 from pglpipe.exit import Exit, weighted
 from pglpipe.learning import Learning, compiled
@@ -35,6 +35,7 @@ from pglpipe.reports import (
 )
 from pglpipe.snapshot import Snapshot, fill_module, module_snapshot
 from pglpipe.updates import Updates
+from pglpipe.watch import watch
 
 
 class Stage:
@@ -50,6 +51,7 @@ class Stage:
 
     Attributes:
         crossing: what it does with gradients from elsewhere.
+        watch: looks at its loss and gradients.
     """
 
     def __init__(
@@ -68,6 +70,7 @@ class Stage:
         self._updates = Updates(self.parameters(), learning)
         first = next(iter(self.tensors()), None)
         self._device = torch.device("cpu") if first is None else first.device
+        self.watch = watch(index, body, head, learning.on_nonfinite, self._device)
         self._run_body: Callable[[Tensor], Tensor] = (
             compiled(body, retains=learning.retains or learning.guided.local_weight > 0)
             if learning.compile
@@ -143,6 +146,7 @@ class Stage:
         Returns:
             The activation ``[B, ...]`` for the next stage, detached and dense.
         """
+        self.watch.begin(step)
         x = x.detach()
         if crossing and self.index > 0:
             x.requires_grad_()
@@ -160,6 +164,12 @@ class Stage:
     def update(self, step: int, *, guided: bool = False) -> None:
         """One step of the optimizer, at the learning rate of this step."""
         self._updates.apply(step, self.total_steps, guided=guided)
+
+    def finish(self, step: int, loss: Tensor | None, *, guided: bool = False) -> None:
+        """Clips this stage's gradient and updates, if that and its loss are finite."""
+        if self.watch.passes(step, loss):
+            self.clip_alone()
+            self.update(step, guided=guided)
 
     # -- local step -------------------------------------------------------------------
 
@@ -192,23 +202,21 @@ class Stage:
         Returns:
             The loss, a detached scalar.
         """
-        loss = self.backward_locally(step)
-        self.update(step)
+        loss = self.backward_locally()
+        self.finish(step, loss)
         return loss
 
-    def backward_locally(self, step: int) -> Tensor:
+    def backward_locally(self) -> Tensor:
         """Backward of the local loss of the last forward; returns the loss, a detached scalar."""
         if not self._learned:
             self.zero_grad()
         loss = sum(self._learned, self._learn_part())
         self._learned.clear()
-        self.clip_alone()
         return loss
 
     def clip_alone(self) -> None:
         """Limits the norm of this stage's gradient."""
-        if math.isfinite(self._learning.clip_norm):
-            nn.utils.clip_grad_norm_(self.parameters(), self._learning.clip_norm)
+        clip_alone(self._modules(), self._learning.clip_norm)
 
     def _learn_part(self) -> Tensor:
         """Adds the gradient of what was kept first; returns its share of the local loss."""
@@ -223,29 +231,18 @@ class Stage:
 
     def pass_on(self, x: Tensor, step: int) -> Tensor:
         """Runs the body without learning from this batch; ``[B, ...]`` for the next stage."""
+        self.watch.begin(step)
         return dense(self._runs.pass_on(x.detach(), step))
 
     # -- guided step ------------------------------------------------------------------
 
     def gradient_norms(self) -> Tensor:
         """The 2-norm of each parameter's gradient ``[parameters]``, in the model's own order."""
-        gradients = (p.grad for p in self.body.parameters() if p.grad is not None)
-        norms = [torch.linalg.vector_norm(gradient) for gradient in gradients]
-        # One zero for a stage without gradients: it adds nothing, and a message is never empty.
-        return torch.stack(norms) if norms else torch.zeros(1, device=self._device)
+        return norms_of(self.body, self._device)
 
     def clip(self, total_norm: Tensor) -> None:
-        """Scales the gradients as if those of the whole network had been clipped at once.
-
-        A head, which is no part of the network, is clipped alone.
-        """
-        if self.head is not None:
-            nn.utils.clip_grad_norm_(self.head.parameters(), self._learning.clip_norm)
-        parameters = [p for p in self.body.parameters() if p.grad is not None]
-        if parameters:
-            nn.utils.clip_grads_with_norm_(
-                parameters, self._learning.clip_norm, total_norm
-            )
+        """Scales the gradients by what the norm of the whole network's is; a head's alone."""
+        clip_with_others(self.body, self.head, self._learning.clip_norm, total_norm)
 
     # -- checkpoints ------------------------------------------------------------------
 

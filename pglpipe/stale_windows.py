@@ -167,8 +167,8 @@ class StaleWindows:
                 leaving[source] = passed
             if source == last:
                 del self._inputs[index, guided]
-        stage.clip_alone()
-        stage.update(step, guided=hears or (stage.is_last and step in self._guided))
+        guided = hears or (stage.is_last and step in self._guided)
+        stage.finish(step, loss, guided=guided)
         if passing:
             self._rise(stage, step, [leaving[source] for source, _ in passing], links)
         return loss

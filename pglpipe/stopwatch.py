@@ -16,10 +16,11 @@ Source: CUDA events in PyTorch, https://docs.pytorch.org/docs/stable/notes/cuda.
 from __future__ import annotations
 
 import dataclasses
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,7 +31,8 @@ from pglpipe.reports import (
 
 STEPS_AHEAD = 2  # that a GPU may have before it, for each lane
 
-# What is known of a step when its work has passed: scalars by name ("losses", "cosines") and stage.
+# What is known of a step when its work has passed, by name and stage: scalars ("losses", "cosines",
+# "skipped"), and "norms" of gradients ``[1 + parameters]``.
 Figures = Mapping[tuple[str, int], Tensor]
 Span = tuple[torch.cuda.Event, torch.cuda.Event]
 
@@ -67,10 +69,15 @@ def stalling(device: torch.device, spans: list[Span]) -> Iterator[None]:
 
 
 class Timing:
-    """A step whose seconds and figures are known already: the host's."""
+    """A step whose seconds and figures are known already: the host's.
+
+    Attributes:
+        norms: of gradients by stage, where they were told; known once the step is read.
+    """
 
     def __init__(self, step: StepReport, figures: Figures) -> None:
         self._step, self._figures = step, figures
+        self.norms: dict[int, list[float]] = {}
 
     def has_passed(self) -> bool:
         """Whether reading needs no waiting."""
@@ -78,14 +85,19 @@ class Timing:
 
     def read(self) -> StepReport:
         """The step with its seconds and figures; waits until it has passed."""
-        return self._told(map(float, self._figures.values()))
+        return self._told(value.tolist() for value in self._figures.values())
 
-    def _told(self, values: Iterable[float]) -> StepReport:
-        found: dict[str, dict[int, float]] = {"losses": {}, "cosines": {}}
+    def _told(self, values: Iterable[Any]) -> StepReport:
+        found: dict[str, dict[int, Any]] = defaultdict(dict)
         for (name, stage), value in zip(self._figures, values, strict=True):
             found[name][stage] = value
-        losses, cosines = found["losses"], found["cosines"]
-        return dataclasses.replace(self._step, losses=losses, cosines=cosines)
+        self.norms = found["norms"]
+        return dataclasses.replace(
+            self._step,
+            losses=found["losses"],
+            cosines=found["cosines"],
+            skipped=sorted(found["skipped"]),
+        )
 
 
 class _DeviceTiming(Timing):
@@ -105,11 +117,9 @@ class _DeviceTiming(Timing):
     ) -> None:
         # Held until they have passed, so that no stream reuses their memory too early.
         super().__init__(step, figures)
-        self._values = (
-            torch.stack(list(figures.values())).to("cpu", non_blocking=True)
-            if figures
-            else torch.empty(0)
-        )
+        parts = [figure.reshape(-1) for figure in figures.values()]
+        joined = torch.cat(parts) if parts else torch.empty(0)
+        self._values = joined.to("cpu", non_blocking=True)
         self._stalls, self._began, self._before = stalls, began, before
         self.ended = _now()
 
@@ -119,8 +129,11 @@ class _DeviceTiming(Timing):
     def read(self) -> StepReport:
         self.ended.synchronize()
         starts = [self._began] if self._before is None else [self._began, self._before]
+        figures = list(self._figures.values())
+        parts = torch.split(self._values, [figure.numel() for figure in figures])
+        values = (part.view(f.shape) for part, f in zip(parts, figures, strict=True))
         return dataclasses.replace(
-            self._told(self._values.tolist()),
+            self._told(value.tolist() for value in values),
             seconds=min(_seconds(start, self.ended) for start in starts),
             waited_recv=sum(_seconds(*span) for span in self._stalls.received),
             waited_send=sum(_seconds(*span) for span in self._stalls.sent),

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from pglpipe.display import clock, layers_of, number, percent, worker_of
+from pglpipe.doctor import Diagnosis
 from pglpipe.memory import as_text
 from pglpipe.metrics import Summary
 from pglpipe.plan import KINDS, Plan
@@ -86,6 +87,11 @@ def show_exits(plan: Plan, summary: Summary, folder: Path | None = None) -> None
             f"{summary.steps} steps, {summary.global_steps} of them guided, at "
             f"{summary.samples_per_second:.0f} samples/s; {clock(summary.wall_seconds)} in all"
         )
+    if any(summary.skipped_steps):
+        counts = ", ".join(map(str, summary.skipped_steps))
+        console.print(
+            f"Skipped, since a loss or gradient was not finite: {counts} steps by stage"
+        )
     if folder:
         console.print(f"written to {folder}", soft_wrap=True)
 
@@ -118,3 +124,39 @@ def _settings(plan: Plan) -> str:
         f"Kept for backward with{' --recompute' if memory.recompute else ''} "
         f"--microbatches {memory.microbatches} --local-microbatches {memory.local_microbatches}"
     )
+
+
+def show_diagnosis(diagnosis: Diagnosis) -> None:
+    """Prints what the workers see, what the edges do, and what is wrong with it."""
+    table = Table(
+        *("worker", "host", "device", "cores", "threads", "PyTorch", "backends"),
+        "edges listen at",
+        box=SIMPLE_HEAD,
+    )
+    for one in diagnosis.facts:
+        table.add_row(
+            str(one.rank),
+            one.host,
+            one.device,
+            str(one.cores),
+            str(one.threads),
+            one.torch,
+            " ".join(one.network.backends),
+            one.network.listens,
+        )
+    console = Console()
+    console.print(table)
+    if diagnosis.pings:
+        edges = Table("edge", "round trip", "down", "up", box=SIMPLE_HEAD)
+        for ping in diagnosis.pings:
+            edges.add_row(
+                f"{ping.edge} – {ping.edge + 1}",
+                f"{1e6 * ping.seconds:.0f} µs",
+                f"{ping.down / 1e6:.0f} MB/s",
+                f"{ping.up / 1e6:.0f} MB/s",
+            )
+        console.print(edges)
+    for finding in diagnosis.findings:
+        console.print(f"{finding.level}: {finding.text}", markup=False, highlight=False)
+    if not diagnosis.status:
+        console.print("Nothing would keep a run from working.")

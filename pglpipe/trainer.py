@@ -75,6 +75,8 @@ class Trainer:
         timetable: the order of a global step's microbatches, ``1f1b`` or ``gpipe``.
         clip_norm: largest gradient norm: of the network in global steps, whose heads are clipped alone;
             of a stage in all others.
+        on_nonfinite: what a loss or gradient that is not finite does: ``stop`` the run, or have its
+            stage, in a global step all of them, ``skip`` the step.
         transport: what several workers talk over: ``p2p`` (which ``auto`` picks), or ``rpc``.
         queue_depth: messages that may wait at either end of an edge.
         edge_dtype: the format of activations between stages: ``same``, ``bf16``, ``fp8``, ``int8``.
@@ -119,6 +121,7 @@ class Trainer:
         memory_budget: int | None = None,
         timetable: str = "1f1b",
         clip_norm: float = math.inf,
+        on_nonfinite: str = "stop",
         transport: str = "auto",
         queue_depth: int = 2,
         edge_dtype: str = "same",
@@ -157,17 +160,18 @@ class Trainer:
             guided=guided,
             local_weight=local_weight,
             retains=compare_every > 0 or guidance.reach == "window",
+            on_nonfinite=on_nonfinite,
         )
-        budgeted = memory_budget is not None
         check_together(
             memory,
-            budgeted,
+            memory_budget is not None,
             compile,
             overlap_stages,
             guidance,
             guided,
             local_weight,
             learning.local_loss,
+            skips=on_nonfinite == "skip",
         )
         blueprint = Blueprint(
             layers=as_layers(layers),
@@ -191,8 +195,7 @@ class Trainer:
             refresh_every=refresh_every,
         )
         self._session = Session(world, blueprint, observer or Observers())
-        self._guidance = guidance
-        self._fitted = False
+        self._guidance, self._fitted = guidance, False
 
     # -- what a user calls, on every worker alike -------------------------------------
 

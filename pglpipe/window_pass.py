@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from pglpipe.commands import Message, Microbatch
+from pglpipe.commands import Microbatch
 from pglpipe.global_pass import GlobalPass, only
 from pglpipe.stage import Stage
 from pglpipe.timetable import Row
@@ -53,7 +53,7 @@ class WindowPass(GlobalPass):
         self._window = window
         self._num_stages = num_stages
 
-    def _backward(self, expected: Microbatch) -> None:
+    def _backward(self, expected: Microbatch) -> Tensor | None:
         joined: Tensor | None = None
         below = self._crossing(self._stages[-1].index + 1)
         if below and self._links.gradients_in is not None:
@@ -68,8 +68,7 @@ class WindowPass(GlobalPass):
             self._losses[stage.index].append(loss)
             below = sorted(leaving)
             joined = torch.cat([leaving[loss] for loss in below]) if below else None
-        if joined is not None:
-            self._links.gradients_out.put(Message(expected, (joined,)))
+        return joined
 
     def _crossing(self, stage: int) -> list[int]:
         """The losses whose gradients pass from a stage to the one before it."""
@@ -77,6 +76,9 @@ class WindowPass(GlobalPass):
             return []
         return crossing(stage, self._window, self._num_stages)
 
-    def _limit(self) -> None:
-        for stage in self._stages:
-            stage.clip_alone()
+    def _update(self, sound: Sequence[bool]) -> None:
+        """Each stage moves by itself, as in local steps."""
+        for stage, passes in zip(self._stages, sound, strict=True):
+            if passes:
+                stage.clip_alone()
+                stage.update(self._command.step, guided=True)

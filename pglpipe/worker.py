@@ -10,7 +10,7 @@ The whole control flow of training stands here, one line per command::
                         collect        hand the weights up
                         stop
 
-It asks nobody what to do next and waits for nobody but its neighbours.
+It asks nobody what to do next.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from torch import Tensor
@@ -54,6 +55,7 @@ from pglpipe.state import digests
 from pglpipe.stopwatch import Figures, Stopwatch
 from pglpipe.timetable import Row
 from pglpipe.transport import Links
+from pglpipe.watch import judge
 from pglpipe.window_pass import WindowPass
 
 
@@ -73,7 +75,8 @@ class Worker:
         self._writer: Writer | None = None
         self._duty = duty
         self._stages = stages
-        self._reporter = Reporter(duty.rank, duty.device, post, self._idle_bytes)
+        judges, idle = partial(judge, [s.watch for s in stages]), self._idle_bytes
+        self._reporter = Reporter(duty.rank, duty.device, post, idle, judges)
         self._stopwatch = Stopwatch(duty.device, len(stages) if duty.overlaps else 1)
         self._saved = {kind: _saved_bytes(stages) for kind in ("local", "global")}
         self._counted: set[type[TrainStep]] = set()
@@ -92,6 +95,7 @@ class Worker:
             stages,
             self._row,
             clips=duty.clips,
+            skips=duty.skips,
             is_first=duty.rank == 0,
             wire=duty.wire,
             recompute=duty.recompute,
@@ -153,6 +157,9 @@ class Worker:
             case LocalStep() | StaleStep() | GlobalStep() | WindowStep():
                 self._train(True)
                 figures = self._step(command, tensors)
+                for stage in self._stages:
+                    if told := stage.watch.take_figures():
+                        figures = {**figures, **told}
                 self._refresh.after(command.step, self._links)
                 return figures
             case Evaluate():

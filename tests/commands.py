@@ -16,6 +16,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import io
+import ipaddress
 import itertools
 import json
 import os
@@ -210,6 +211,31 @@ def all_listening() -> set[str]:
         for line in table.read_text().splitlines()
     ]
     return {row[9] for row in rows if row[3] == _LISTENING}
+
+
+def sockets_of(processes: Processes) -> list[tuple[int, tuple[str, int]]]:
+    """Process, and address and port where it accepts connections, of everything that was started."""
+    found = []
+    for pid in processes.pids():
+        owned = _sockets(pid)
+        for table in ("tcp", "tcp6"):
+            for line in Path(f"/proc/net/{table}").read_text().splitlines():
+                row = line.split()
+                if row[3] == _LISTENING and row[9] in owned:
+                    host, _, port = row[1].partition(":")
+                    found.append((pid, (_address(host), int(port, 16))))
+    return found
+
+
+def _address(written: str) -> str:
+    """An address of /proc/net, words of 4 bytes with the last byte first; any is loopback's."""
+    words = [bytes.fromhex(written[i : i + 8])[::-1] for i in range(0, len(written), 8)]
+    packed = b"".join(words)
+    if packed.startswith(b"\0" * 10 + b"\xff\xff"):
+        packed = packed[12:]  # an IPv4 address among those of IPv6
+    if not any(packed):
+        return "127.0.0.1" if len(packed) == 4 else "::1"
+    return str(ipaddress.ip_address(packed))
 
 
 def _sockets(pid: int) -> list[str]:

@@ -25,7 +25,7 @@ from pglpipe.data import Batches
 from pglpipe.errors import ConfigError, EdgeTimeout, PeerLost, PglpipeError
 from pglpipe.layer import assemble
 
-COMMANDS = ("train", "plan", "evaluate", "export")
+COMMANDS = ("train", "plan", "evaluate", "export", "doctor")
 
 Plan = Callable[..., Ended]
 

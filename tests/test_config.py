@@ -71,6 +71,7 @@ VALUES: dict[str, tuple[Any, Any]] = {
     "final_lr": (0.5, 0.1),
     "final_warmup_epochs": (0.5, 1.0),
     "clip_norm": (1.0, 2.0),
+    "on_nonfinite": ("skip", "stop"),
     "seed": (3, 4),
     "device": ("cpu", "auto"),
     "precision": ("bf16", "fp32"),
@@ -106,7 +107,7 @@ PROMISED = """
     guidance-period guidance-duration guidance-warmup guidance-warmup-kind guidance-final
     guidance-unit guidance-reach guidance-window guidance-delay
     guided-weight guided-local-weight guided-heads guided-optimizer guided-lr-scale guided-shrink
-    compare-every final-lr final-warmup-epochs microbatches timetable
+    on-nonfinite compare-every final-lr final-warmup-epochs microbatches timetable
     recompute local-microbatches memory-budget
     epochs steps batch-size lr momentum weight-decay lr-schedule warmup-epochs seed device
     precision compile overlap-stages transport queue-depth edge-dtype run-dir quiet

@@ -14,6 +14,7 @@ from waiting import Guarded
 from worlds import Batch, Trained, image_batches, small_resnet, train
 
 from pglpipe import ALWAYS, NEVER, Guidance
+from pglpipe.errors import WorkerError
 from pglpipe.lanes import CudaLanes
 from pglpipe.layer import Layer
 from pglpipe.models import build
@@ -144,6 +145,48 @@ def test_no_step_waits_for_what_it_has_queued(
         overlap_stages=overlaps,
     )
     assert len(trained.records.steps) == 40
+
+
+# -- numbers that are none ------------------------------------------------------------
+
+
+def spoilt_batches() -> list[Batch]:
+    batches = image_batches(*[8] * 40)
+    batches[17][0][0, 0, 0, 0] = float("inf")
+    return batches
+
+
+@pytest.mark.parametrize(
+    ("guidance", "place"),
+    [(NEVER, "local loss is not finite in stage 0"), (ALWAYS, "true loss .* stage 3")],
+)
+@pytest.mark.parametrize("overlaps", [False, True])
+def test_the_step_that_was_not_finite_is_named_some_steps_later(
+    guidance: Guidance, place: str, overlaps: bool
+) -> None:
+    with pytest.raises(WorkerError, match=f"^the {place}.* at step 17;"):
+        train(
+            1,
+            small_resnet("resnet8"),
+            spoilt_batches(),
+            guidance=guidance,
+            balance="2,1,1,1",
+            device="cuda",
+            overlap_stages=overlaps,
+        )
+
+
+@pytest.mark.parametrize("guidance", [NEVER, ALWAYS])
+def test_a_batch_that_is_skipped_is_a_batch_that_never_came(guidance: Guidance) -> None:
+    options: dict[str, Any] = dict(
+        guidance=guidance, balance="2,1,1,1", device="cuda", on_nonfinite="skip"
+    )
+    batches = spoilt_batches()
+    skipped = train(1, small_resnet("resnet8"), batches, **options).summary
+    del batches[17]
+    without = train(1, small_resnet("resnet8"), batches, **options).summary
+    assert skipped.skipped_steps == [1] * 4 and without.skipped_steps == [0] * 4
+    assert skipped.parameters_sha256 == without.parameters_sha256
 
 
 # -- time and memory ------------------------------------------------------------------

@@ -63,6 +63,16 @@ def test_a_global_step_has_no_loss_but_the_last() -> None:
     assert record.losses == [None, None, 0.5] and record.kind == "global"
 
 
+def test_skipped_steps_are_counted_by_stage() -> None:
+    merger = Merger(num_stages=4, num_workers=2)
+    upper = [step(0, {}, skipped=[1]), step(1, {}), step(2, {}, skipped=[0, 1])]
+    lower = [step(0, {}, skipped=[2, 3]), step(1, {}), step(2, {}, skipped=[2])]
+    assert list(merger.add_training(TrainReport(1, lower, 0))) == []
+    records = list(merger.add_training(TrainReport(0, upper, 0)))
+    assert [record.skipped for record in records] == [[1, 2, 3], [], [0, 1, 2]]
+    assert merger.skipped == [1, 2, 2, 1]
+
+
 def test_an_evaluation_is_the_exact_mean_over_ragged_batches_and_workers() -> None:
     merger = Merger(num_stages=3, num_workers=2)
     last = EvaluationReport(1, 40, 2, {2: ExitCount(10, 9, 2.5)})
@@ -123,6 +133,7 @@ def summary_of(finals: list[FinalReport], evaluation: EvaluationRecord | None) -
         global_steps=1,
         wall_seconds=60.0,
         cosines=[0.5, None],
+        skipped=[2, 0],
     )
 
 

@@ -99,6 +99,23 @@ def test_gradients_that_a_replay_left_in_its_memory_are_learned() -> None:
     assert equal(tensors(made), one_after_another(batches)[0])
 
 
+def test_norms_are_told_of_every_step_where_nobody_waits_for_them() -> None:
+    """On a GPU a stage defers its judgement; what a replay saw is copied out of its memory."""
+    made = stages(clip_norm=0.5)
+    for stage in made:
+        stage.watch._defers = True
+    overlap = Overlap(made, Immediate(STAGES), Wire())
+    told = [
+        overlap.step(step, batch, lambda output: None)
+        for step, batch in enumerate(image_batches(*[8] * (WARMUP_STEPS + 3)))
+    ]
+    norms = [[figures["norms", index] for figures in told] for index in range(STAGES)]
+    for stage, by_step in zip(made, norms, strict=True):
+        assert {len(seen) for seen in by_step} == {1 + len(stage.parameters())}
+        assert len({tuple(seen.tolist()) for seen in by_step}) == len(told)
+        assert max(float(seen.max()) for seen in by_step) > 0.5, "before clipping"
+
+
 def test_what_all_stages_keep_is_counted_together() -> None:
     lanes, made = Immediate(STAGES), stages()
     overlap = Overlap(made, lanes, Wire())

@@ -7,6 +7,7 @@ import time
 import pytest
 import torch
 
+from pglpipe.errors import NonFinite
 from pglpipe.metrics import WARMUP_STEPS
 from pglpipe.reporter import Reporter
 from pglpipe.reports import (
@@ -91,6 +92,22 @@ def test_a_loss_is_read_only_when_it_is_reported() -> None:
     finish(reporter)
     assert isinstance(posted[0], TrainReport)
     assert posted[0].steps[0].losses == {0: 2.0}
+
+
+def test_what_is_wrong_with_a_step_is_raised_in_the_order_of_steps() -> None:
+    def judge(report: StepReport, norms: object) -> None:
+        judged.append((report.step, norms))
+        if report.step == 2:
+            raise NonFinite("the local loss is not finite", (2, 0))
+
+    judged: list[object] = []
+    reporter = Reporter(3, torch.device("cpu"), lambda r: None, judge=judge)
+    for number in range(4):
+        norms = {("norms", 6): torch.tensor([0.0, float(number)])}
+        reporter.stepped(Timing(step(number), norms))
+    with pytest.raises(NonFinite):
+        finish(reporter)
+    assert judged == [(number, {6: [0.0, number]}) for number in range(3)]
 
 
 def test_memory_that_is_held_idle_is_told_too() -> None:

@@ -5,21 +5,27 @@ The store in which they meet is the launcher's and outlives them, with the addre
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
+import random
 import shutil
+import signal
 import socket
+import time
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import pytest
-from commands import Processes, module, run, summary_of
+from commands import Processes, draw_images, module, run, small_run, summary_of
 from test_kill_matrix import AMBUSH
 
 pytestmark = pytest.mark.dist
 
 WORKERS = 2
 TRIES = 20
+KILLS = 50
 RUN = [
     *("-m", "pglpipe.train", "--model", "ambush:network", "--stages", str(WORKERS)),
     *("--balance", "1,1", "--head", "0c1f", "--dataset", "synthetic"),
@@ -89,6 +95,59 @@ def test_workers_on_several_hosts_come_back(
             host.wait().check()
             assert not host.pids(), "processes are left"
     check_as_whole(tmp_path, whole)
+
+
+def test_without_a_run_directory_it_goes_on_in_the_one_of_the_first_attempt(
+    whole: dict[str, Any], tmp_path: Path
+) -> None:
+    lay(tmp_path, 1, "local")
+    at = RUN.index("--run-dir")
+    anywhere = [*RUN[:at], *RUN[at + 2 :]]
+    options = ["--max-restarts=1", "--standalone", f"--nproc_per_node={WORKERS}"]
+    run(module("torch.distributed.run", *options, *anywhere), cwd=tmp_path).check()
+    (folder,) = (tmp_path / "runs").iterdir()
+    assert summary_of(folder)["parameters_sha256"] == whole["parameters_sha256"]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1500)
+def test_fifty_kills_at_random_change_nothing(tmp_path: Path) -> None:
+    """Of a random worker each time, some steps after the last; the launcher restarts them all."""
+    dice, kills, folder = random.Random(0), 0, tmp_path / "run"
+    images = draw_images(tmp_path / "images")
+    options = [
+        *(*small_run(images), "--epochs", "200", "--evaluate-every", "50"),
+        *("--guidance-period", "4", "--guidance-duration", "2", "--quiet"),
+        *("--checkpoint-every", "5", "--run-dir"),
+    ]
+    whole = ["pglpipe.train", *options, str(tmp_path / "whole")]
+    run(module(*whole), cwd=tmp_path).check()
+    launch = ["--standalone", f"--nproc_per_node={WORKERS}", f"--max-restarts={KILLS}"]
+    words = [*launch, "-m", "pglpipe.train", *options, str(folder)]
+    with Processes(module("torch.distributed.run", *words), cwd=tmp_path) as processes:
+        for _ in range(KILLS):
+            target = newest_step(folder) + dice.randrange(6, 14)
+            while newest_step(folder) < target and processes.running:
+                time.sleep(0.002)
+            # The launcher may be starting them anew.
+            with contextlib.suppress(ValueError, ProcessLookupError):
+                os.kill(processes.worker(dice.randrange(WORKERS)), signal.SIGKILL)
+                kills += 1
+        processes.wait(600).check()
+        assert not processes.pids(), "processes are left"
+    assert kills >= KILLS - 5
+    digests = {
+        summary_of(each)["parameters_sha256"] for each in (folder, tmp_path / "whole")
+    }
+    assert len(digests) == 1
+
+
+def newest_step(folder: Path) -> int:
+    """The last step that the run has told of."""
+    path = folder / "metrics.jsonl"
+    lines = path.read_text().splitlines() if path.exists() else []
+    steps = [json.loads(line)["step"] for line in lines if line.endswith("}")]
+    return max(steps, default=0)
 
 
 def free_port() -> int:

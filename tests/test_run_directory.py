@@ -45,6 +45,7 @@ SUMMARY = Summary(
     test_accuracy=0.75,
     exit_accuracy=[0.5, 0.75],
     gradient_cosine=[0.25, None],
+    skipped_steps=[0, 0],
     workers=[{"rank": 0, "stages": [0, 1], "busy_fraction": 1.0}],
     parameters_sha256="0" * 64,
 )
@@ -91,6 +92,12 @@ def test_a_step_is_a_line_as_soon_as_it_is_complete(folder: RunDirectory) -> Non
             "memory_bytes": [10, 20],
         }
     ]
+
+
+def test_stages_that_skipped_a_step_stand_in_its_line(folder: RunDirectory) -> None:
+    folder.on_step(STEP)
+    folder.on_step(dataclasses.replace(STEP, skipped=[1]))
+    assert [line.get("skipped") for line in lines(folder)] == [None, [1]]
 
 
 def test_an_evaluation_is_a_line_as_soon_as_it_is_complete(

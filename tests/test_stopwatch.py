@@ -85,6 +85,23 @@ def test_on_a_gpu_step_and_waits_are_the_queues(gpu: Queue) -> None:
         assert read.losses == {1: 0.25}
 
 
+@pytest.mark.parametrize("device", [CPU, CUDA])
+def test_norms_and_skips_come_with_the_step(gpu: Queue, device: torch.device) -> None:
+    figures = {
+        ("losses", 1): torch.tensor(0.25),
+        ("norms", 1): torch.tensor([0.0, 1.0, math.inf]),
+        ("skipped", 3): torch.tensor(0.0),
+        ("norms", 2): torch.zeros(1),
+        ("skipped", 0): torch.tensor(0.0),
+    }
+    timer = Stopwatch(device)
+    timer.begin(Stalls())
+    timing = timer.end(step(), figures, Stalls())
+    read = timing.read()
+    assert (read.losses, read.skipped) == ({1: 0.25}, [0, 3])
+    assert timing.norms == {1: [0.0, 1.0, math.inf], 2: [0.0]}
+
+
 def test_steps_that_overlap_count_from_the_end_of_the_one_before(gpu: Queue) -> None:
     timer, stalls = Stopwatch(CUDA), Stalls()
     timer.begin(stalls)

@@ -42,6 +42,7 @@ SUMMARY = Summary(
     test_accuracy=1.0,
     exit_accuracy=[None, 0.5, 1.0],
     gradient_cosine=[None, 0.25, None],
+    skipped_steps=[0, 0, 0],
     workers=[
         {
             "rank": 0,
@@ -102,6 +103,14 @@ def test_the_end_shows_every_exit_and_what_it_took(
     assert "2 classifier 100.0 % – 1 0.0 % 5 MiB" in text
     assert "20 steps, 4 of them guided, at 321 samples/s; 1:15 in all" in text
     assert "written to runs/one" in text
+
+
+def test_the_end_counts_what_was_skipped(capsys: pytest.CaptureFixture[str]) -> None:
+    tables.show_exits(PLAN, SUMMARY)
+    assert "kipped" not in " ".join(printed(capsys))
+    tables.show_exits(PLAN, dataclasses.replace(SUMMARY, skipped_steps=[0, 2, 1]))
+    said = "Skipped, since a loss or gradient was not finite: 0, 2, 1 steps by stage"
+    assert said in printed(capsys)
 
 
 def test_an_evaluation_alone_speaks_neither_of_steps_nor_of_a_folder(

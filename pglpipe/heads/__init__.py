@@ -24,6 +24,7 @@ from pglpipe.heads.borrowed import Borrowed, borrowed, man_head, solo_head, thin
 from pglpipe.heads.conv import TOKEN_HEADS, conv_head
 from pglpipe.heads.dgl import cnn_head, mlp_head, mlp_sr_head
 from pglpipe.heads.site import Site
+from pglpipe.options import shown
 
 __all__ = [
     "Borrowed",
@@ -66,11 +67,11 @@ def find_head(name: str) -> HeadFunction:
     Raises:
         ConfigError: there is no such head.
     """
-    match = re.fullmatch(r"([a-z]+)-([1-9]\d*)", name)
+    match = re.fullmatch(r"([a-z]+)-([1-9][0-9]{0,3})", name)
     if match and match[1] in DEEP:
         return partial(DEEP[match[1]], depth=int(match[2]))
     if name not in HEADS:
-        raise ConfigError(f"unknown --head {name!r}: {nearest(name, HEAD_NAMES)}")
+        raise ConfigError(f"unknown --head {shown(name)}: {nearest(name, HEAD_NAMES)}")
     return HEADS[name]
 
 

@@ -10,7 +10,10 @@ network, data set and number of stages cannot tell them apart from these.
 
 from __future__ import annotations
 
+import math
+
 from pglpipe.errors import ConfigError
+from pglpipe.options import shown
 
 # Of reconstruction (ixx) and task (ixy), in the first stage (1) and the last with a head (2).
 Lambdas = tuple[float, float, float, float]  # ixx_1, ixy_1, ixx_2, ixy_2
@@ -70,16 +73,18 @@ def as_lambdas(text: str) -> Lambdas:
     """Four weights as they are typed.
 
     Raises:
-        ConfigError: the text is not four numbers.
+        ConfigError: the text is not four numbers of at least 0.
 
     >>> as_lambdas("5,0.05,0.2,0.5")
     (5.0, 0.05, 0.2, 0.5)
     """
     try:
         a, b, c, d = map(float, text.split(","))
+        if not all(0 <= number < math.inf for number in (a, b, c, d)):
+            raise ValueError
     except ValueError:
         raise ConfigError(
-            "expected four numbers for --infopro-lambdas, such as 5,0.05,0.2,0.5, or published; "
-            f"got {text!r}"
+            "expected four numbers for --infopro-lambdas, such as 5,0.05,0.2,0.5, none of them below 0, "
+            f"or published; got {shown(text)}"
         ) from None
     return a, b, c, d

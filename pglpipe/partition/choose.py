@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 
 from pglpipe.errors import ConfigError, PartitionError, nearest
+from pglpipe.options import shown
 from pglpipe.partition.balance import balance_by_cost
 from pglpipe.partition.cost import LayerCost
 from pglpipe.partition.published import published_balance
@@ -72,11 +74,13 @@ def _parse(spec: str) -> list[int]:
     words = [word.strip() for word in spec.split(",")]
     if len(words) == 1 and not words[0].lstrip("-").isdecimal():
         hint = nearest(spec, [*MEASURES, "published"])
-        raise ConfigError(f"unknown balance {spec!r}: {hint}, or sizes such as 2,3,3")
+        raise ConfigError(
+            f"unknown balance {shown(spec)}: {hint}, or sizes such as 2,3,3"
+        )
     for word in words:
-        if not word.isdecimal() or int(word) == 0:
+        if not re.fullmatch("0*[1-9][0-9]{0,8}", word):
             raise PartitionError(
-                f"balance {spec}: expected sizes of 1 layer or more, got {word!r}; "
+                f"balance {shown(spec)[1:-1]}: expected sizes of 1 layer or more, got {shown(word)}; "
                 "give whole numbers such as 2,3,3"
             )
     return [int(word) for word in words]

@@ -174,11 +174,21 @@ def check_greeting(channel: Channel, capacity: int) -> None:
     greeting = torch.zeros(3, dtype=torch.int64)
     work = channel.headers.recv([greeting], channel.peer, HEADER)
     channel.wait(work, channel.headers, timedelta(seconds=channel.opening))
-    expected = [packing.MAGIC, packing.VERSION, capacity]
-    if greeting.tolist() != expected:
+    magic, version, offered = greeting.tolist()
+    if magic != packing.MAGIC:
         raise ProtocolError(
-            f"expected the greeting {expected} (magic, protocol, bytes per slot), got "
-            f"{greeting.tolist()} from {channel.name}; start every worker with the same options"
+            f"expected pglpipe's greeting from {channel.name}, got {magic:#x}; something else speaks "
+            "there: give every run a port of its own"
+        )
+    if version != packing.VERSION:
+        raise ProtocolError(
+            f"expected protocol {packing.VERSION} from {channel.name}, which speaks {version}; start "
+            "every worker with the same version of pglpipe"
+        )
+    if offered != capacity:
+        raise ProtocolError(
+            f"expected slots of {capacity} bytes from {channel.name}, which has {offered}; start every "
+            "worker with the same options"
         )
     if channel.payloads is not channel.headers:
         warm_up = torch.zeros(1, dtype=torch.uint8, device=channel.staging)

@@ -22,6 +22,8 @@ from pglpipe.reports import (
 )
 
 _POLL_SECONDS = 0.01
+# What one worker finds at once, another finds when it next reads its figures.
+_FINDING_SECONDS = 1.0
 
 
 class Mailbox:
@@ -88,6 +90,22 @@ class Mailbox:
                 raise EdgeTimeout(f"rank {self._rank} waited {timeout:g} s for {key}")
             time.sleep(_POLL_SECONDS)
         return self._store.get(key).decode()
+
+    def earliest(self, place: tuple[int, int], text: str) -> str:
+        """Of what several workers have found about one cause, that of the least place.
+
+        Every worker that has found something calls this; it waits a moment for the others.
+        """
+        self._store.set(f"found/{self._rank}", json.dumps([*place, text]))
+        keys = [f"found/{rank}" for rank in range(len(self._fetched))]
+        deadline = time.monotonic() + min(_FINDING_SECONDS, self._timeout / 2)
+        while not self._store.check(keys) and time.monotonic() < deadline:
+            if failure := self.failure():
+                return failure
+            time.sleep(_POLL_SECONDS)
+        there = (key for key in keys if self._store.check([key]))
+        found = [json.loads(self._store.get(key)) for key in there]
+        return str(min(found)[-1])
 
     def fail(self, text: str) -> bool:
         """Declares the run failed; true for the first to say so, whose text will stand."""

@@ -153,6 +153,10 @@ def decode(header: Sequence[int], sequence: int, capacity: int) -> Envelope:
         )
     kind = COMMANDS[code]
     fields = header[4 : 4 + len(dataclasses.fields(kind))]
+    if min(fields, default=0) < 0:
+        raise ProtocolError(
+            f"expected numbers of at least 0 for {kind.__name__}, got {list(fields)}"
+        )
     return Envelope(kind(*fields), specs, nbytes)
 
 

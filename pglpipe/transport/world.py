@@ -35,6 +35,7 @@ class World:
         workers: which processes they are, by rank, if each has one that the launcher started for
             the run alone; it may then be ended with the run.
         keeps_store: whether the store ends with this process.
+        launch: the launcher's store, which all attempts of one command have in common.
     """
 
     rank: int = 0
@@ -44,6 +45,11 @@ class World:
     timeout: float = FIRST_SECONDS
     workers: Sequence[Passport] = ()
     keeps_store: bool = False
+    launch: Store = field(default_factory=HashStore)
+
+    def first_said(self, key: str, value: str) -> str:
+        """What the first attempt of this command, if the launcher has restarted it, said under a key."""
+        return str(self.launch.compare_set(key, "", value).decode())
 
     @cached_property
     def runs(self) -> Iterator[int]:
@@ -128,6 +134,7 @@ def join(timeout: float = FIRST_SECONDS) -> World:
         timeout,
         [Passport.from_json(hello) for hello in meeting.hellos],
         is_master,
+        own,
     )
     world.pulse.start()
     return world

@@ -5,6 +5,7 @@ Two workers as threads, joined by a real pair of gloo groups; one test has a rea
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 import threading
@@ -22,7 +23,7 @@ from worlds import outcomes
 
 from pglpipe.commands import Evaluate, LocalStep, Message, Microbatch, Stop
 from pglpipe.errors import EdgeTimeout, PeerLost, ProtocolError, WorkerError
-from pglpipe.transport import EdgePlan, Edges, Links, Nobody, World, p2p
+from pglpipe.transport import EdgePlan, Edges, Links, Nobody, World, p2p, packing
 from pglpipe.transport.packing import DTYPES
 
 Side = Callable[[Links], Any]
@@ -357,6 +358,41 @@ def test_workers_that_expect_different_sizes_do_not_begin() -> None:
         isinstance(e, ProtocolError) and "start every worker with the same" in str(e)
         for e in errors
     )
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        (
+            "VERSION",
+            f"expected protocol {packing.VERSION} from .* speaks 7; .* version",
+        ),
+        ("MAGIC", "expected pglpipe's greeting from .*, got 0x7; .*port of its own"),
+    ],
+)
+def test_who_speaks_another_protocol_is_refused_by_name(
+    name: str, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, other = packing.__dict__[name], threading.local()
+
+    class Packing:
+        """What the module is to one worker."""
+
+        def __getattr__(self, attribute: str) -> Any:
+            if attribute == name:
+                return getattr(other, "number", real)
+            return getattr(packing, attribute)
+
+    monkeypatch.setattr("pglpipe.transport.channel.packing", Packing())
+
+    def work(world: World) -> None:
+        if world.rank == 0:
+            other.number = 7
+        opened(world, plan(timeout=1.0), lambda error: None).close()
+
+    error = outcomes(2, work, timeout=30)[1]
+    assert isinstance(error, ProtocolError)
+    assert re.search(said, str(error)) and NAMES[0] in str(error)
 
 
 def receivers() -> list[str]:

@@ -99,3 +99,25 @@ def test_who_waits_for_nobody_gives_up_after_the_timeout() -> None:
     with pytest.raises(EdgeTimeout, match="rank 1 waited 0.2 s"):
         box.share()
     assert time.perf_counter() - began < 5
+
+
+def test_of_several_findings_the_earliest_stands_for_all_who_found_something() -> None:
+    places = [(5, 0), (4, 3), (4, 1)]
+
+    def work(world: World) -> str:
+        time.sleep(0.1 * world.rank)
+        return world.mailbox.earliest(places[world.rank], f"rank {world.rank}")
+
+    assert on_every_rank(3, work) == ["rank 2"] * 3
+
+
+def test_a_finding_waits_for_others_a_moment_and_not_for_ever() -> None:
+    boxes = mailboxes(2, timeout=0.4)
+    began = time.perf_counter()
+    assert boxes[1].earliest((3, 0), "mine") == "mine"
+    assert 0.1 < time.perf_counter() - began < 5
+    boxes[0].fail("rank 0 is gone")
+    assert mailboxes(1)[0].earliest((0, 0), "alone") == "alone"
+    fresh = mailboxes(2, timeout=60.0)
+    fresh[0].fail("rank 0 is gone")
+    assert fresh[1].earliest((3, 0), "mine") == "rank 0 is gone"

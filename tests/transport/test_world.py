@@ -62,6 +62,9 @@ def test_under_torchrun_its_store_and_numbers_are_taken(
         environment.setattr("pglpipe.transport.world._joined", Counter())
         joined.append(join())
         assert not joined[2].store.check(["here"])
+        # But it may ask what the first attempt chose.
+        said = [joined[at].first_said("folder", str(at)) for at in (0, 1, 2)]
+        assert said == ["0", "1", "0"]
     finally:
         for each in joined:
             each.leave()
