@@ -29,6 +29,7 @@ FAMILIES = {
 MARKS = {
     **{"any": "*", "0c1f": "o", "1c2f": "s", "mlp-sr": "^", "infopro": "D"},
     **{"auglocal-1": "p", "auglocal-2": "P", "thin-3": "X", "man": "v", "solo": "<"},
+    **{"2c2f": "h", "1c3f": "H"},
 }
 
 

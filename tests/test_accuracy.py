@@ -46,9 +46,10 @@ def test_the_most_telling_rows_come_first_and_have_three_seeds() -> None:
     assert known[0].name == "end-to-end"
     claimed = [row for row in known if len(row.seeds) == 3]
     assert claimed == known[: len(claimed)]
-    for stages, head in PLACES:
-        here = [r.method for r in claimed if (r.stages, r.head) == (stages, head)]
-        assert {"local", "pgl-10"} <= set(here)
+    first = [r.method for r in claimed if (r.stages, r.head) == PLACES[0]]
+    assert first == ["local", "window-4", "final-anew", "pgl-10", "stale-1"]
+    # Seed 0 chose among the forms.
+    assert not any(0 in row.seeds for row in known)
 
 
 def test_all_methods_are_in_the_table_of_the_paper_scale() -> None:
@@ -60,8 +61,8 @@ def test_the_seeds_are_run_in_turns_and_can_be_chosen() -> None:
     three, one = Row("local", 8, "1c2f", seeds=(0, 1, 2)), Row("stale-1", 8, "1c2f")
     assert accuracy.tasks([three, one]) == [
         (three, 0),
-        (one, 0),
         (three, 1),
+        (one, 1),
         (three, 2),
     ]
     assert accuracy.tasks([three, one], [4]) == [(three, 4), (one, 4)]

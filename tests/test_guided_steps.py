@@ -152,7 +152,7 @@ def heads(trained: Trained) -> list[Tensor]:
     return [t for index in trained.heads for t in trained.heads[index].values()]
 
 
-@pytest.mark.parametrize("size", [1, 2])
+@pytest.mark.parametrize("size", [pytest.param(1, marks=pytest.mark.slow), 2])
 @pytest.mark.parametrize(("kind", "name"), CASES, ids=[": ".join(c) for c in CASES])
 def test_every_bit_is_that_of_a_plain_loop(kind: str, name: str, size: int) -> None:
     told, by_hand = KINDS[kind][name], expected(kind, name)
@@ -217,7 +217,7 @@ def expected_in_double(name: str) -> Reference:
     )
 
 
-@pytest.mark.parametrize("size", [1, 2])
+@pytest.mark.parametrize("size", [pytest.param(1, marks=pytest.mark.slow), 2])
 @pytest.mark.parametrize(("name", "microbatches"), PARTS)
 def test_in_float64_parts_sum_to_what_a_plain_loop_finds_for_the_batch(
     name: str, microbatches: int, size: int

@@ -99,7 +99,13 @@ def kill_once(command: list[str], folder: Path, count: int, cwd: Path) -> None:
     # Leaving the block has killed them.
 
 
-@pytest.mark.parametrize(("first", "then"), [(1, 1), (2, 1), (1, 2)])
+SLOWLY = pytest.mark.slow
+
+
+@pytest.mark.parametrize(
+    ("first", "then"),
+    [(2, 1), pytest.param(1, 1, marks=SLOWLY), pytest.param(1, 2, marks=SLOWLY)],
+)
 def test_a_run_that_was_killed_goes_on_by_the_same_command(
     first: int, then: int, images: Path, whole: dict[str, Any], tmp_path: Path
 ) -> None:
@@ -114,7 +120,11 @@ def test_a_run_that_was_killed_goes_on_by_the_same_command(
 
 @pytest.mark.parametrize(
     ("workers", "number", "status"),
-    [(1, signal.SIGTERM, 143), (1, signal.SIGINT, 130), (2, signal.SIGTERM, None)],
+    [
+        pytest.param(1, signal.SIGTERM, 143, marks=SLOWLY),
+        pytest.param(1, signal.SIGINT, 130, marks=SLOWLY),
+        (2, signal.SIGTERM, None),
+    ],
 )
 def test_a_run_that_is_asked_to_end_saves_once_and_goes_on(
     workers: int,
@@ -141,6 +151,7 @@ def test_a_run_that_is_asked_to_end_saves_once_and_goes_on(
     assert_as_whole(folder, whole)
 
 
+@SLOWLY
 def test_evaluate_and_export_take_a_run_that_was_done_in_parts(
     images: Path, whole: dict[str, Any], tmp_path: Path
 ) -> None:

@@ -203,7 +203,11 @@ class Nap(nn.Module):
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-@pytest.mark.parametrize("guidance", [NEVER, ALWAYS], ids=["local", "global"])
+@pytest.mark.parametrize(
+    "guidance",
+    [NEVER, pytest.param(ALWAYS, marks=pytest.mark.slow)],
+    ids=["local", "global"],
+)
 def test_what_is_done_for_the_first_time_may_take_longer(
     guidance: Guidance, rank: int
 ) -> None:

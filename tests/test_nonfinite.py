@@ -133,8 +133,8 @@ def test_the_run_ends_and_names_the_place_whoever_hosts_it(
     spoils: int | None, guidance: Guidance, said: str, size: int
 ) -> None:
     (text,) = end(size, spoils, guidance)
-    kind = "LocalStep" if guidance is NEVER else "GlobalStep"
-    assert text.startswith(said) and f"at {kind}(step={BAD}," in text
+    kind = "local" if guidance is NEVER else "global"
+    assert text.startswith(said) and f"at step {BAD}, {kind} step" in text
     assert "(noticed by rank " in text
 
 

@@ -135,7 +135,9 @@ def test_borrowing_heads_end_with_the_same_bits_on_any_number_of_workers(
         assert all(same(other.heads[i], alone.heads[i]) for i in alone.heads)
 
 
-@pytest.mark.parametrize("every", [1, 2, 9, 100])
+@pytest.mark.parametrize(
+    "every", [1, 2, *(pytest.param(n, marks=pytest.mark.slow) for n in (9, 100))]
+)
 def test_no_period_and_no_queue_leaves_anything_on_the_edges(every: int) -> None:
     # What is left would come up in the place of the weights that are collected at the end.
     alone, apart = (run(size, "thin-3", every, queue_depth=1) for size in (1, 4))

@@ -64,7 +64,7 @@ def check_as_whole(folder: Path, whole: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize(
     "number",
-    [pytest.param(n, marks=[] if n < 2 else [pytest.mark.slow]) for n in range(TRIES)],
+    [pytest.param(n, marks=[] if n < 1 else [pytest.mark.slow]) for n in range(TRIES)],
 )
 def test_a_killed_worker_comes_back_with_all_others(
     number: int, whole: dict[str, Any], tmp_path: Path
@@ -97,6 +97,7 @@ def test_workers_on_several_hosts_come_back(
     check_as_whole(tmp_path, whole)
 
 
+@pytest.mark.slow
 def test_without_a_run_directory_it_goes_on_in_the_one_of_the_first_attempt(
     whole: dict[str, Any], tmp_path: Path
 ) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import warnings
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -72,21 +73,67 @@ def steps_of(root: Path) -> list[int]:
     return sorted(int(path.name[5:]) for path in root.iterdir())
 
 
-@pytest.mark.parametrize("name", KINDS)
+HERE: dict[str, dict[str, Any]] = KINDS | {
+    f"stale windows {window}, {delay}": dict(
+        guidance=Guidance(
+            period=period, reach="stale-window", window=window, delay=delay
+        )
+    )
+    for window, delay, period in ((2, 1, 1), (3, 1, 2), (4, 2, 1))
+}
+# Those that remember most from step to step; the others are slow.
+TELLING = (
+    *("local", "epochs", "all of it", "reset", "window 3", "recomputed"),
+    *("stale 1", "stale 2", "stale mixed", "stale reset", "stale and final"),
+    *("stale windows 3, 1", "stale windows 4, 2"),
+)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[] if name in TELLING else pytest.mark.slow)
+        for name in HERE
+    ],
+)
 def test_a_run_of_any_kind_goes_on_on_any_number_of_workers(
     name: str, tmp_path: Path
 ) -> None:
-    whole = run(2, tmp_path / "whole", **KINDS[name])
+    whole = run(2, tmp_path / "whole", **HERE[name])
     # Each of them once, from a checkpoint of its own: in the middle of epochs and of windows.
     for size, step in ((1, 3), (4, 6)):
         saved = newest_up_to(tmp_path / "whole", step)
-        got = run(size, tmp_path / f"{size}", resume=saved, **KINDS[name])
+        got = run(size, tmp_path / f"{size}", resume=saved, **HERE[name])
         assert_goes_on(got, whole, int(saved.name[5:]))
 
 
 def newest_up_to(root: Path, step: int) -> Path:
     """One that was due while another was being written is not there."""
     return folder_of(root, max(s for s in steps_of(root) if s <= step))
+
+
+def test_a_checkpoint_of_four_goes_on_on_1_2_and_3_and_ends_in_the_uncut_network(
+    tmp_path: Path,
+) -> None:
+    options: dict[str, Any] = dict(guidance=Guidance(period=3, duration=2))
+    whole = run(4, tmp_path / "whole", **options)
+    saved = newest_up_to(tmp_path / "whole", 3)
+    for size in (1, 2, 3):
+        got = run(size, tmp_path / f"{size}", resume=saved, **options)
+        assert_goes_on(got, whole, int(saved.name[5:]))
+        uncut = nn.Sequential(
+            OrderedDict(
+                (layer.name, layer.build()) for layer in small_resnet("resnet8")
+            )
+        )
+        uncut.load_state_dict(got.body, strict=True)
+        assert accuracy(uncut.eval(), BATCHES[2:]) == whole.summary.test_accuracy
+
+
+@torch.no_grad()
+def accuracy(network: nn.Module, batches: list[Batch]) -> float:
+    right = sum(int((network(x).argmax(1) == y).sum()) for x, y in batches)
+    return right / sum(len(y) for _, y in batches)
 
 
 METHODS_HERE = {

@@ -15,6 +15,8 @@ from pglpipe.losses import LossSettings, build_loss
 
 BATCHES = image_batches(8, 8, 5)
 WORKERS = (2, 4)
+# With four every cut lies between two workers; two have cuts within, too.
+MOST = [pytest.param(2, marks=pytest.mark.slow), 4]
 SETTINGS = LossSettings((5, 0.05, 0.2, 0.5), (0.5,) * 3, (0.25,) * 3)
 
 
@@ -81,19 +83,19 @@ def assert_same(got: Trained, expected: Trained) -> None:
         assert str(one) == str(other)
 
 
-@pytest.mark.parametrize("size", WORKERS)
+@pytest.mark.parametrize("size", MOST)
 @pytest.mark.parametrize("name", KINDS)
 def test_no_bit_of_guidance_depends_on_the_workers(name: str, size: int) -> None:
     assert_same(kind(name, size), kind(name))
 
 
-@pytest.mark.parametrize("size", WORKERS)
+@pytest.mark.parametrize("size", MOST)
 @pytest.mark.parametrize("name", METHODS)
 def test_no_bit_of_a_method_depends_on_the_workers(name: str, size: int) -> None:
     assert_same(method(**METHODS[name], size=size), method(**METHODS[name]))
 
 
-@pytest.mark.parametrize("size", WORKERS)
+@pytest.mark.parametrize("size", MOST)
 @pytest.mark.parametrize("rounded", ROUNDED)
 def test_no_bit_of_an_image_on_its_way_depends_on_the_workers(
     rounded: str, size: int

@@ -87,10 +87,10 @@ def results(trained: Trained) -> tuple[Any, ...]:
     )
 
 
-@pytest.mark.parametrize("depth", [1, 4])
+@pytest.mark.parametrize("depth", [1, pytest.param(4, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("size", [2, 4])
 @pytest.mark.parametrize("guidance", GUIDANCE)
-@pytest.mark.parametrize("stages", [4, 8])
+@pytest.mark.parametrize("stages", [4, pytest.param(8, marks=pytest.mark.slow)])
 def test_workers_and_queues_change_no_bit(
     stages: int, guidance: str, size: int, depth: int
 ) -> None:
