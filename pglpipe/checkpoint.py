@@ -203,12 +203,28 @@ def read_manifest(folder: Path) -> Manifest:
         raise Damaged(f"{path}: {error.strerror}") from None
     except (ValueError, AttributeError, RecursionError):
         raise Damaged(f"{path}: it is not as it was written") from None
-    if manifest["format"] != FORMAT:
+    if manifest.get("format") != FORMAT:
         raise Damaged(
-            f"{path}: expected format {FORMAT}, got {manifest['format']}; use the version of pglpipe "
-            "that wrote it"
+            f"{path}: expected format {FORMAT}, got {manifest.get('format')!r}; use the version of "
+            "pglpipe that wrote it"
         )
+    if not _is_complete(manifest):
+        raise Damaged(f"{path}: it does not say what a manifest says")
     return manifest  # type: ignore[no-any-return]
+
+
+def _is_complete(manifest: Manifest) -> bool:
+    """Whether files and stages are there in the form that is read; a name leads nowhere else."""
+    files, stages = manifest.get("files"), manifest.get("stages")
+    if not isinstance(files, list) or not isinstance(stages, list):
+        return False
+    names = [file.get("name") for file in files if isinstance(file, dict)]
+    return (
+        sorted(map(str, names)) == sorted(map(stage_file, range(len(stages))))
+        and len(names) == len(files)
+        and all(isinstance(stage, dict) for stage in stages)
+        and all({"name", "nbytes", "sha256"} <= file.keys() for file in files)
+    )
 
 
 def _spelled(content: Mapping[str, Any]) -> str:

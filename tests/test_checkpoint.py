@@ -7,9 +7,12 @@ import random
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from pglpipe import checkpoint
 from pglpipe.checkpoint import (
@@ -185,6 +188,51 @@ def test_a_manifest_that_is_none_is_refused(root: Path, text: str) -> None:
     (folder / MANIFEST).write_text(text)
     with pytest.raises(Damaged, match="not as it was written"):
         examine(folder)
+
+
+ANYTHING = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
+    lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
+    max_leaves=8,
+)
+FILE = st.fixed_dictionaries(
+    {},
+    optional={
+        "name": st.sampled_from(["stage-00.safetensors", "../x", "/etc/passwd", 7]),
+        "nbytes": st.integers() | ANYTHING,
+        "sha256": st.text() | ANYTHING,
+    },
+)
+MANIFESTS = st.fixed_dictionaries(
+    {},
+    optional={
+        "format": st.just(1) | ANYTHING,
+        "files": st.lists(FILE, max_size=3) | ANYTHING,
+        "stages": st.lists(st.just({}) | ANYTHING, max_size=3) | ANYTHING,
+        "step": ANYTHING,
+    },
+)
+
+
+@pytest.mark.parametrize(
+    "examples", [300, pytest.param(10_000, marks=pytest.mark.slow)]
+)
+def test_whatever_a_manifest_says_it_is_read_or_refused(
+    examples: int, tmp_path: Path
+) -> None:
+    """With the right SHA-256: what is no accident, or of another version."""
+    folder = folder_of(tmp_path, 1)
+    folder.mkdir(parents=True)
+    (folder / stage_file(0)).write_bytes(b"x")
+
+    @settings(max_examples=examples, deadline=None, database=None, derandomize=True)
+    @given(MANIFESTS)
+    def read(said: dict[str, Any]) -> None:
+        (folder / MANIFEST).write_text(checkpoint._spelled(said), encoding="utf-8")
+        with pytest.raises(Damaged):
+            examine(folder)
+
+    read()
 
 
 # -- keeping --------------------------------------------------------------------------
