@@ -216,7 +216,7 @@ def read_manifest(folder: Path) -> Manifest:
 def _is_complete(manifest: Manifest) -> bool:
     """Whether files and stages are there in the form that is read; a name leads nowhere else."""
     files, stages = manifest.get("files"), manifest.get("stages")
-    if not isinstance(files, list) or not isinstance(stages, list):
+    if not isinstance(files, list) or not isinstance(stages, list) or not stages:
         return False
     names = [file.get("name") for file in files if isinstance(file, dict)]
     return (
