@@ -216,6 +216,7 @@ def test_a_checkpoint_that_is_none_is_refused(images: Path, tmp_path: Path) -> N
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_kills_at_random_moments_never_leave_what_loads_wrong(
     images: Path, whole: dict[str, Any], tmp_path: Path
 ) -> None:
