@@ -122,7 +122,10 @@ GUIDANCE = {
 }
 
 
-@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize(
+    "head",
+    [pytest.param(h, marks=[] if h == "man" else pytest.mark.slow) for h in HEADS],
+)
 @pytest.mark.parametrize("guidance", GUIDANCE)
 def test_borrowing_heads_end_with_the_same_bits_on_any_number_of_workers(
     head: str, guidance: str
