@@ -28,8 +28,9 @@ from torch import Tensor
 from pglpipe.commands import LocalStep, Message, Microbatch, StaleStep
 from pglpipe.global_pass import only
 from pglpipe.guided import Guided
+from pglpipe.rising import waiting_at
 from pglpipe.saved_bytes import Held
-from pglpipe.snapshot import Snapshot, by_number, numbered
+from pglpipe.snapshot import Snapshot, numbered
 from pglpipe.stage import Stage
 from pglpipe.stopwatch import Figures
 from pglpipe.transport import Links
@@ -127,20 +128,9 @@ class LocalPass:
 
     def snapshot(self, stage: Stage) -> Snapshot:
         """What waits at a stage between two steps: inputs, and gradients on their way from it."""
-        index, first = stage.index, self._stages[0].index
-        found = Snapshot(numbers={"taken": self._taken})
-        inputs = {
-            g: held.tensor for (at, g), held in self._inputs.items() if at == index
-        }
-        rising = self._on_edge
-        if index > first:
-            rising = {
-                g: held.tensor
-                for (at, g), held in self._gradients.items()
-                if at == index - 1
-            }
-        found.add("inputs", by_number(inputs))
-        found.add("rising", by_number(rising))
+        on_edge = self._on_edge if stage is self._stages[0] else None
+        found = waiting_at(stage.index, self._inputs, self._gradients, on_edge)
+        found.numbers["taken"] = self._taken
         return found
 
     def load(self, snapshots: Mapping[int, Snapshot], links: Links) -> None:

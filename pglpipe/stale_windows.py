@@ -27,8 +27,9 @@ from torch import Tensor
 
 from pglpipe.commands import LocalStep, Message, Microbatch, StaleStep
 from pglpipe.global_pass import only
+from pglpipe.rising import waiting_at
 from pglpipe.saved_bytes import Held
-from pglpipe.snapshot import Snapshot, by_number, numbered
+from pglpipe.snapshot import Snapshot, numbered
 from pglpipe.stage import Stage
 from pglpipe.stopwatch import Figures
 from pglpipe.transport import Links
@@ -116,20 +117,9 @@ class StaleWindows:
 
     def snapshot(self, stage: Stage) -> Snapshot:
         """What waits at a stage between two steps: inputs, and gradients on their way from it."""
-        index, first = stage.index, self._stages[0].index
-        found = Snapshot(numbers={"taken": self._taken, "guided": sorted(self._guided)})
-        inputs = {
-            s: held.tensor for (at, s), held in self._inputs.items() if at == index
-        }
-        rising = self._on_edge
-        if index > first:
-            rising = {
-                s: held.tensor
-                for (at, s), held in self._risen.items()
-                if at == index - 1
-            }
-        found.add("inputs", by_number(inputs))
-        found.add("rising", by_number(rising))
+        on_edge = self._on_edge if stage is self._stages[0] else None
+        found = waiting_at(stage.index, self._inputs, self._risen, on_edge)
+        found.numbers |= {"taken": self._taken, "guided": sorted(self._guided)}
         return found
 
     def load(self, snapshots: Mapping[int, Snapshot], links: Links) -> None:

@@ -26,7 +26,7 @@ LEVELS = [
         "state",
         "snapshot",
     ],
-    ["checkpoint", "recent", "stopwatch", "modules", "options", "shim"],
+    ["checkpoint", "recent", "rising", "stopwatch", "modules", "options", "shim"],
     ["layer", "guidance", "guided", "windows", "timetable"],
     ["metrics", "learning_rate", "wire", "saving", "source"],
     ["partition", "models", "heads", "losses", "data", "transport"],

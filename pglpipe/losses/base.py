@@ -13,6 +13,7 @@ Letters: B samples, C channels, H and W the sides of an image or a map, F featur
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -28,7 +29,7 @@ Shape = tuple[int, ...]  # of one sample
 Loss = Callable[[Tensor, Tensor], Tensor]
 
 
-class LocalLoss:
+class LocalLoss(ABC):
     """What a stage with a head minimizes in a local step.
 
     The same object serves all stages of a run. How it is used::
@@ -83,6 +84,7 @@ class LocalLoss:
         """
         raise NotImplementedError(f"{type(self).__name__} needs no image")
 
+    @abstractmethod
     def __call__(
         self,
         said: Any,
@@ -102,7 +104,6 @@ class LocalLoss:
         Returns:
             A scalar, averaged over the batch.
         """
-        raise NotImplementedError
 
     def modules(self) -> list[nn.Module]:
         """What has weights of its own, to be where the activations are; empty for most."""
