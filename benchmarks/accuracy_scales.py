@@ -102,6 +102,20 @@ SCALES = {
             balance="published",
             options={**_CPU, "evaluate-every": 10},
         ),
+        # Many more steps: 79 in an epoch, 6,320 in all, where small has 1,600.
+        Scale(
+            "long",
+            model="resnet32",
+            width=8,
+            side=16,
+            train=10_000,
+            test=10_000,
+            epochs=80,
+            batch=128,
+            stages=(2, 4, 8, 16),
+            balance="published",
+            options={**_CPU, "evaluate-every": 10},
+        ),
         Scale(
             "paper",
             model="resnet32",
