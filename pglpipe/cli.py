@@ -12,6 +12,7 @@ import os
 import sys
 import time
 import traceback
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Optional
@@ -22,7 +23,7 @@ from pglpipe import run, tables
 from pglpipe.config import RunConfig
 from pglpipe.config_file import resolve
 from pglpipe.doctor import examine
-from pglpipe.errors import Stopped, UserError, WorkerError
+from pglpipe.errors import PglpipeWarning, Stopped, UserError, WorkerError
 
 # Some versions of typer build on click, others on a copy of their own; in both of them the
 # errors that a command line can have are siblings of this one.
@@ -38,6 +39,7 @@ Config = Annotated[
     Optional[Path], typer.Option("--config", help="TOML file of options")
 ]
 _GRACE_SECONDS = 1.0
+_usual_warning = warnings.formatwarning
 
 RunDir = Annotated[Path, typer.Option("--run-dir", help="folder of a finished run")]
 
@@ -119,6 +121,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     # As `python -m` does, so that the console script finds a user's own model, too.
     if not {"", os.getcwd()} & set(sys.path):
         sys.path.insert(0, "")
+    warnings.formatwarning = _format_warning
     try:
         # Some versions of typer return the status of an interruption, others raise it.
         if status := app(arguments, standalone_mode=False):
@@ -154,6 +157,15 @@ def _resolve(file: Path | None, options: dict[str, Any]) -> RunConfig:
     except UserError as error:
         error.told = not _leads()
         raise
+
+
+def _format_warning(
+    message: Warning | str, category: type[Warning], *where: Any, **more: Any
+) -> str:
+    """A warning as it is told: ours without the line of code that it comes from."""
+    if issubclass(category, PglpipeWarning):
+        return f"pglpipe: warning: {message}\n"
+    return _usual_warning(message, category, *where, **more)
 
 
 def _show_cause(error: WorkerError) -> None:

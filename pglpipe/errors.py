@@ -14,12 +14,15 @@
         ├── ProtocolError       a neighbour sent what nobody expects here
         └── NonFinite           a loss or a gradient is no finite number
 
+    PglpipeWarning              the run goes on, but not as it was meant to
+
 A message says what was expected, what came, and how to repair it, on one line.
 """
 
 from __future__ import annotations
 
 import difflib
+import warnings
 from collections.abc import Iterable
 
 
@@ -99,6 +102,15 @@ class NonFinite(WorkerError):
     def __init__(self, message: str, place: tuple[int, int]) -> None:
         super().__init__(message)
         self.place = place
+
+
+class PglpipeWarning(UserWarning):
+    """Something is not as it was meant to be, and the run goes on."""
+
+
+def warn(text: str) -> None:
+    """Warns of something in one line, where the caller was called."""
+    warnings.warn(text, PglpipeWarning, stacklevel=3)
 
 
 def nearest(word: str, valid: Iterable[str]) -> str:

@@ -20,11 +20,12 @@ import os
 import platform
 import time
 from pathlib import Path
-from typing import Any, NoReturn, TextIO
+from typing import Any, NoReturn
 
 from pglpipe.__version__ import __version__
 from pglpipe.config import RunConfig
-from pglpipe.errors import ConfigError
+from pglpipe.errors import ConfigError, DataError
+from pglpipe.journal import Journal
 from pglpipe.metrics import EvaluationRecord, StepRecord, Summary
 
 
@@ -45,7 +46,7 @@ class RunDirectory:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._metrics: TextIO | None = None
+        self._metrics: Journal | None = None
         parent = next(p for p in (path, *path.absolute().parents) if p.exists())
         if not (parent.is_dir() and os.access(parent, os.W_OK)):
             self._refuse(f"{parent} cannot be written")
@@ -77,8 +78,7 @@ class RunDirectory:
             self.path.mkdir(parents=True, exist_ok=True)
             known = _lines_before(metrics, step) if step else ""
             _write_whole(metrics, known)
-            # Line by line on disk, so that a killed run keeps what it saw.
-            self._metrics = metrics.open("a", 1, encoding="utf-8")
+            self._metrics = Journal(metrics)
             _write_whole(self.path / self.SETTINGS, config.to_toml())
         except OSError as error:
             self._refuse(error.strerror)
@@ -110,21 +110,31 @@ class RunDirectory:
         )
 
     def finish(self, config: RunConfig, summary: Summary) -> None:
-        """Writes the summary; the run is complete."""
-        assert self._metrics is not None, "open comes first"
-        self._metrics.close()
+        """Writes the summary; the run is complete.
+
+        Raises:
+            DataError: the disk is full.
+        """
         fields = {
             "config": dataclasses.asdict(config),
             "versions": versions(),
             **dataclasses.asdict(summary),
         }
         text = json.dumps(_finite(fields), indent=2)
-        # Whole or not at all, for whoever watches the folder.
-        _write_whole(self.path / self.SUMMARY, text + "\n")
+        assert self._metrics is not None, "open comes first"
+        try:
+            self._metrics.close()
+            # Whole or not at all, for whoever watches the folder.
+            _write_whole(self.path / self.SUMMARY, text + "\n")
+        except OSError as error:
+            raise DataError(
+                f"expected room for the end of the run in {self.path}, got: {error.strerror}; make room, and "
+                "the same command goes on from the last checkpoint"
+            ) from None
 
     def _write(self, **fields: Any) -> None:
         assert self._metrics is not None, "open comes first"
-        self._metrics.write(json.dumps(_finite(fields)) + "\n")
+        self._metrics.add(json.dumps(_finite(fields)))
 
 
 def _write_whole(path: Path, text: str) -> None:

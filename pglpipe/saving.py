@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import threading
 import time
-import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -24,7 +23,7 @@ from typing import Any
 from pglpipe import checkpoint
 from pglpipe.checkpoint import Manifest, Written, folder_of, write_stage
 from pglpipe.commands import Checkpoint
-from pglpipe.errors import ConfigError, DataError
+from pglpipe.errors import ConfigError, DataError, warn
 from pglpipe.reports import SavedReport
 from pglpipe.snapshot import Snapshot
 
@@ -85,7 +84,7 @@ def chosen(told: Checkpoints | None, resume: Path | str | None) -> Path | None:
         )
     # One that was being written when the run was killed is nothing to tell of, unless it is all.
     for text in damaged if found else map(str, errors):
-        warnings.warn(f"a checkpoint is not used: {text}", stacklevel=2)
+        warn(f"a checkpoint is not used: {text}")
     return found
 
 
@@ -206,8 +205,7 @@ class Ledger:
             checkpoint.prune(self._told.folder, self._told.keep)
         except OSError as error:
             checkpoint.discard(folder)
-            warnings.warn(
+            warn(
                 f"no checkpoint after step {report.step}: {error}; training goes on, and the last good "
-                "checkpoint stays",
-                stacklevel=2,
+                "checkpoint stays"
             )

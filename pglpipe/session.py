@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import atexit
 import dataclasses
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,7 +17,7 @@ from typing import Any
 from pglpipe import checkpoint, state
 from pglpipe.blueprint import Blueprint, Sample
 from pglpipe.coordinator import Coordinator
-from pglpipe.errors import ConfigError, UserError, WorkerError
+from pglpipe.errors import ConfigError, UserError, WorkerError, warn
 from pglpipe.failing import declare, fail
 from pglpipe.metrics import Summary
 from pglpipe.observers import Observer
@@ -155,11 +154,10 @@ class Session:
         if self._coordinator:
             self._coordinator.resume(manifest)
             if not exact:
-                warnings.warn(
+                warn(
                     f"{path} was made of {manifest['num_stages']} stages in {manifest['balance']} layers, "
                     f"and there are now {self.pipeline.plan.balance}: the bodies go on, while heads, "
-                    "optimizers and what was under way begin anew",
-                    stacklevel=2,
+                    "optimizers and what was under way begin anew"
                 )
 
     def drive(self, command: Callable[[Coordinator], Source]) -> Summary:
@@ -237,7 +235,7 @@ class Session:
             self._blueprint.transport, self._blueprint.device, self._mailbox
         )
         if notice and self.leads:
-            warnings.warn(notice, stacklevel=2)
+            warn(notice)
         return backend
 
     @contextmanager

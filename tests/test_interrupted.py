@@ -6,9 +6,12 @@ number of workers.
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import random
 import signal
+import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -28,6 +31,7 @@ from commands import (
 
 STEPS = 240
 EVERY = 5
+KILLS = 100
 WATCHDOG = 60.0  # seconds
 
 
@@ -218,15 +222,60 @@ def test_a_checkpoint_that_is_none_is_refused(images: Path, tmp_path: Path) -> N
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_kills_at_random_moments_never_leave_what_loads_wrong(
+    images: Path, tmp_path: Path
+) -> None:
+    """A checkpoint is being made nearly all the time, and each start goes on from the last."""
+    dice, folder, other = random.Random(0), tmp_path / "run", tmp_path / "other"
+    long = ["--epochs", str(4 * KILLS), "--checkpoint-every", "1"]
+    arguments = options(images, folder, *long)
+    for kills in range(KILLS):
+        with Processes(command(1, *arguments), cwd=tmp_path) as processes:
+            told = lines_in(folder) + dice.randrange(1, 5)
+            assert await_lines(processes, folder, told), f"ended after {kills} kills"
+            time.sleep(dice.random() * 0.02)
+    call("train", *arguments, cwd=tmp_path).check()
+    call("train", *options(images, other, *long), cwd=tmp_path).check()
+    assert_as_whole(folder, {**summary_of(other), "events": events(other)})
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.geteuid() != 0, reason="a small disk is mounted by root alone")
+def test_a_run_on_a_full_disk_ends_well_once_there_is_room(
     images: Path, whole: dict[str, Any], tmp_path: Path
 ) -> None:
-    dice, folder = random.Random(0), tmp_path / "run"
-    arguments = options(images, folder, "--checkpoint-every", "1")
-    kills = 0
-    while not (folder / "summary.json").exists():
-        with Processes(command(1, *arguments), cwd=tmp_path) as processes:
-            if await_lines(processes, folder, lines_in(folder) + dice.randrange(1, 9)):
-                time.sleep(dice.random() * 0.02)
-                kills += 1
-    assert kills >= 15
-    assert_as_whole(folder, whole)
+    """A disk of 4 MiB is filled after the first checkpoint, and cleared before the end."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", disk], check=True)
+    try:
+        with Processes(command(1, *options(images, disk / "run")), cwd=tmp_path) as run:
+            assert await_lines(run, disk / "run", 3 * EVERY)
+            fill(disk / "filler")
+            kept = newest_of(disk / "run")
+            time.sleep(1.0)  # tens of steps
+            assert run.running and newest_of(disk / "run") == kept
+            (disk / "filler").unlink()
+            ended = run.wait(WATCHDOG).check()
+        said = ended.err.splitlines()
+        assert all(line.startswith("pglpipe: warning: ") for line in said), ended.err
+        assert any("metrics.jsonl cannot be written" in line for line in said)
+        assert any("no checkpoint after step" in line for line in said)
+        assert newest_of(disk / "run") > kept
+        assert_as_whole(disk / "run", whole)
+    finally:
+        subprocess.run(["umount", "--lazy", disk], check=True)
+
+
+def fill(path: Path) -> None:
+    """Writes a file until the disk takes no more."""
+    with path.open("wb", buffering=0) as file:
+        for size in (4096, 1):
+            with contextlib.suppress(OSError):
+                while file.write(bytes(size)):
+                    pass
+
+
+def newest_of(folder: Path) -> str:
+    """The last finished checkpoint of a run."""
+    found = (folder / "checkpoints").glob("step-*/manifest.json")
+    return max(path.parent.name for path in found)

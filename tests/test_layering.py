@@ -21,6 +21,7 @@ LEVELS = [
         "commands",
         "reports",
         "device",
+        "journal",
         "lanes",
         "saved_bytes",
         "state",
