@@ -49,6 +49,14 @@ NOT_OURS = (
 )
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Has tests that start processes run first, and one by one where tests run side by side."""
+    items.sort(key=lambda item: item.get_closest_marker("dist") is None)
+    for item in items:
+        if item.get_closest_marker("dist"):
+            item.add_marker(pytest.mark.xdist_group("dist"))
+
+
 @pytest.fixture(autouse=True)
 def clean_room() -> Iterator[None]:
     """Seeds every generator, then fails the test if it leaves something behind."""

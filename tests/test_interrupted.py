@@ -29,6 +29,8 @@ from commands import (
     torchrun,
 )
 
+pytestmark = pytest.mark.dist
+
 STEPS = 240
 EVERY = 5
 KILLS = 100
