@@ -31,6 +31,8 @@ from benchmarks.accuracy_scales import SCALES, Options, Scale
 from benchmarks.accuracy_stages import measure_places, stages_path
 from benchmarks.accuracy_table import Tables, read_run
 from benchmarks.runs import matches, one_of, refuse, train
+from pglpipe.checkpoint import folder_of
+from pglpipe.run_directory import RunDirectory
 
 RESULTS = Path(__file__).parent / "results"
 RUNS = Path("runs/accuracy")
@@ -48,18 +50,42 @@ def tasks(rows: Sequence[Row], seeds: Sequence[int] = ()) -> list[tuple[Row, int
     ]
 
 
-def run(folder: Path, options: Options, data_root: Path) -> bool:
-    """Trains what is not there yet; whether it is there then."""
+def run(
+    folder: Path, options: Options, data_root: Path, more: Options | None = None
+) -> bool:
+    """Trains what is not there yet; whether it is there then.
+
+    Args:
+        more: options that change no number.
+    """
     summary = folder / "summary.json"
     if summary.exists() and matches(summary, options):
         return True
     print(f"{time.strftime('%H:%M:%S')} {folder.name}", flush=True)
     try:
-        train(folder, {**options, "data-root": data_root}, workers=1)
+        every = {**options, **(more or {}), "data-root": data_root}
+        train(folder, every, workers=1)
     except subprocess.CalledProcessError as error:
         print(f"{folder.name} ended with status {error.returncode}", flush=True)
         return False
     return True
+
+
+def run_row(tables: Tables, row: Row, seed: int, data_root: Path) -> bool:
+    """Trains a row for one seed, unless it is there; whether it is there then.
+
+    What begins as local learning goes on from a checkpoint of that row, where there is one: to the
+    bit as if it had done those steps itself.
+    """
+    scale, more = tables.scale, Options()
+    if row.method == "local":
+        more = {"checkpoint-every": scale.twentieth, "keep-checkpoints": 12}
+    elif (steps := row.local_steps(scale)) and tables.complete(row.local, [seed]):
+        before = tables.folder(row.local.name, seed) / RunDirectory.CHECKPOINTS
+        found = folder_of(before, steps)
+        more = {"resume": found} if (found / "manifest.json").exists() else {}
+    folder = tables.folder(row.name, seed)
+    return run(folder, row.options(scale, seed), data_root, more)
 
 
 def run_all(
@@ -69,13 +95,7 @@ def run_all(
     scale, fine = tables.scale, True
     with ThreadPoolExecutor(jobs) as pool:
         futures = [
-            pool.submit(
-                run,
-                tables.folder(row.name, seed),
-                row.options(scale, seed),
-                data_root,
-            )
-            for row, seed in chosen
+            pool.submit(run_row, tables, row, seed, data_root) for row, seed in chosen
         ]
         for future in futures:
             fine &= future.result()

@@ -48,9 +48,9 @@ def window(stages: int, reach: str = "window") -> Options:
     return {**every(1), "guidance-reach": reach, "guidance-window": stages}
 
 
-def tenth(scale: Scale) -> int:
-    """A tenth of the epochs."""
-    return max(1, round(scale.epochs / 10))
+def tenth(scale: Scale, share: int = 10) -> int:
+    """A tenth of the epochs, or so many hundredths."""
+    return max(1, round(scale.epochs * share / 100))
 
 
 @dataclass(frozen=True)
@@ -60,14 +60,25 @@ class Method:
     Attributes:
         title: what the table calls it.
         options: of the command line, at some scale.
+        local_epochs: those at the beginning that are local learning and nothing else.
     """
 
     title: str
     options: Callable[[Scale], Options]
+    local_epochs: Callable[[Scale], int] = lambda scale: 0
 
 
 def _fixed(title: str, options: Options) -> Method:
     return Method(title, lambda scale: options)
+
+
+def _at_the_end(title: str, share: int = 10, **options: Any) -> Method:
+    """So many hundredths of the epochs end to end, after all others."""
+    return Method(
+        title,
+        lambda scale: phase(guidance_final=tenth(scale, share), **options),
+        local_epochs=lambda scale: scale.epochs - tenth(scale, share),
+    )
 
 
 METHODS: dict[str, Method] = {
@@ -103,13 +114,14 @@ METHODS: dict[str, Method] = {
         "PGL, momentum of its own", {**every(10), "guided-optimizer": "separate"}
     ),
     "lr": _fixed("PGL, three times the lr", {**every(10), "guided-lr-scale": 3.0}),
-    "final": Method(
-        "end to end at the end", lambda scale: phase(guidance_final=tenth(scale))
-    ),
-    "final-anew": Method(
-        "end to end at the end, from lr / 2",
-        lambda scale: phase(guidance_final=tenth(scale), final_lr=0.5),
-    ),
+    "final": _at_the_end("end to end at the end"),
+    "final-anew": _at_the_end("end to end at the end, from lr / 2", final_lr=0.5),
+    **{
+        f"final-anew-{share}": _at_the_end(
+            "end to end at the end, from lr / 2", share, final_lr=0.5
+        )
+        for share in (5, 20, 50)
+    },
     "warmup": Method(
         "end to end at the start",
         lambda scale: phase(
@@ -168,6 +180,15 @@ class Row:
             return known
         return title if known == "greedy" else f"{title}, on {known}"
 
+    def local_steps(self, scale: Scale) -> int:
+        """Steps at the beginning that are those of local learning at the same place."""
+        return scale.steps_per_epoch * METHODS[self.method].local_epochs(scale)
+
+    @property
+    def local(self) -> Row:
+        """Local learning at the same place."""
+        return Row("local", self.stages, self.head, self.loss)
+
     def options(self, scale: Scale, seed: int) -> Options:
         """The command line's options of one run."""
         return {
@@ -199,7 +220,10 @@ PLACES = ((16, "1c2f"), (8, "1c2f"), (16, "0c1f"), (8, "0c1f"))
 CLAIMS = ("local", "pgl-10", "stale-1")
 # Forms that looked best with seed 0.
 PROMISING = ("window-4", "final-anew")
-SHARES = ("pgl-20", "pgl-50", "pgl-5", "pgl-2")
+SHARES = (
+    *("final-anew-5", "final-anew-20", "final-anew-50"),
+    *("pgl-20", "pgl-50", "pgl-5", "pgl-2"),
+)
 SHAPES = (
     *("bursts", "window-2", "stale-window-2", "stale-window-4"),
     *("stale-2", "final", "epochs"),

@@ -39,6 +39,11 @@ class Scale:
         return -(-self.train // self.batch)
 
     @property
+    def twentieth(self) -> int:
+        """Steps of a twentieth of all epochs, in whole epochs."""
+        return self.steps_per_epoch * max(1, self.epochs // 20)
+
+    @property
     def common(self) -> Options:
         """What all rows have in common."""
         return {

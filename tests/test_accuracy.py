@@ -152,6 +152,31 @@ def test_a_complete_run_is_not_run_again_and_a_failed_one_stops_no_other(
     assert "PGL, heads trained" in table and "three times" not in table
 
 
+def test_what_ends_otherwise_goes_on_from_the_local_run_of_its_place_and_seed(
+    tables: Tables, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    local, final = (Row(name, 4, "1c2f") for name in ("local", "final-anew"))
+    steps = TINY.steps_per_epoch * (TINY.epochs - 1)
+    told: dict[str, dict[str, Any]] = {}
+
+    def train(folder: Path, options: dict[str, Any], *, workers: int) -> None:
+        told[folder.name] = options
+        row = local if folder.name.startswith("local") else final
+        pretend(tables, row, int(folder.name[-1]), [0.5])
+        if row == local:
+            kept = folder / "checkpoints" / f"step-{steps:08d}"
+            kept.mkdir(parents=True)
+            (kept / "manifest.json").write_text("{}")
+
+    monkeypatch.setattr(accuracy, "train", train)
+    tasks = [(local, 1), (final, 1), (final, 2)]
+    assert accuracy.run_all(tables, tasks, Path("data"), jobs=1)
+    assert steps % told["local-k4-1c2f-seed1"]["checkpoint-every"] == 0
+    kept = tables.folder(local.name, 1) / "checkpoints" / f"step-{steps:08d}"
+    assert told["final-anew-k4-1c2f-seed1"]["resume"] == kept
+    assert "resume" not in told["final-anew-k4-1c2f-seed2"], "of another seed"
+
+
 def test_the_table_has_mean_spread_and_the_best_of_all_evaluations(
     tables: Tables,
 ) -> None:
