@@ -14,6 +14,7 @@ import dataclasses
 import json
 import os
 import platform
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -63,7 +64,8 @@ def examine() -> Diagnosis:
     facts = [_facts(text) for text in world.mailbox.gather(mine)]
     found = about_machines(facts)
     pings: list[Ping] = []
-    if world.size > 1:
+    # All judge alike. Edges of machines that are wrong might be waited for, for minutes.
+    if world.size > 1 and not any(finding.level == "wrong" for finding in found):
         device = devices.pick("auto", world.local_rank)
         try:
             own = ping(world, device, TIMEOUT)
@@ -71,8 +73,10 @@ def examine() -> Diagnosis:
             everyone = world.mailbox.gather(told)
             pings = [Ping(**edge) for text in everyone for edge in json.loads(text)]
         except RuntimeError as error:
-            world.mailbox.fail(f"rank {world.rank}: {_line(error)}")
-            found.append(_broken(world.mailbox.failure() or _line(error)))
+            if world.mailbox.fail(text := f"rank {world.rank}: {_line(error)}"):
+                # Worker 0 may be at an edge that never opens, and end there.
+                print(f"pglpipe: {_broken(text).text}", file=sys.stderr, flush=True)
+            found.append(_broken(world.mailbox.failure() or text))
         part(world)
     return Diagnosis(facts, pings, found + list(about_edges(pings)))
 
