@@ -246,6 +246,7 @@ def rows(scale: Scale) -> list[Row]:
     found += [Row("local", k, "auglocal-1", seeds=THREE) for k in (16, 8)]
     found += _at((*CLAIMS[:1], *PROMISING), PLACES[:1], THREE)
     found += _at(CLAIMS[1:], PLACES[:1], THREE)
+    found += [Row("final-anew", k, "auglocal-1") for k in (16, 8)]
     found += [Row("local", 16, head) for head in ("2c2f", "1c3f")]
     found += _at((*CLAIMS, *PROMISING), PLACES[1:])
     found += [Row("local", k, "mlp-sr") for k in (16, 8)]
