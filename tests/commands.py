@@ -56,8 +56,9 @@ class Ended:
 
     @property
     def said(self) -> list[str]:
-        """The lines of pglpipe itself on stderr, among those of torchrun."""
-        return [line for line in self.err.splitlines() if line.startswith("pglpipe:")]
+        """The lines of pglpipe itself on stderr, among those of torchrun, but no warnings."""
+        ours = [line for line in self.err.splitlines() if line.startswith("pglpipe:")]
+        return [line for line in ours if not line.startswith("pglpipe: warning:")]
 
     def check(self) -> Ended:
         """This end, which must be a good one."""
