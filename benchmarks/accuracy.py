@@ -16,6 +16,7 @@ busy the machine is, so several may run at once; the times of the stages do, and
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import time
@@ -27,9 +28,10 @@ from typing import Annotated, Any, Optional
 import typer
 
 from benchmarks.accuracy_rows import Row, place_options, rows
+from benchmarks.accuracy_runs import in_folder, read_run
 from benchmarks.accuracy_scales import SCALES, Options, Scale
 from benchmarks.accuracy_stages import measure_places, stages_path
-from benchmarks.accuracy_table import Tables, read_run
+from benchmarks.accuracy_table import TOLD, TRY, Tables
 from benchmarks.runs import matches, one_of, refuse, train
 from pglpipe.checkpoint import folder_of
 from pglpipe.run_directory import RunDirectory
@@ -80,10 +82,12 @@ def run_row(tables: Tables, row: Row, seed: int, data_root: Path) -> bool:
     scale, more = tables.scale, Options()
     if row.method == "local":
         more = {"checkpoint-every": scale.twentieth, "keep-checkpoints": 12}
-    elif (steps := row.local_steps(scale)) and tables.complete(row.local, [seed]):
-        before = tables.folder(row.local.name, seed) / RunDirectory.CHECKPOINTS
-        found = folder_of(before, steps)
-        more = {"resume": found} if (found / "manifest.json").exists() else {}
+    elif steps := row.local_steps(scale):
+        before = tables.folder(row.local.name, seed)
+        found = folder_of(before / RunDirectory.CHECKPOINTS, steps)
+        is_whole = in_folder(before, row.local.options(scale, seed))
+        if is_whole and (found / "manifest.json").exists():
+            more = {"resume": found}
     folder = tables.folder(row.name, seed)
     return run(folder, row.options(scale, seed), data_root, more)
 
@@ -112,9 +116,12 @@ def attempt(tables: Tables, name: str, options: str, data_root: Path, seed: int)
     }
     stages, head, loss = int(place["stages"]), place["head"], place["local-loss"]
     found = {**place_options(tables.scale, stages, head, loss), **given, "seed": seed}
-    folder = tables.folder(f"try-{name}", seed)
+    folder = tables.folder(TRY + name, seed)
     if not run(folder, found, data_root):
         raise SystemExit(1)
+    typed = {"told": {**place, **given}, "all": found}
+    (folder / TOLD).write_text(json.dumps(typed) + "\n")
+    tables.write(rows(tables.scale))
     summary = read_run(folder)
     return (
         f"{name} (seed {seed}): {100 * summary['test_accuracy']:.2f} %, best {100 * summary['best_accuracy']:.2f} %, "

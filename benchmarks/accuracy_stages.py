@@ -53,7 +53,7 @@ def known_places(path: Path) -> Mapping[str, Place]:
 
 
 def measure_places(scale: Scale, rows: Iterable[Row], path: Path) -> None:
-    """Writes the figures of every place of the rows."""
+    """Writes the figures of every place of the rows; those of other places stay."""
     torch.set_num_threads(1)
     device = scale.common["device"]
     places = {row.place: row for row in rows}
@@ -61,7 +61,10 @@ def measure_places(scale: Scale, rows: Iterable[Row], path: Path) -> None:
         "machine": machine(),
         "device": device,
         "batch": scale.batch,
-        "places": {name: _place(scale, row, device) for name, row in places.items()},
+        "places": {
+            **known_places(path),
+            **{name: _place(scale, row, device) for name, row in places.items()},
+        },
     }
     path.write_text(json.dumps(found, indent=1) + "\n")
     known_places.cache_clear()

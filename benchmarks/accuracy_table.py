@@ -6,7 +6,6 @@ import json
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 
 from benchmarks.accuracy_prices import (
@@ -17,11 +16,14 @@ from benchmarks.accuracy_prices import (
     pipelined,
 )
 from benchmarks.accuracy_rows import Row
+from benchmarks.accuracy_runs import Run, Runs, has_options, in_folder, in_table
 from benchmarks.accuracy_scales import Scale
 from benchmarks.accuracy_stages import known_places, stages_path
-from benchmarks.runs import CIFAR10, machine, matches
+from benchmarks.runs import CIFAR10, machine
 
-Runs = Mapping[int, Result]  # by seed
+SEEDS = range(10)  # that are looked for
+TRY = "try-"  # names of folders beside the rows begin so
+TOLD = "options.json"  # in such a folder
 
 
 @dataclass(frozen=True)
@@ -41,10 +43,17 @@ class Tables:
         """Of one run."""
         return self.runs / self.scale.name / f"{name}-seed{seed}"
 
+    @property
+    def path(self) -> Path:
+        """Of the JSON file."""
+        return self.results / f"accuracy_{self.scale.name}.json"
+
     def write(self, rows: Sequence[Row]) -> list[Result]:
         """Writes what is known by now."""
         results = [*self.found(rows)]
         close_gaps(results)
+        runs = {row.name: known for row in rows if (known := self.complete(row))}
+        tries = {name: self.tried(name) for name in self.names_tried()}
         self.results.mkdir(exist_ok=True)
         about = {
             "command": f"python -m benchmarks.accuracy --scale {self.scale.name} --data-root DIR",
@@ -52,10 +61,10 @@ class Tables:
             "options": self.scale.common,
             "machine": machine(),
         }
-        text = json.dumps({**about, "rows": results}, indent=1)
-        path = self.results / f"accuracy_{self.scale.name}.json"
-        path.write_text(text + "\n")
-        path.with_suffix(".md").write_text(markdown(results, heading(self.scale)))
+        all_ = {**about, "rows": results, "runs": runs, "tries": tries}
+        self.path.write_text(json.dumps(all_, indent=1) + "\n")
+        text = markdown(results, heading(self.scale)) + beside(tries)
+        self.path.with_suffix(".md").write_text(text)
         return results
 
     def found(self, rows: Iterable[Row]) -> Iterable[Result]:
@@ -74,24 +83,34 @@ class Tables:
             for stages in sorted(cuts.keys() - {1}):
                 yield {**result(row, runs), **pipelined(cuts[stages])}
 
-    def complete(self, row: Row, seeds: Iterable[int] = range(10)) -> dict[int, Result]:
-        """Its finished runs."""
-        found = {}
-        for seed in seeds:
-            summary = self.folder(row.name, seed) / "summary.json"
-            if summary.exists() and matches(summary, row.options(self.scale, seed)):
-                found[seed] = read_run(summary.parent)
+    def complete(self, row: Row) -> dict[int, Run]:
+        """Its finished runs, of which the folder or the table knows, by seed."""
+        before, found = in_table(self.path, "runs", row.name), {}
+        for seed in SEEDS:
+            options, known = row.options(self.scale, seed), before.get(seed)
+            if run := in_folder(self.folder(row.name, seed), options):
+                found[seed] = run
+            elif known and has_options(known, options):
+                found[seed] = known
         return found
 
+    def names_tried(self) -> list[str]:
+        """What was tried beside the rows."""
+        folders = (self.runs / self.scale.name).glob(f"{TRY}*-seed*/summary.json")
+        names = {path.parent.name[len(TRY) :].rpartition("-")[0] for path in folders}
+        known = json.loads(self.path.read_text()) if self.path.exists() else {}
+        return sorted({*names, *known.get("tries", {})})
 
-@cache
-def read_run(folder: Path) -> Result:
-    """Its summary, and the best accuracy of all its evaluations."""
-    summary: Result = json.loads((folder / "summary.json").read_text())
-    lines = (folder / "metrics.jsonl").read_text().splitlines()
-    evaluations = [json.loads(line) for line in lines if '"event": "eval"' in line]
-    best = max(line["accuracy"][-1] for line in evaluations)
-    return {**summary, "best_accuracy": best}
+    def tried(self, name: str) -> dict[int, Run]:
+        """Runs beside the rows, by seed, and what was typed for them."""
+        found = in_table(self.path, "tries", name)
+        for seed in SEEDS:
+            told = self.folder(TRY + name, seed) / TOLD
+            if told.exists():
+                options = json.loads(told.read_text())
+                if run := in_folder(told.parent, options["all"]):
+                    found[seed] = {**run, "told": options["told"]}
+        return found
 
 
 def result(row: Row, runs: Runs) -> Result:
@@ -190,6 +209,26 @@ def markdown(results: Iterable[Result], head: str) -> str:
     lines = [COLUMNS, ["---"] * len(COLUMNS), *map(cells, ordered)]
     table = [f"| {' | '.join(line)} |" for line in lines]
     return "\n".join([head, "", *table, ""])
+
+
+def beside(tries: Mapping[str, Runs]) -> str:
+    """What was tried beside the rows, with the options by which it differs from all of them."""
+    lines = [
+        f"| {name} | {_told(runs)} | {percent([run['test_accuracy'] for run in runs.values()])} | "
+        f"{', '.join(map(str, runs))} |"
+        for name, runs in tries.items()
+        if runs
+    ]
+    head = ["", "Tried beside the table:", "", "| name | options | accuracy | seeds |"]
+    return "\n".join([*head, "| --- | --- | --- | --- |", *lines, ""]) if lines else ""
+
+
+def _told(runs: Runs) -> str:
+    """The options of a try, as they are typed."""
+    options = next(iter(runs.values()))["told"]
+    return " ".join(
+        f"{key.replace('-', '_')}={value}" for key, value in options.items()
+    )
 
 
 def cells(found: Result) -> list[str]:

@@ -198,6 +198,47 @@ def test_runs_of_other_options_are_not_of_this_table(tables: Tables) -> None:
     assert not dataclasses.replace(tables, scale=larger).complete(row)
 
 
+def test_what_the_table_knew_stays_where_the_runs_are_gone(tables: Tables) -> None:
+    row = Row("local", 8, "1c2f")
+    pretend(tables, row, 1, [0.5])
+    tables.write([row])
+    elsewhere = dataclasses.replace(tables, runs=tables.runs / "elsewhere")
+    assert elsewhere.write([row]) == tables.write([row]) != []
+    pretend(elsewhere, row, 1, [0.6])
+    pretend(elsewhere, row, 2, [0.7])
+    (line,) = elsewhere.write([row])
+    assert line["test_accuracy"] == [0.6, 0.7], "a run that is there counts"
+    larger = dataclasses.replace(TINY, epochs=7)
+    assert not dataclasses.replace(tables, scale=larger).complete(row)
+
+
+def test_what_is_tried_beside_the_rows_is_told_with_its_options(
+    tables: Tables, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    row = Row("local", 8, "1c2f")
+
+    def train(folder: Path, options: dict[str, Any], *, workers: int) -> None:
+        pretend(tables, row, 3, [0.5])
+        tables.folder(row.name, 3).rename(folder)
+        summary = json.loads((folder / "summary.json").read_text())
+        summary["config"] |= {"lr": 0.5, "wall_seconds": 1.0}
+        (folder / "summary.json").write_text(
+            json.dumps({**summary, "wall_seconds": 1.0})
+        )
+
+    monkeypatch.setattr(accuracy, "train", train)
+    monkeypatch.setattr(accuracy, "rows", lambda scale: [row])
+    said = accuracy.attempt(tables, "fast", "lr=0.5", Path("data"), seed=3)
+    assert said.startswith("fast (seed 3): 50.00 %")
+    elsewhere = dataclasses.replace(tables, runs=tables.runs / "elsewhere")
+    for known in (tables, elsewhere):
+        known.write([row])
+        table = (tables.results / "accuracy_tiny.md").read_text()
+        assert (
+            "| fast | stages=8 head=1c2f local_loss=ce lr=0.5 | 50.0 % | 3 |" in table
+        )
+
+
 def test_the_gap_is_that_of_the_seeds_that_all_have() -> None:
     def line(method: str, seeds: list[int], found: list[float]) -> dict[str, Any]:
         row = Row(method, 1 if method == "end-to-end" else 8, "1c2f")

@@ -1,0 +1,65 @@
+"""What is known of the runs of a table: from their folders, and from the table that was written before.
+
+So a table grows over several machines and clones: a run whose folder is gone, or lies elsewhere,
+keeps its figures until it is run again.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from benchmarks.accuracy_scales import Options
+from benchmarks.runs import matches
+
+Run = dict[str, Any]
+Runs = Mapping[int, Run]  # by seed
+
+FIGURES = (
+    *("steps", "global_steps", "test_accuracy", "best_accuracy"),
+    *("exit_accuracy", "gradient_cosine", "parameters_sha256", "versions"),
+)
+
+
+@cache
+def read_run(folder: Path) -> Run:
+    """Its summary, and the best accuracy of all its evaluations."""
+    summary: Run = json.loads((folder / "summary.json").read_text())
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    evaluations = [json.loads(line) for line in lines if '"event": "eval"' in line]
+    best = max(line["accuracy"][-1] for line in evaluations)
+    return {**summary, "best_accuracy": best}
+
+
+def in_folder(folder: Path, options: Options) -> Run | None:
+    """The figures of a finished run with these options, and the options; None if it is not there."""
+    summary = folder / "summary.json"
+    if not (summary.exists() and matches(summary, options)):
+        return None
+    found = read_run(folder)
+    return {"options": _words(options), **{name: found[name] for name in FIGURES}}
+
+
+def in_table(path: Path, kind: str, name: str) -> dict[int, Run]:
+    """What the table knows of a row's runs, by seed.
+
+    Args:
+        path: the table's JSON file.
+        kind: ``"runs"`` or ``"tries"``.
+    """
+    if not path.exists():
+        return {}
+    runs = json.loads(path.read_text()).get(kind, {}).get(name, {})
+    return {int(seed): run for seed, run in runs.items()}
+
+
+def has_options(run: Run, options: Options) -> bool:
+    """Whether it was run with these options."""
+    return bool(run["options"] == _words(options))
+
+
+def _words(options: Options) -> dict[str, str]:
+    return {key: str(value) for key, value in options.items()}
