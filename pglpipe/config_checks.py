@@ -18,6 +18,7 @@ def check_fields(config: Config) -> None:
     find_head(config.head)
     _check_span(config)
     _check_guidance(config)
+    _check_comparison(config)
     check_together(
         MemorySettings(
             microbatches=config.microbatches,
@@ -60,6 +61,21 @@ def _check_guidance(config: Config) -> None:
             raise ConfigError(
                 f"expected --guidance-reach {' or '.join(reaches)} for --{name.replace('_', '-')} "
                 f"{value}, got {config.guidance_reach}; drop one"
+            )
+
+
+def _check_comparison(config: Config) -> None:
+    """Of gradients: what is left out for other options by itself is not asked for beside them."""
+    if config.compare_every < 1:
+        return
+    for option, reason in (
+        ("compile", "compiled stages that may be run backward twice keep more"),
+        ("memory_budget", "a budget has no room for the heads"),
+    ):
+        if getattr(config, option):
+            raise ConfigError(
+                f"expected --compare-every or --{option.replace('_', '-')}, got both: {reason}; "
+                "drop one"
             )
 
 

@@ -6,7 +6,7 @@ import math
 
 import torch
 
-from pglpipe.config import RunConfig
+from pglpipe.config import COMPARE_EVERY, RunConfig
 from pglpipe.data import Recipe
 from pglpipe.learning import OptimizerFactory
 from pglpipe.learning_rate import LearningRate, anew, constant, cosine
@@ -40,11 +40,13 @@ def local_loss(config: RunConfig, recipe: Recipe) -> LocalLoss:
 
 
 def compare_every(config: RunConfig) -> int:
-    """Global steps from one comparison of gradients to the next.
+    """Global steps from one comparison of gradients to the next; 0 for none.
 
-    Compiled stages that may be run backward twice keep more, and a budget has no room for heads.
+    Where that is left open, nothing is compared at the price of something else that was asked for.
     """
-    return 0 if config.compile or config.memory_budget else config.compare_every
+    if config.compare_every >= 0:
+        return config.compare_every
+    return 0 if config.compile or config.memory_budget else COMPARE_EVERY
 
 
 def learning_rate(config: RunConfig, steps_per_epoch: int) -> LearningRate:

@@ -105,6 +105,7 @@ def _train(asked: RunConfig, world: World) -> Summary:
         balance=",".join(map(str, plan.balance)),
         threads=torch.get_num_threads(),
         device=devices.pick(config.device, world.local_rank).type,
+        compare_every=compare_every(config),
         **dataclasses.asdict(plan.memory),
     )
     total_steps = config.steps or config.epochs * material.steps_per_epoch

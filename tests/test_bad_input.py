@@ -99,7 +99,7 @@ OPTIONS = """
     --guided-shrink inf                       => a finite number for --guided-shrink, got inf
     --local-weight-end -1                     => --local-weight-end of at least 0, got -1
     --local-weight-deepest -1                 => --local-weight-deepest of at least 0, got -1
-    --compare-every -1                        => --compare-every of at least 0, got -1
+    --compare-every -2                        => --compare-every of at least -1, got -2
     --final-lr -1                             => --final-lr of at least 0, got -1
     # what contradicts something else
     --batch-size 4 --microbatches 8           => --batch-size 4 & --microbatches 8 & lower --microbatches
@@ -127,6 +127,8 @@ OPTIONS = """
     --overlap-stages --memory-budget 9MiB     => --overlap-stages & --memory-budget & got both & drop one
     --overlap-stages --local-microbatches 2   => --overlap-stages & --local-microbatches & got both & drop one
     --compile --memory-budget 9MiB            => --compile or --memory-budget, got both & drop one
+    --compare-every 3 --compile               => --compare-every or --compile, got both & run backward twice & drop one
+    --compare-every 3 --memory-budget 9MiB    => --compare-every or --memory-budget, got both & no room & drop one
     --memory-budget 1e400                     => expected bytes for --memory-budget, such as 300MiB & '1e400'
     --momentum 0                              => momentum & add --no-nesterov
     # data

@@ -90,6 +90,12 @@ def test_a_run_leaves_four_files(finished: Path) -> None:
     }
 
 
+def test_what_was_left_open_is_written_down(finished: Path) -> None:
+    config = summary_of(finished)["config"]
+    assert config["compare_every"] == 10 and config["threads"] > 0
+    assert config["device"] != "auto" and config["balance"] != "flops"
+
+
 def test_every_step_is_a_line_with_a_loss_of_every_stage_that_took_one(
     finished: Path,
 ) -> None:
