@@ -128,7 +128,8 @@ class RunConfig:
     compare_every: int = option(
         -1,
         "compare local and true gradients in every so many global steps; 0 for never, -1 for every "
-        f"{COMPARE_EVERY}th where nothing speaks against it, as --compile and --memory-budget do",
+        f"{COMPARE_EVERY}th, but never with --compile, --memory-budget, or --microbatches and a "
+        "local loss that compares samples",
         at_least=-1,
     )
     microbatches: int = option(

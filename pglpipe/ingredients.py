@@ -39,14 +39,16 @@ def local_loss(config: RunConfig, recipe: Recipe) -> LocalLoss:
     return build_loss(config.local_loss, settings)
 
 
-def compare_every(config: RunConfig) -> int:
+def compare_every(config: RunConfig, loss: LocalLoss) -> int:
     """Global steps from one comparison of gradients to the next; 0 for none.
 
-    Where that is left open, nothing is compared at the price of something else that was asked for.
+    Where that is left open, nothing is compared at the price of something else that was asked for,
+    nor in microbatches where the loss compares samples: of those it is another loss.
     """
     if config.compare_every >= 0:
         return config.compare_every
-    return 0 if config.compile or config.memory_budget else COMPARE_EVERY
+    cut = loss.compares and config.microbatches > 1
+    return 0 if config.compile or config.memory_budget or cut else COMPARE_EVERY
 
 
 def learning_rate(config: RunConfig, steps_per_epoch: int) -> LearningRate:

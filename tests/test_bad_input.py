@@ -115,6 +115,7 @@ OPTIONS = """
     --guidance-reach window --guidance-delay 2 => --guidance-reach stale or stale-window for --guidance-delay 2 & got window & drop one
     --guidance-reach window --guided-local-weight 0.5 => --guidance-reach window or stale-window, or --guided-local-weight, got both & drop one
     --guidance-reach window --microbatches 2 --local-loss supcon => --microbatches above 1 & compares the samples & drop one
+    --compare-every 3 --microbatches 2 --local-loss supcon => --microbatches above 1, or --compare-every & compares the samples & drop one
     --guidance-reach stale-window --guidance-delay 0 => delay of at least 1, got 0
     --infopro-lambdas 1,2,3,4                 => --local-loss infopro & got ce & drop one
     --infopro-lambdas 1,2,3                   => four numbers for --infopro-lambdas, such as 5,0.05,0.2,0.5 & '1,2,3'

@@ -143,6 +143,22 @@ def test_a_loss_that_compares_samples_is_given_whole_batches(
         run(1, Guidance(period=1, reach="window"), **options)
 
 
+@pytest.mark.parametrize("name", ["supcon", "sim", "predsim"])
+def test_gradients_of_a_loss_that_compares_samples_are_those_of_whole_batches(
+    name: str,
+) -> None:
+    loss = build_loss(name)
+    with pytest.raises(ConfigError, match="--microbatches above 1, or --compare-every"):
+        run(1, ALWAYS, local_loss=loss, microbatches=2, compare_every=3)
+    whole = run(1, ALWAYS, local_loss=loss, compare_every=3, epochs=1)
+    parts = run(1, ALWAYS, local_loss=loss, microbatches=2, epochs=1)
+    told = [record.cosines[:-1] for record in whole.records.steps]
+    assert all(cosine is not None and abs(cosine) < 1 for cosine in told[0])
+    assert {c for record in parts.records.steps for c in record.cosines} == {None}
+    # Where no step is global, nothing is compared, and nothing refused.
+    run(1, NEVER, local_loss=loss, microbatches=2, compare_every=3, epochs=1)
+
+
 def test_what_is_recorded_once_has_one_weight() -> None:
     with pytest.raises(ConfigError, match="--overlap-stages or --local-weight-end"):
         RunConfig(overlap_stages=True, local_weight_end=0.5)

@@ -8,6 +8,9 @@ import pytest
 
 from pglpipe.config import RunConfig
 from pglpipe.ingredients import compare_every
+from pglpipe.losses import LOSSES, LossSettings, build_loss
+
+SETTINGS = LossSettings((1, 1, 1, 1), (0.5,), (0.5,))
 
 
 @pytest.mark.parametrize(
@@ -25,4 +28,15 @@ from pglpipe.ingredients import compare_every
 def test_gradients_are_compared_as_asked_or_where_nothing_speaks_against_it(
     options: dict[str, Any], expected: int
 ) -> None:
-    assert compare_every(RunConfig(**options)) == expected
+    assert compare_every(RunConfig(**options), build_loss("ce")) == expected
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_microbatches_are_compared_if_their_losses_sum_to_that_of_the_batch(
+    name: str,
+) -> None:
+    loss = build_loss(name, SETTINGS)
+    for microbatches in (1, 2):
+        sums = microbatches == 1 or not loss.compares
+        found = compare_every(RunConfig(microbatches=microbatches), loss)
+        assert found == (10 if sums else 0)

@@ -232,6 +232,13 @@ def test_a_run_with_guidance_at_every_step_has_no_local_step(train: Train) -> No
     assert set(summary_of(folder)["step_seconds"]) == {"global"}
 
 
+def test_no_cosine_is_told_of_microbatches_that_are_another_loss(train: Train) -> None:
+    folder = train(*"--local-loss supcon --microbatches 4 --guidance-period 1".split())
+    for line in events(folder, "train"):
+        assert line["cosine"] == [None] * 3 and line["loss"][:-1] == [None] * 2
+    assert summary_of(folder)["config"]["compare_every"] == 0
+
+
 def test_guidance_can_count_epochs(train: Train) -> None:
     words = "--epochs 4 --guidance-unit epoch --guidance-period 2 --guidance-warmup 1"
     assert kinds(train(*words.split())) == "LLLGGGLLLGGG"
