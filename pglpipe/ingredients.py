@@ -9,7 +9,7 @@ import torch
 from pglpipe.config import COMPARE_EVERY, RunConfig
 from pglpipe.data import Recipe
 from pglpipe.learning import OptimizerFactory
-from pglpipe.learning_rate import LearningRate, anew, constant, cosine
+from pglpipe.learning_rate import LearningRate, anew, constant, cosine, warmed_up
 from pglpipe.losses import LocalLoss, LossSettings, build_loss, published_lambdas
 
 
@@ -55,9 +55,10 @@ def learning_rate(config: RunConfig, steps_per_epoch: int) -> LearningRate:
     """The factor on ``--lr``, over the run."""
 
     def schedule(warmup_epochs: float) -> LearningRate:
+        warmup_steps = round(warmup_epochs * steps_per_epoch)
         if config.lr_schedule == "constant":
-            return constant
-        return cosine(warmup_steps=round(warmup_epochs * steps_per_epoch))
+            return warmed_up(warmup_steps, constant)
+        return cosine(warmup_steps)
 
     whole = schedule(config.warmup_epochs)
     if not config.final_lr:
