@@ -55,6 +55,7 @@ def check_together(
     local_loss: LocalLoss | None = None,
     *,
     skips: bool = False,
+    compare_every: int = 0,
 ) -> None:
     """Raises ConfigError for options that contradict each other, or do nothing together.
 
@@ -62,6 +63,7 @@ def check_together(
         budgeted: whether there is a memory budget.
         local_loss: None while it is not known.
         skips: whether steps whose numbers are not finite are skipped.
+        compare_every: global steps from one comparison of gradients to the next; 0 for none.
     """
     in_parts = memory.local_microbatches > 1
     stale = "stale" in guidance.kinds
@@ -80,6 +82,7 @@ def check_together(
         (stale and in_parts, _STALE_IN_PARTS),
         (compares and (in_parts or budgeted), _COMPARED_IN_PARTS),
         (compares and cut and asks_heads, _COMPARED_IN_MICROBATCHES),
+        (compares and cut and compare_every, _GRADIENTS_IN_MICROBATCHES),
         (guided.local_weight > 0 and windows_alone, _WINDOW_LOCAL_WEIGHT),
         (overlap_stages and weight.end != 1, _OVERLAP_WEIGHT),
         (overlap_stages and skips, _OVERLAP_SKIP),
@@ -130,6 +133,11 @@ _COMPARED_IN_PARTS = (
 _COMPARED_IN_MICROBATCHES = (
     "--microbatches above 1, or guided steps that run heads with a local loss that compares the "
     "samples of a batch",
+    "of a microbatch it is another loss",
+)
+_GRADIENTS_IN_MICROBATCHES = (
+    "--microbatches above 1, or --compare-every with a local loss that compares the samples of a "
+    "batch",
     "of a microbatch it is another loss",
 )
 _WINDOW_LOCAL_WEIGHT = (

@@ -26,6 +26,7 @@ from pglpipe.transport import TRANSPORTS
 from pglpipe.wire import WIRE_FORMATS
 
 DEFAULT_EPOCHS = 10
+COMPARE_EVERY = 10  # global steps, where nothing speaks against it
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,9 +126,11 @@ class RunConfig:
         1.0, "factor on a stale gradient from stage to stage", at_least=0.0
     )
     compare_every: int = option(
-        10,
-        "compare local and true gradients in every so many global steps; 0 for never",
-        at_least=0,
+        -1,
+        "compare local and true gradients in every so many global steps; 0 for never, -1 for every "
+        f"{COMPARE_EVERY}th, but never with --compile, --memory-budget, or --microbatches and a "
+        "local loss that compares samples",
+        at_least=-1,
     )
     microbatches: int = option(
         1, "parts of a global step's batch, to keep several workers busy", at_least=1

@@ -10,14 +10,17 @@ from pglpipe.heads import find_head
 from pglpipe.memory import MemorySettings
 
 Config = Any  # a RunConfig, which imports this module
+BORROWING = ("man", "solo", "thin")  # the heads, without their depth
 
 
 def check_fields(config: Config) -> None:
     """Raises ConfigError for fields that are fine alone and not together."""
     config.memory_budget_bytes()
     find_head(config.head)
+    _check_head(config)
     _check_span(config)
     _check_guidance(config)
+    _check_comparison(config)
     check_together(
         MemorySettings(
             microbatches=config.microbatches,
@@ -32,6 +35,15 @@ def check_fields(config: Config) -> None:
         skips=config.on_nonfinite == "skip",
     )
     _check_learning(config)
+
+
+def _check_head(config: Config) -> None:
+    borrows = config.head.partition("-")[0] in BORROWING
+    if _is_given(config, "refresh_every") and not borrows:
+        raise ConfigError(
+            f"expected a --head that borrows layers ({', '.join(BORROWING)}-D) for "
+            f"{_flag(config, 'refresh_every')}, got {config.head}; drop one"
+        )
 
 
 def _check_span(config: Config) -> None:
@@ -49,17 +61,47 @@ def _check_span(config: Config) -> None:
 
 
 def _check_guidance(config: Config) -> None:
-    """What belongs to one reach is not given with another, where it would do nothing."""
-    defaults = type(config)
+    """What belongs to guided steps, or to one reach, is not given where it would do nothing."""
+    if config.guidance_warmup_kind != "local" and not config.guidance_warmup:
+        raise ConfigError(
+            f"expected a warm-up for --guidance-warmup-kind {config.guidance_warmup_kind}, got "
+            "--guidance-warmup 0; say how long it is, or drop one"
+        )
+    if not config.guidance_duration and config.guidance_reach != "global":
+        raise ConfigError(
+            f"expected a --guidance-duration above 0 for --guidance-reach {config.guidance_reach}, "
+            "got 0, which opens no window; raise it, or drop one"
+        )
+    never = config.guidance().kinds == ("local",)
+    for name in _GUIDED:
+        if never and _is_given(config, name):
+            raise ConfigError(
+                f"expected guided steps for {_flag(config, name)}, got --guidance-duration 0; "
+                "raise it, or drop one"
+            )
     for name, reaches in (
         ("guidance_window", ("window", "stale-window")),
         ("guidance_delay", ("stale", "stale-window")),
     ):
-        value = getattr(config, name)
-        if value != getattr(defaults, name) and config.guidance_reach not in reaches:
+        if _is_given(config, name) and config.guidance_reach not in reaches:
             raise ConfigError(
-                f"expected --guidance-reach {' or '.join(reaches)} for --{name.replace('_', '-')} "
-                f"{value}, got {config.guidance_reach}; drop one"
+                f"expected --guidance-reach {' or '.join(reaches)} for {_flag(config, name)}, got "
+                f"{config.guidance_reach}; drop one"
+            )
+
+
+def _check_comparison(config: Config) -> None:
+    """Of gradients: what is left out for other options by itself is not asked for beside them."""
+    if config.compare_every < 1:
+        return
+    for option, reason in (
+        ("compile", "compiled stages that may be run backward twice keep more"),
+        ("memory_budget", "a budget has no room for the heads"),
+    ):
+        if getattr(config, option):
+            raise ConfigError(
+                f"expected --compare-every or --{option.replace('_', '-')}, got both: {reason}; "
+                "drop one"
             )
 
 
@@ -81,3 +123,20 @@ def _check_learning(config: Config) -> None:
             f"expected --local-loss infopro or infopro-contrast for --infopro-lambdas, got "
             f"{config.local_loss}; drop one"
         )
+
+
+def _is_given(config: Config, name: str) -> bool:
+    """Whether a field is not what it is by default."""
+    return bool(getattr(config, name) != getattr(type(config), name))
+
+
+def _flag(config: Config, name: str) -> str:
+    """A field as it is given on the command line."""
+    return f"--{name.replace('_', '-')} {getattr(config, name)}"
+
+
+# What is said of guided steps alone.
+_GUIDED = (
+    *("guided_weight", "guided_local_weight", "guided_heads"),
+    *("guided_optimizer", "guided_lr_scale", "guided_shrink"),
+)

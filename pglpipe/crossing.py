@@ -40,6 +40,7 @@ class Crossing:
         self._guided = learning.guided
         self._index = index
         self._own: list[Tensor] = []
+        self._counts = True
 
     # -- global step ------------------------------------------------------------------
 
@@ -76,7 +77,12 @@ class Crossing:
         x, output, kept = self._runs.take()
         loss = None
         if compares or self._guided.asks_heads:
-            loss, own = self._local_gradient(output, kept, self._guided.heads)
+            weight = self._exit.weight(kept.step)
+            # Times 0 a gradient has no direction to compare: it is found as it is, and dropped.
+            self._counts = weight > 0
+            loss, own = self._local_gradient(
+                output, kept, self._guided.heads, weight or 1.0
+            )
             if compares or self._guided.local_weight:
                 self._remember(output, own)
         if output.requires_grad:
@@ -91,6 +97,8 @@ class Crossing:
             parameters of the body, before clipping; None where nothing is compared.
         """
         own, self._own = self._own, []
+        if not self._counts and self._guided.heads == "trained":
+            self._drop_of_head()
         if not own:
             return None
         dots = []
@@ -101,7 +109,7 @@ class Crossing:
             if compares:
                 pairs = (mine, true), (mine, mine), (true, true)
                 dots.append(torch.stack([(a * b).sum() for a, b in pairs]))
-            if self._guided.local_weight:
+            if self._guided.local_weight and self._counts:
                 true.add_(mine, alpha=self._guided.local_weight)
         if not dots:
             return None
@@ -149,7 +157,10 @@ class Crossing:
             stage's own loss.
         """
         x, output, kept = self._runs.take()
-        loss, own = self._local_gradient(output, kept, "trained", guided)
+        weight = self._exit.weight(kept.step)
+        if self._exit.head is None and guided:
+            weight = self._guided.weight
+        loss, own = self._local_gradient(output, kept, "trained", weight)
         at_output = {**arriving, self._index: own}
         leaving = {
             source: _through(output, x, at_output[source])
@@ -167,7 +178,8 @@ class Crossing:
     def blend(self) -> Tensor:
         """What the local loss of the last forward adds to a stale gradient; returns the loss."""
         _, output, kept = self._runs.take()
-        loss, own = self._local_gradient(output, kept, self._guided.heads)
+        weight = self._exit.weight(kept.step)
+        loss, own = self._local_gradient(output, kept, self._guided.heads, weight)
         if self._guided.local_weight and output.requires_grad:
             output.backward(self._guided.local_weight * own)  # type: ignore[no-untyped-call]
         return loss
@@ -199,16 +211,17 @@ class Crossing:
     # -- private ----------------------------------------------------------------------
 
     def _local_gradient(
-        self, output: Tensor, kept: Kept, heads: str, guided: bool = True
+        self, output: Tensor, kept: Kept, heads: str, weight: float
     ) -> tuple[Tensor, Tensor]:
-        """A microbatch's part of this stage's own loss, and its gradient at the body's output."""
+        """A microbatch's part of this stage's own loss, and its gradient at the body's output.
+
+        Args:
+            weight: of that gradient, and of the head's.
+        """
         leaf, head = output.detach().requires_grad_(), self._exit.head
         # A head that is frozen keeps its statistics, too.
         with unmoved(head) if head and heads == "frozen" else nullcontext():
             loss = self._exit.loss(leaf, kept) * kept.share
-        weight = self._exit.weight(kept.step)
-        if head is None and guided:
-            weight = self._guided.weight
         total = weighted(loss, weight)
         if heads == "trained":
             total.backward()  # type: ignore[no-untyped-call]
@@ -216,6 +229,13 @@ class Crossing:
         else:
             (own,) = torch.autograd.grad(total, leaf, allow_unused=True)
         return loss.detach(), torch.zeros_like(leaf) if own is None else own
+
+    def _drop_of_head(self) -> None:
+        """Leaves a head that does not count a gradient of 0: momentum and weight decay go on."""
+        assert self._exit.head is not None
+        for parameter in self._exit.head.parameters():
+            if parameter.grad is not None:
+                parameter.grad.zero_()
 
     def _parameters(self) -> list[nn.Parameter]:
         """Of the body; those that learn."""

@@ -6,10 +6,10 @@ import math
 
 import torch
 
-from pglpipe.config import RunConfig
+from pglpipe.config import COMPARE_EVERY, RunConfig
 from pglpipe.data import Recipe
 from pglpipe.learning import OptimizerFactory
-from pglpipe.learning_rate import LearningRate, anew, constant, cosine
+from pglpipe.learning_rate import LearningRate, anew, constant, cosine, warmed_up
 from pglpipe.losses import LocalLoss, LossSettings, build_loss, published_lambdas
 
 
@@ -39,21 +39,26 @@ def local_loss(config: RunConfig, recipe: Recipe) -> LocalLoss:
     return build_loss(config.local_loss, settings)
 
 
-def compare_every(config: RunConfig) -> int:
-    """Global steps from one comparison of gradients to the next.
+def compare_every(config: RunConfig, loss: LocalLoss) -> int:
+    """Global steps from one comparison of gradients to the next; 0 for none.
 
-    Compiled stages that may be run backward twice keep more, and a budget has no room for heads.
+    Where that is left open, nothing is compared at the price of something else that was asked for,
+    nor in microbatches where the loss compares samples: of those it is another loss.
     """
-    return 0 if config.compile or config.memory_budget else config.compare_every
+    if config.compare_every >= 0:
+        return config.compare_every
+    cut = loss.compares and config.microbatches > 1
+    return 0 if config.compile or config.memory_budget or cut else COMPARE_EVERY
 
 
 def learning_rate(config: RunConfig, steps_per_epoch: int) -> LearningRate:
     """The factor on ``--lr``, over the run."""
 
     def schedule(warmup_epochs: float) -> LearningRate:
+        warmup_steps = round(warmup_epochs * steps_per_epoch)
         if config.lr_schedule == "constant":
-            return constant
-        return cosine(warmup_steps=round(warmup_epochs * steps_per_epoch))
+            return warmed_up(warmup_steps, constant)
+        return cosine(warmup_steps)
 
     whole = schedule(config.warmup_epochs)
     if not config.final_lr:

@@ -17,6 +17,25 @@ def constant(step: int, total_steps: int) -> float:
     return 1.0
 
 
+def warmed_up(warmup_steps: int, then: LearningRate) -> LearningRate:
+    """A linear warm-up, then another schedule, whose steps count from its end.
+
+    Args:
+        warmup_steps: steps over which the factor rises from ``1 / warmup_steps`` to 1.
+
+    >>> schedule = warmed_up(2, constant)
+    >>> [schedule(step, 4) for step in range(4)]
+    [0.5, 1.0, 1.0, 1.0]
+    """
+
+    def factor(step: int, total_steps: int) -> float:
+        if step < warmup_steps:
+            return (step + 1) / warmup_steps
+        return then(step - warmup_steps, total_steps - warmup_steps)
+
+    return factor
+
+
 def cosine(warmup_steps: int = 0) -> LearningRate:
     """A linear warm-up, then half a cosine down to 0 (Loshchilov & Hutter, arXiv 1608.03983).
 
@@ -28,13 +47,11 @@ def cosine(warmup_steps: int = 0) -> LearningRate:
     [0.5, 1.0, 1.0, 0.854, 0.5, 0.146]
     """
 
-    def factor(step: int, total_steps: int) -> float:
-        if step < warmup_steps:
-            return (step + 1) / warmup_steps
-        progress = (step - warmup_steps) / max(1, total_steps - warmup_steps)
+    def falling(step: int, total_steps: int) -> float:
+        progress = step / max(1, total_steps)
         return 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
 
-    return factor
+    return warmed_up(warmup_steps, falling)
 
 
 def anew(

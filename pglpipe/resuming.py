@@ -26,6 +26,7 @@ CHOSEN = {
     "balance": ("flops", "time", "memory", "params", "published"),
     "device": ("auto",),
     "threads": (0,),
+    "compare_every": (-1,),
 }
 FITTED = ("recompute", "microbatches", "local_microbatches")  # to a memory budget
 

@@ -105,6 +105,7 @@ def _train(asked: RunConfig, world: World) -> Summary:
         balance=",".join(map(str, plan.balance)),
         threads=torch.get_num_threads(),
         device=devices.pick(config.device, world.local_rank).type,
+        compare_every=compare_every(config, local_loss(config, material.recipe)),
         **dataclasses.asdict(plan.memory),
     )
     total_steps = config.steps or config.epochs * material.steps_per_epoch
@@ -171,17 +172,18 @@ def _trainer(
         num_classes=material.num_classes,
         width=config.width,
     )
+    loss = local_loss(config, material.recipe)
     return Trainer(
         layers,
         num_stages=config.stages,
         loss=nn.CrossEntropyLoss(),
         optimizer=optimizer(config),
         head=config.head,
-        local_loss=local_loss(config, material.recipe),
+        local_loss=loss,
         local_weight=config.local_weight(),
         guidance=config.guidance(),
         guided=config.guided(),
-        compare_every=compare_every(config),
+        compare_every=compare_every(config, loss),
         refresh_every=config.refresh_every,
         learning_rate=learning_rate(config, material.steps_per_epoch),
         balance=config.balance,

@@ -61,7 +61,8 @@ class Trainer:
         guidance: when steps are guided by the true loss, and how far its gradient gets.
         guided: what a stage does in such a step.
         compare_every: global steps from one to the next in which every stage compares its own
-            gradient with the true one, beginning with the first; 0 for none.
+            gradient with the true one, beginning with the first; 0 for none. Not in microbatches
+            where the local loss compares samples.
         refresh_every: steps from one renewal of the layers that heads borrow to the next.
         learning_rate: ``(step, total_steps) -> factor`` on the optimizer's learning rates.
         balance: where to cut: ``flops``, ``params``, ``memory``, ``time``, ``published``, or the
@@ -167,11 +168,9 @@ class Trainer:
             memory_budget is not None,
             compile,
             overlap_stages,
-            guidance,
-            guided,
-            local_weight,
-            learning.local_loss,
+            *(guidance, guided, local_weight, learning.local_loss),
             skips=on_nonfinite == "skip",
+            compare_every=compare_every,
         )
         blueprint = Blueprint(
             layers=as_layers(layers),

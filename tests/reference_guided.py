@@ -186,8 +186,11 @@ class Loop:
                 y = twin(before)
                 loss = cross_entropy(head(y), targets)
                 losses[stage] = float(loss.detach())
-                (loss * self.weight(stage, step)).backward()  # type: ignore[no-untyped-call]
+                weight = self.weight(stage, step)
+                (loss * (weight or 1.0)).backward()  # type: ignore[no-untyped-call]
                 of_heads.append([p.grad for p in twin.parameters()])
+                if not weight:
+                    head.zero_grad(set_to_none=False)
                 before = y.detach()
         y = x
         for body in self.bodies:
@@ -200,10 +203,11 @@ class Loop:
             for own, body in zip(of_heads, self.bodies)
         ]
         if guided.local_weight:
-            for own, body in zip(of_heads, self.bodies):
+            for stage, (own, body) in enumerate(zip(of_heads, self.bodies)):
+                share = guided.local_weight if self.weight(stage, step) else 0.0
                 for mine, parameter in zip(own, body.parameters(), strict=True):
                     assert mine is not None and parameter.grad is not None
-                    parameter.grad += guided.local_weight * mine
+                    parameter.grad += share * mine
         self.clip([p for body in self.bodies for p in body.parameters()])
         for head in self.heads:
             if head is not None and list(head.parameters()):

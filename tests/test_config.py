@@ -97,6 +97,8 @@ BESIDE: dict[str, dict[str, Any]] = {
     "guidance_window": {"guidance_reach": "window"},
     "guidance_delay": {"guidance_reach": "stale"},
     "guided_shrink": {"guidance_reach": "stale"},
+    "guidance_warmup_kind": {"guidance_warmup": 3},
+    "refresh_every": {"head": "man"},
     "infopro_lambdas": {"local_loss": "infopro"},
 }
 

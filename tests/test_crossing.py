@@ -66,13 +66,14 @@ def close(some: Sequence[Tensor | None], others: Sequence[Tensor]) -> bool:
 @pytest.mark.parametrize("sizes", [[6], [4, 2], [1, 2, 3]])
 @pytest.mark.parametrize("heads", ["frozen", "trained"])
 @pytest.mark.parametrize("mu", [0.0, 0.3])
+@pytest.mark.parametrize("weight", [0.5, 0.0])
 def test_in_a_global_step_a_local_loss_counts_for_its_own_stage_alone(
-    mu: float, heads: str, sizes: list[int], recompute: bool
+    weight: float, mu: float, heads: str, sizes: list[int], recompute: bool
 ) -> None:
     made = stage(
         body(),
         guided=Guided(local_weight=mu, heads=heads),
-        local_weight=LocalWeight(deepest=1.0, end=0.5),
+        local_weight=LocalWeight(deepest=1.0, end=weight),
     )
     made.total_steps = 3
     made.zero_grad()
@@ -99,8 +100,9 @@ def test_in_a_global_step_a_local_loss_counts_for_its_own_stage_alone(
     x = X.clone().requires_grad_()
     y = made.body(x)
     true, local = (y * FROM_ABOVE).sum(), CE(made.head(y), TARGETS)
-    of_true, of_local = of(true, made.body), of(0.5 * local, made.body)
-    assert close(grads(made.body), [a + mu * b for a, b in zip(of_true, of_local)])
+    of_true, of_local = of(true, made.body), of(local, made.body)
+    expected = [a + mu * weight * b for a, b in zip(of_true, of_local)]
+    assert close(grads(made.body), expected)
     (at_x,) = torch.autograd.grad(true, x, retain_graph=True)
     assert close([torch.cat(returned)], [at_x]), "its own loss goes no further"
     assert float(sum(losses)) == pytest.approx(local.item(), rel=1e-12)
@@ -108,7 +110,7 @@ def test_in_a_global_step_a_local_loss_counts_for_its_own_stage_alone(
     assert cosine is not None
     assert float(cosine) == pytest.approx(float(a @ b / a.norm() / b.norm()), rel=1e-12)
     if heads == "trained":
-        assert close(grads(made.head), of(0.5 * local, made.head))
+        assert close(grads(made.head), of(weight * local, made.head))
     else:
         assert grads(made.head) == [None, None]
     assert made.crossing.settle(compares=True) is None, "and is then forgotten"

@@ -13,7 +13,7 @@ from worlds import Trained, image_batches, plan_quickly, same, small_resnet, tra
 from pglpipe import ALWAYS, NEVER, Guidance
 from pglpipe.config import RunConfig
 from pglpipe.errors import ConfigError
-from pglpipe.guided import Guided
+from pglpipe.guided import Guided, LocalWeight
 from pglpipe.heads import Borrowed
 from pglpipe.heads.borrowed import _Sum
 from pglpipe.ingredients import learning_rate
@@ -141,6 +141,33 @@ def test_a_loss_that_compares_samples_is_given_whole_batches(
 ) -> None:
     with pytest.raises(ConfigError, match=words):
         run(1, Guidance(period=1, reach="window"), **options)
+
+
+@pytest.mark.parametrize("name", ["supcon", "sim", "predsim"])
+def test_gradients_of_a_loss_that_compares_samples_are_those_of_whole_batches(
+    name: str,
+) -> None:
+    loss = build_loss(name)
+    with pytest.raises(ConfigError, match="--microbatches above 1, or --compare-every"):
+        run(1, ALWAYS, local_loss=loss, microbatches=2, compare_every=3)
+    whole = run(1, ALWAYS, local_loss=loss, compare_every=3, epochs=1)
+    parts = run(1, ALWAYS, local_loss=loss, microbatches=2, epochs=1)
+    told = [record.cosines[:-1] for record in whole.records.steps]
+    assert all(cosine is not None and abs(cosine) < 1 for cosine in told[0])
+    assert {c for record in parts.records.steps for c in record.cosines} == {None}
+    # Where no step is global, nothing is compared, and nothing refused.
+    run(1, NEVER, local_loss=loss, microbatches=2, compare_every=3, epochs=1)
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_a_cosine_does_not_depend_on_the_weight_of_the_local_loss(size: int) -> None:
+    options: dict[str, Any] = {"compare_every": 1, "learning_rate": lambda *_: 0.0}
+    expected = [r.cosines for r in run(size, ALWAYS, **options).records.steps]
+    for weight in (LocalWeight(end=0.0), LocalWeight(deepest=0.0), LocalWeight(end=3)):
+        got = run(size, ALWAYS, local_weight=weight, **options)
+        for record, row in zip(got.records.steps, expected, strict=True):
+            assert record.cosines[-1] is None
+            assert record.cosines[:-1] == pytest.approx(row[:-1], rel=1e-5)
 
 
 def test_what_is_recorded_once_has_one_weight() -> None:

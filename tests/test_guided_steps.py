@@ -44,6 +44,9 @@ def rules(guidance: Guidance, **options: Any) -> Rules:
 OFTEN = Guidance(period=2)
 WINDOW = Guidance(period=3, duration=2, reach="window", window=2)
 WEIGHTS = LocalWeight(end=0.25, deepest=0.5)
+NOTHING = LocalWeight(
+    end=0.0, deepest=0.0
+)  # for the last head; for all, in the last step
 
 GLOBAL = {
     "plain": rules(OFTEN),
@@ -196,6 +199,9 @@ IN_DOUBLE = {
         OFTEN, guided=Guided(local_weight=0.3), compares=True, clip_norm=0.3
     ),
     "global, compared": rules(OFTEN, compares=True),
+    "global, compared without a local weight": rules(
+        OFTEN, guided=MIXED, local_weight=NOTHING, compares=True
+    ),
     "window": rules(
         WINDOW, guided=replace(MIXED, local_weight=0.0), local_weight=WEIGHTS
     ),

@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from pglpipe.learning_rate import constant, cosine
+from pglpipe.learning_rate import constant, cosine, warmed_up
 
 
 def test_constant_changes_nothing() -> None:
@@ -29,6 +29,16 @@ def test_a_warm_up_rises_in_equal_steps_to_one() -> None:
     assert factors[:5] == [0.25, 0.5, 0.75, 1.0, 1.0]
     assert factors[8] == pytest.approx(0.5)
     assert all(0 < factor <= 1 for factor in factors)
+
+
+@pytest.mark.parametrize("warmup", [0, 1, 3, 8])
+def test_any_schedule_begins_at_the_end_of_its_warm_up(warmup: int) -> None:
+    schedule = warmed_up(warmup, cosine())
+    assert [schedule(step, 9) for step in range(9)] == [
+        cosine(warmup)(step, 9) for step in range(9)
+    ]
+    rises = [warmed_up(warmup, constant)(step, 9) for step in range(9)]
+    assert rises == [min(1.0, (step + 1) / max(1, warmup)) for step in range(9)]
 
 
 def test_no_step_and_no_length_makes_it_leave_its_range() -> None:

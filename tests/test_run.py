@@ -90,6 +90,12 @@ def test_a_run_leaves_four_files(finished: Path) -> None:
     }
 
 
+def test_what_was_left_open_is_written_down(finished: Path) -> None:
+    config = summary_of(finished)["config"]
+    assert config["compare_every"] == 10 and config["threads"] > 0
+    assert config["device"] != "auto" and config["balance"] != "flops"
+
+
 def test_every_step_is_a_line_with_a_loss_of_every_stage_that_took_one(
     finished: Path,
 ) -> None:
@@ -224,6 +230,13 @@ def test_a_run_with_guidance_at_every_step_has_no_local_step(train: Train) -> No
     folder = train("--epochs", "3", "--guidance-period", "1")
     assert kinds(folder) == "G" * 9
     assert set(summary_of(folder)["step_seconds"]) == {"global"}
+
+
+def test_no_cosine_is_told_of_microbatches_that_are_another_loss(train: Train) -> None:
+    folder = train(*"--local-loss supcon --microbatches 4 --guidance-period 1".split())
+    for line in events(folder, "train"):
+        assert line["cosine"] == [None] * 3 and line["loss"][:-1] == [None] * 2
+    assert summary_of(folder)["config"]["compare_every"] == 0
 
 
 def test_guidance_can_count_epochs(train: Train) -> None:

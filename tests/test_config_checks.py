@@ -1,0 +1,82 @@
+"""What would do nothing is refused, and nothing else."""
+
+from __future__ import annotations
+
+from itertools import product
+from typing import Any
+
+import pytest
+import torch
+from worlds import small_resnet
+
+from pglpipe.config import RunConfig
+from pglpipe.errors import ConfigError
+from pglpipe.heads import HEADS, Site, borrowed, build_head
+from pglpipe.partition import activations
+
+# Of a run of 12 steps: when they are guided.
+GUIDANCE: list[dict[str, Any]] = [
+    {
+        "guidance_period": 4,
+        "guidance_duration": duration,
+        "guidance_warmup": warmup,
+        "guidance_warmup_kind": kind,
+        "guidance_final": final,
+    }
+    for duration, (warmup, kind), final in product(
+        (0, 1, 4), ((0, "local"), (3, "local"), (3, "global")), (0, 2)
+    )
+]
+
+
+def refused(**options: Any) -> str:
+    """Why options are refused; nothing if they are not."""
+    try:
+        RunConfig(steps=12, **options)
+    except ConfigError as error:
+        return str(error)
+    return ""
+
+
+def kinds(**guidance: Any) -> set[str]:
+    """Of the steps of the run."""
+    told = RunConfig(steps=12, **guidance).guidance()
+    return {told.kind(step, 0, 12, 1) for step in range(12)}
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("guided_weight", 0.5),
+        ("guided_local_weight", 0.5),
+        ("guided_heads", "trained"),
+        ("guided_optimizer", "reset"),
+        ("guided_lr_scale", 0.5),
+    ],
+)
+def test_what_is_said_of_guided_steps_is_refused_where_there_is_none(
+    name: str, value: Any
+) -> None:
+    for guidance in GUIDANCE:
+        said = refused(**guidance, **{name: value})
+        assert bool(said) == (kinds(**guidance) == {"local"})
+        flag = f"--{name.replace('_', '-')} {value}"
+        assert not said or f"expected guided steps for {flag}, got" in said
+
+
+@pytest.mark.parametrize("reach", ["window", "stale", "stale-window"])
+def test_a_reach_is_refused_where_no_step_has_it(reach: str) -> None:
+    for guidance in GUIDANCE:
+        said = refused(**guidance, guidance_reach=reach)
+        assert bool(said) == (guidance["guidance_duration"] == 0)
+        assert not said or f"for --guidance-reach {reach}, got 0" in said
+
+
+@pytest.mark.parametrize("name", [*HEADS, "auglocal-2", "thin-2"])
+def test_layers_are_refreshed_where_a_head_borrows_some(name: str) -> None:
+    layers = small_resnet("resnet8")
+    first, *_ = activations(layers, torch.empty(2, 3, 8, 8, device="meta"))
+    head = build_head(name, Site(tuple(first.shape[1:]), 10, 0, layers))
+    said = refused(head=name, refresh_every=5)
+    assert bool(said) == (not borrowed(head))
+    assert not said or f"for --refresh-every 5, got {name}; drop one" in said
