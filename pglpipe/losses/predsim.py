@@ -7,6 +7,10 @@
 
     predsim = .01 pred + .99 sim
 
+The published ``pred`` is cross-entropy behind one linear layer, which is the head ``pred``: so
+``--head pred --local-loss ce`` is its pred, and ``--head pred --local-loss predsim`` its predsim. With any other
+head predsim has the published sim, but a pred with more layers, or fewer pixels, of its own.
+
 Source: Nøkland & Eidnes 2019, arXiv 1901.06656, eq. 1 to 4, and the code published with it.
 """
 
