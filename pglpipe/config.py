@@ -65,7 +65,9 @@ class RunConfig:
     )
     refresh_every: int = option(
         20,
-        "steps from one renewal of the layers that heads such as thin-2 borrow to the next",
+        "steps from one renewal of the layers that heads such as thin-2 borrow to the next; a layer "
+        "arrives as many such periods old as there are cuts between, and until then a head has its "
+        "first weights",
         at_least=1,
     )
     infopro_lambdas: str = option(

@@ -48,7 +48,9 @@ def head_builder(
         else:
             place = places.get(position, place_of(position, len(layers)))
             num_outputs = local_loss.outputs(output.shape[-1])
-            head = build_head(named, Site(shape, num_outputs, position, layers, place))
+            seed = blueprint.learning.seed
+            site = Site(shape, num_outputs, position, layers, place, seed)
+            head = build_head(named, site)
         return local_loss.auxiliary(head, shape, tuple(sample.x.shape[1:]))
 
     return build

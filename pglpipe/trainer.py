@@ -62,7 +62,8 @@ class Trainer:
         guided: what a stage does in such a step.
         compare_every: global steps from one to the next in which every stage compares its own
             gradient with the true one, beginning with the first; 0 for none.
-        refresh_every: steps from one renewal of the layers that heads borrow to the next.
+        refresh_every: steps from one renewal of the layers that heads borrow to the next; each
+            arrives as many periods old as there are cuts between.
         learning_rate: ``(step, total_steps) -> factor`` on the optimizer's learning rates.
         balance: where to cut: ``flops``, ``params``, ``memory``, ``time``, ``published``, or the
             numbers of layers, ``"2,3,3"``.

@@ -14,7 +14,7 @@ from worlds import Trained, image_batches, plan_quickly, same, small_resnet, tra
 from pglpipe import NEVER, Guidance
 from pglpipe.commands import Message, Microbatch, Weights
 from pglpipe.heads import Borrowed
-from pglpipe.layer import Layer
+from pglpipe.layer import Layer, assemble
 from pglpipe.learning import Learning
 from pglpipe.losses import Supervised
 from pglpipe.refresh import Loans, Refresh, Sorted
@@ -84,7 +84,7 @@ def stage(index: int, borrows: int | None) -> Stage:
         clip_norm=float("inf"),
         seed=0,
     )
-    head = None if borrows is None else Borrowed(linear(borrows), borrows)
+    head = None if borrows is None else Borrowed(linear(borrows).build(), borrows)
     return Stage(index, nn.Sequential(linear(index).build()), head, learning)
 
 
@@ -154,3 +154,15 @@ def test_without_renewal_a_head_keeps_its_first_copies() -> None:
     assert torch.equal(
         never.heads[0][weight], run(1, "thin-3", 100, epochs=1).heads[0][weight]
     )
+
+
+@pytest.mark.parametrize("size", [1, 4])
+def test_the_first_copies_are_the_layers_of_the_run_before_its_first_step(
+    size: int,
+) -> None:
+    end = run(size, "thin-99", every=100, seed=3, balance="2,1,1,1")
+    whole = assemble(small_resnet("resnet8"), seed=3)
+    for stage, layers in enumerate([(2, 3, 4), (3, 4), (4,)]):
+        for index, position in enumerate(layers):
+            for name, weight in whole[position].named_parameters():
+                assert torch.equal(end.heads[stage][f"{index}.copy.{name}"], weight)

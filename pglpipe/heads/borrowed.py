@@ -8,8 +8,9 @@
     thin-D    h ──▶ D of the layers that follow, read-only: all that change the shape, and others
                     evenly, so that the head is the rest of the network with layers left out
 
-A read-only layer is a copy that is renewed every ``--refresh-every`` steps (:mod:`pglpipe.refresh`).
-Its weights are parameters, not BatchNorm's running statistics, which each copy has for itself.
+A read-only layer begins as the layer itself does, and is renewed every ``--refresh-every`` steps
+(:mod:`pglpipe.refresh`). What is renewed are parameters, not BatchNorm's running statistics, which each
+copy has for itself.
 
 Sources: MAN, Su et al. 2024, arXiv 2407.05623 (exponential moving average of the next block); SOLO, Yin
 et al. 2026, arXiv 2609.35440 (shared readout). Thin copies are pglpipe's own.
@@ -17,7 +18,6 @@ et al. 2026, arXiv 2609.35440 (shared readout). Thin copies are pglpipe's own.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from weakref import WeakKeyDictionary
 
@@ -40,15 +40,14 @@ class Borrowed(nn.Module):
     """A read-only copy of a later layer.
 
     Args:
-        layer: the later one.
-        position: its index in the network.
+        copy: of the later layer, for this head alone.
+        position: that layer's index in the network.
         keeps: how much of the copy stays in every step; 0 for a mere copy.
     """
 
-    def __init__(self, layer: Layer, position: int, keeps: float = 0.0) -> None:
+    def __init__(self, copy: nn.Module, position: int, keeps: float = 0.0) -> None:
         super().__init__()
-        # A copy, because ``build`` may hand out the very layer.
-        self.copy = copy.deepcopy(layer.build()).requires_grad_(False)
+        self.copy = copy.requires_grad_(False)
         self.position = position
         self._keeps = keeps
 
@@ -84,9 +83,10 @@ def man_head(site: Site) -> nn.Module:
     if len(later) == 1:
         return conv_head(site)
     after = _shape_after(later[0], site.shape)
-    ahead = Borrowed(later[0], site.position + 1, MAN_KEEPS)
-    own = copy.deepcopy(later[0].build())
-    classifier = conv_head(Site(after, site.num_outputs, site.position + 1))
+    first = site.position + 1
+    ahead = Borrowed(site.copy_of(first), first, MAN_KEEPS)
+    own = site.copy_of(first)
+    classifier = conv_head(Site(after, site.num_outputs, first))
     return nn.Sequential(_Sum(ahead, own), classifier)
 
 
@@ -102,7 +102,8 @@ def solo_head(site: Site) -> nn.Module:
     else:
         stride = 2 if site.shape[1] > STRIDED_ABOVE else 1
         adapter = convolution(site.shape[0], shape[0], stride=stride)
-    return nn.Sequential(*adapter, Borrowed(last, len(site.layers) - 1))
+    end = len(site.layers) - 1
+    return nn.Sequential(*adapter, Borrowed(site.copy_of(end), end))
 
 
 def thin_head(site: Site, *, depth: int) -> nn.Module:
@@ -120,10 +121,8 @@ def thin_head(site: Site, *, depth: int) -> nn.Module:
     _check_outputs(site, f"thin-{depth}", shape)
     count = min(len(spare), max(0, depth - len(needed)))
     chosen = [spare[(2 * i + 1) * len(spare) // (2 * count)] for i in range(count)]
-    first = site.position + 1
-    return nn.Sequential(
-        *(Borrowed(later[i], first + i) for i in sorted([*needed, *chosen]))
-    )
+    kept = [site.position + 1 + index for index in sorted([*needed, *chosen])]
+    return nn.Sequential(*(Borrowed(site.copy_of(p), p) for p in kept))
 
 
 class _Sum(nn.Module):
