@@ -3,7 +3,7 @@
 ::
 
     man       h ─┬▶ next block, averaged over time, read-only ─┐
-                 └▶ a block like it, trained here ─────────────┴▶ + ─▶ 1c2f
+                 └▶ the same block, trained here ──────────────┴▶ + ─▶ 2c2f
     solo      h ──▶ convolution, trained here ──▶ the network's last layer, read-only
     thin-D    h ──▶ D of the layers that follow, read-only: all that change the shape, and others
                     evenly, so that the head is the rest of the network with layers left out
@@ -29,7 +29,7 @@ from pglpipe.heads.conv import STRIDED_ABOVE, conv_head
 from pglpipe.heads.parts import convolution
 from pglpipe.heads.site import Site
 from pglpipe.layer import Layer
-from pglpipe.modules import starts_in_place
+from pglpipe.modules import Fronted, starts_in_place
 
 Shape = tuple[int, ...]  # of one sample
 
@@ -76,18 +76,22 @@ def borrowed(head: nn.Module | None) -> list[Borrowed]:
 def man_head(site: Site) -> nn.Module:
     """MAN's: the next block twice, averaged and trained; their sum is what the classifier sees.
 
+    InfoPro's decoder sees it, too, but where the next block makes a vector of a map.
+
     Args:
         site: where the head is put; before the network's last layer it is the classifier alone.
     """
     later = _later(site, "man")
     if len(later) == 1:
-        return conv_head(site)
+        return conv_head(site, convolutions=2)
     after = _shape_after(later[0], site.shape)
     first = site.position + 1
     ahead = Borrowed(site.copy_of(first), first, MAN_KEEPS)
     own = site.copy_of(first)
-    classifier = conv_head(Site(after, site.num_outputs, first))
-    return nn.Sequential(_Sum(ahead, own), classifier)
+    classifier = conv_head(Site(after, site.num_outputs, first), convolutions=2)
+    if len(after) < len(site.shape):
+        return nn.Sequential(_Sum(ahead, own), classifier)
+    return Fronted(_Sum(ahead, own), classifier, after)
 
 
 def solo_head(site: Site) -> nn.Module:

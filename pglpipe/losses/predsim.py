@@ -24,7 +24,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pglpipe.errors import ConfigError
-from pglpipe.losses.base import Beside, LocalLoss, Shape, full_precision, widened
+from pglpipe.losses.base import (
+    Beside,
+    LocalLoss,
+    Shape,
+    branch_shape,
+    full_precision,
+    widened,
+)
 from pglpipe.modules import prepared
 
 BETA = 0.99
@@ -42,7 +49,7 @@ class Similarity(LocalLoss):
     compares = True
 
     def auxiliary(self, head: nn.Module, shape: Shape, image_shape: Shape) -> nn.Module:
-        return Beside(head, projection(shape))
+        return Beside(head, projection(branch_shape(head, shape)))
 
     def __call__(
         self,
