@@ -19,9 +19,7 @@ from torch import nn
 
 from pglpipe.heads.site import Site
 
-MOST = (
-    4096  # numbers that the linear layer sees, unless there are more channels than that
-)
+MOST = 4096  # numbers that the linear layer sees, unless channels are more
 
 
 def pred_head(site: Site) -> nn.Module:
@@ -37,15 +35,17 @@ def pred_head(site: Site) -> nn.Module:
     if not sides:
         return _from_zero(channels, site.num_outputs)
     kernel = pooling(channels, sides)
-    parts: list[nn.Module] = []
-    if max(kernel) > 1:
-        # A side that the kernel does not divide is padded by zeros, which count.
-        rows, columns = (
-            k // 2 if side % k else 0 for k, side in zip(kernel, sides, strict=True)
-        )
-        parts.append(nn.AvgPool2d((kernel[0], kernel[1]), padding=(rows, columns)))
+    # A side that the kernel does not divide is padded by zeros, which count.
+    rows, columns = (
+        k // 2 if side % k else 0 for k, side in zip(kernel, sides, strict=True)
+    )
     features = channels * _pixels(sides, kernel)
-    return nn.Sequential(*parts, nn.Flatten(), _from_zero(features, site.num_outputs))
+    return nn.Sequential(
+        # By one pixel, too: to flatten channels_last itself is a copy that nobody foretells.
+        nn.AvgPool2d((kernel[0], kernel[1]), padding=(rows, columns)),
+        nn.Flatten(),
+        _from_zero(features, site.num_outputs),
+    )
 
 
 def pooling(channels: int, sides: Sequence[int]) -> list[int]:

@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from worlds import image_batches, small_resnet, train
 
+from pglpipe import NEVER
 from pglpipe.heads import Site, build_head
 from pglpipe.losses import build_loss
 
@@ -76,6 +78,13 @@ def test_at_first_it_says_the_same_of_everything_and_teaches_itself_alone(
     build_loss("ce")(said, targets).backward()
     assert x.grad is not None and not x.grad.any()
     assert all(p.grad is not None and p.grad.any() for p in head.parameters())
+
+
+def test_what_it_keeps_for_backward_is_foretold_to_the_byte() -> None:
+    network = small_resnet("resnet20")
+    options = dict(head="pred", balance="2,4,3,2", guidance=NEVER)
+    (worker,) = train(1, network, image_batches(8), **options).summary.workers
+    assert worker["peak_activation_bytes"] == worker["predicted_activation_bytes"]
 
 
 def test_with_predsim_it_is_one_hundredth_of_the_published_loss() -> None:
