@@ -58,10 +58,17 @@ class RunConfig:
     head: str = option(
         "1c2f", f"auxiliary head of a stage, out of {', '.join(HEAD_NAMES)}"
     )
-    local_loss: str = option("ce", "loss of a stage's head", sorted(LOSSES))
+    local_loss: str = option(
+        "ce",
+        "loss of a stage's head; with the head pred, ce and predsim are the pred and predsim of "
+        "Nøkland & Eidnes",
+        sorted(LOSSES),
+    )
     refresh_every: int = option(
         20,
-        "steps from one renewal of the layers that heads such as thin-2 borrow to the next",
+        "steps from one renewal of the layers that heads such as thin-2 borrow to the next; a layer "
+        "arrives as many such periods old as there are cuts between, and until then a head has its "
+        "first weights",
         at_least=1,
     )
     infopro_lambdas: str = option(

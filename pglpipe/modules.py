@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -34,3 +34,27 @@ def starts_in_place(layers: nn.Module) -> bool:
     """
     leaves = (module for module in layers.modules() if not list(module.children()))
     return bool(getattr(next(leaves, None), "inplace", False))
+
+
+class Fronted(nn.Sequential):
+    """A head in two parts: a front, and a classifier of what the front puts out.
+
+    What a local loss trains beside such a head (a decoder, a projection) reads what the classifier
+    reads, not the stage's activation.
+
+    Args:
+        front: from the activation ``[B, ...]`` to ``[B, *shape]``.
+        classifier: of that; it must leave its input as it is.
+        shape: of one sample.
+    """
+
+    def __init__(
+        self, front: nn.Module, classifier: nn.Module, shape: tuple[int, ...]
+    ) -> None:
+        super().__init__(front, classifier)
+        self.shape = shape
+
+    def both(self, h: Tensor) -> tuple[Tensor, Tensor]:
+        """What the classifier says, and what it was said of."""
+        z: Tensor = self[0](h)
+        return self[1](z), z

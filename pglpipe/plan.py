@@ -22,10 +22,9 @@ from torch import Tensor, nn
 
 from pglpipe.blueprint import Blueprint, Sample
 from pglpipe.body import dense
-from pglpipe.errors import ConfigError, PartitionError
+from pglpipe.errors import ConfigError
 from pglpipe.guidance import Guidance
-from pglpipe.guided import place_of
-from pglpipe.heads import Site, borrowed, build_head
+from pglpipe.heads import borrowed
 from pglpipe.layer import Layer
 from pglpipe.memory import Forecast, ForecastError, MemorySettings, fit
 from pglpipe.partition import (
@@ -41,6 +40,7 @@ from pglpipe.partition import (
     measure,
     slices,
 )
+from pglpipe.placing import alike, head_builder, head_skeletons
 from pglpipe.refresh import Loans
 from pglpipe.state import StateLayout
 from pglpipe.transport import World
@@ -103,19 +103,21 @@ def draft(
     """
     layers = blueprint.layers
     outputs = activations(layers, sample.x)
-    head = _head_builder(blueprint, sample, outputs[-1])
     timed = blueprint.balance == "time" and world.rank == 0
-    costs = (
-        measure(layers, sample.x, head, device=blueprint.device)
-        if timed
-        else analyse(layers, sample.x, head)
-    )
+    weighed = partial(measure, device=blueprint.device) if timed else analyse
+    stand_in = head_builder(blueprint, sample, outputs[-1])
+    costs = weighed(layers, sample.x, stand_in)
     balance = agree(
         lambda: choose_balance(
             blueprint.balance, *costs, blueprint.num_stages, model=blueprint.model
         )
     )
     check_cut(layers, balance)
+    head = head_builder(blueprint, sample, outputs[-1], balance)
+    heads = head_skeletons(head, balance, outputs)
+    # What is shown and shared out are the costs of the heads that will be there.
+    if not alike(heads, head_skeletons(stand_in, balance, outputs)):
+        costs = weighed(layers, sample.x, head)
     if blueprint.overlap_stages:
         image = blueprint.image(sample.x)
         local = partial(blueprint.learning.local_loss, image=image)
@@ -127,7 +129,7 @@ def draft(
     loads = agree(lambda: [row.seconds or float(row.macs) for row in rows])
     ends = slices(group(loads, world.size))
     stages_of = [range(part.start, part.stop) for part in ends]
-    skeletons = _skeletons(layers, balance, head, outputs)
+    skeletons = _skeletons(layers, balance, heads)
     crossing = [outputs[part.stop - 1] for part in slices(balance)]
     wire = blueprint.wire(crossing[0])
     memory, predicted = agree(
@@ -146,58 +148,16 @@ def draft(
     )
 
 
-def _head_builder(blueprint: Blueprint, sample: Sample, output: Tensor) -> HeadBuilder:
-    """What makes a stage's head, and whatever its loss wants trained beside it.
-
-    Args:
-        output: of the network, ``[B, N]`` for N classes.
-    """
-    layers, named = blueprint.layers, blueprint.head
-    local_loss = blueprint.learning.local_loss
-    if not callable(named) and output.ndim != 2 and blueprint.num_stages > 1:
-        raise PartitionError(
-            f"head {named!r} classifies like a network with outputs [B, classes], got outputs of "
-            f"shape {tuple(output.shape)}; pass head= a function from shape to module"
-        )
-
-    def build(shape: tuple[int, ...], position: int) -> nn.Module:
-        if callable(named):
-            head = named(shape)
-        else:
-            # How deep a head is may depend on where it is, not on the stages it is chosen for.
-            place = place_of(position, len(layers))
-            num_outputs = local_loss.outputs(output.shape[-1])
-            head = build_head(named, Site(shape, num_outputs, position, layers, place))
-        return local_loss.auxiliary(head, shape, tuple(sample.x.shape[1:]))
-
-    return build
-
-
 def _skeletons(
-    layers: Sequence[Layer],
-    balance: Sequence[int],
-    head: HeadBuilder,
-    outputs: Sequence[Tensor],
+    layers: Sequence[Layer], balance: Sequence[int], heads: Sequence[nn.Module]
 ) -> list[Skeleton]:
-    return [
-        (
-            nn.Sequential(
-                OrderedDict((layer.name, layer.skeleton()) for layer in layers[part])
-            ),
-            (
-                _head_skeleton(head, outputs[part.stop - 1], part.stop - 1)
-                if part.stop < len(layers)
-                else None
-            ),
+    bodies = [
+        nn.Sequential(
+            OrderedDict((layer.name, layer.skeleton()) for layer in layers[part])
         )
         for part in slices(balance)
     ]
-
-
-def _head_skeleton(head: HeadBuilder, output: Tensor, position: int) -> nn.Module:
-    return Layer(
-        "head", lambda: head(tuple(output.shape[1:]), position).to(output.dtype)
-    ).skeleton()
+    return list(zip(bodies, [*heads, None], strict=True))
 
 
 def _loans(

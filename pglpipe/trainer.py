@@ -61,9 +61,8 @@ class Trainer:
         guidance: when steps are guided by the true loss, and how far its gradient gets.
         guided: what a stage does in such a step.
         compare_every: global steps from one to the next in which every stage compares its own
-            gradient with the true one, beginning with the first; 0 for none. Not in microbatches
-            where the local loss compares samples.
-        refresh_every: steps from one renewal of the layers that heads borrow to the next.
+            gradient with the true one; 0 for none. Not in microbatches where that loss compares samples.
+        refresh_every: steps between renewals of the layers that heads borrow; each cut adds as many.
         learning_rate: ``(step, total_steps) -> factor`` on the optimizer's learning rates.
         balance: where to cut: ``flops``, ``params``, ``memory``, ``time``, ``published``, or the
             numbers of layers, ``"2,3,3"``.

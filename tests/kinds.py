@@ -64,10 +64,25 @@ KINDS: dict[str, dict[str, Any]] = {
     "stale clipped": dict(guidance=stale(delay=1), guided=MIXED, clip_norm=0.1),
     "stale and final": dict(guidance=stale(delay=1, final=1)),
     "stale in bfloat16": dict(guidance=stale(delay=1), precision="bf16"),
+    **{
+        f"stale windows {window}, {delay}": dict(
+            guidance=Guidance(
+                period=period, reach="stale-window", window=window, delay=delay
+            )
+        )
+        for window, delay, period in ((2, 1, 1), (3, 1, 2), (4, 2, 1))
+    },
 }
+# So often that in six steps every head is handed what it borrows.
+BORROWING = {"man": 2, "solo": 1, "thin-3": 1}
 METHODS: dict[str, dict[str, Any]] = {
     **{f"loss {name}": {"loss": name} for name in LOSSES},
     **{f"head {name}": {"head": name} for name in [*HEADS, "auglocal-2"]},
+    **{
+        f"head {name}": {"head": name, "refresh_every": every}
+        for name, every in BORROWING.items()
+    },
+    "man under infopro": {"head": "man", "loss": "infopro", "refresh_every": 1},
     "cnn under predsim": {"head": "cnn", "loss": "predsim"},
     "mlp-sr under infopro": {"head": "mlp-sr", "loss": "infopro"},
 }

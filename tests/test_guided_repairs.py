@@ -17,7 +17,6 @@ from pglpipe.guided import Guided, LocalWeight
 from pglpipe.heads import Borrowed
 from pglpipe.heads.borrowed import _Sum
 from pglpipe.ingredients import learning_rate
-from pglpipe.layer import Layer
 from pglpipe.loaders import span_of
 from pglpipe.losses import InfoPro, Supervised, build_loss
 from pglpipe.losses.predsim import projection
@@ -80,10 +79,10 @@ def test_a_module_that_stands_at_two_places_is_counted_twice() -> None:
 
 
 def test_man_lets_a_block_that_starts_in_place_spoil_nothing() -> None:
-    layer = Layer("relu", lambda: nn.ReLU(inplace=True))
+    ahead = Borrowed(nn.ReLU(inplace=True), 1)
     own = nn.Sequential(nn.ReLU(inplace=True), nn.Linear(3, 3))
     h = torch.randn(2, 3, requires_grad=True)
-    _Sum(Borrowed(layer, 1), own)(h.clone()).sum().backward()
+    _Sum(ahead, own)(h.clone()).sum().backward()
     assert h.grad is not None
 
 

@@ -41,6 +41,7 @@ LEVELS = [
     ["collecting", "local_steps", "recall"],
     ["worker", "coordinator"],
     ["blueprint"],
+    ["placing"],
     ["plan"],
     ["pipeline", "loaders", "checks"],
     ["session"],

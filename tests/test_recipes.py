@@ -74,9 +74,9 @@ def test_a_recipe_can_be_cut_as_it_says_and_has_heads_everywhere(path: Path) -> 
         sizes = balance(config, layers, torch.empty(2, 3, side, side))
         assert len(sizes) == stages and sum(sizes) == len(layers)
         loss = local_loss(config, NORMALIZED)
-        for part in slices(sizes)[:-1]:
+        for stage, part in enumerate(slices(sizes)[:-1]):
             last, shape = part.stop - 1, tuple(outputs[part.stop - 1].shape[1:])
-            place = place_of(last, len(layers))
+            place = place_of(stage, stages)
             site = Site(shape, loss.outputs(classes), last, layers, place)
             with torch.device("meta"):
                 module = loss.auxiliary(

@@ -13,8 +13,8 @@ from worlds import Trained, image_batches, plan_quickly, same, small_resnet, tra
 
 from pglpipe import NEVER, Guidance
 from pglpipe.commands import Message, Microbatch, Weights
-from pglpipe.heads import Borrowed
-from pglpipe.layer import Layer
+from pglpipe.heads import Borrowed, Site, borrowed, build_head
+from pglpipe.layer import Layer, assemble, initialize
 from pglpipe.learning import Learning
 from pglpipe.losses import Supervised
 from pglpipe.refresh import Loans, Refresh, Sorted
@@ -84,7 +84,7 @@ def stage(index: int, borrows: int | None) -> Stage:
         clip_norm=float("inf"),
         seed=0,
     )
-    head = None if borrows is None else Borrowed(linear(borrows), borrows)
+    head = None if borrows is None else Borrowed(linear(borrows).build(), borrows)
     return Stage(index, nn.Sequential(linear(index).build()), head, learning)
 
 
@@ -105,6 +105,32 @@ def test_a_copy_is_as_many_periods_old_as_there_are_cuts_between() -> None:
         )
     assert [now[1] for now in seen[9::5]] == [4, 9, 14, 19], "one cut, one period"
     assert [now[0] for now in seen[14::5]] == [4, 9, 14], "two cuts, two periods"
+
+
+def test_of_mans_average_0_995_stay_in_every_step() -> None:
+    layers, every = small_resnet("resnet8"), 3
+    borrower, lender = stage(0, None), stage(1, None)
+    head = borrower.head = build_head("man", Site((4, 8, 8), 10, 0, layers))
+    block = lender.body = nn.Sequential(initialize(layers[1], 1, seed=9))
+    (copy,) = borrowed(head)
+    own = [p.clone() for p in head[0].own.parameters()]
+    expected = [p.clone() for p in copy.parameters()]
+    meta = list(layers[1].skeleton().parameters())
+    refresh = Refresh([borrower, lender], Loans([0, 1], [{1}, set()], {1: meta}, every))
+    links, lent = Links(Queue(), Nobody(), None, Nobody()), list[Tensor]()
+    for step in range(4 * every):
+        with torch.no_grad():
+            for weight in block.parameters():
+                weight.add_(1)
+        refresh.after(step, links)
+        if (step + 1) % every == 0:
+            if lent:
+                for weight, theirs in zip(expected, lent, strict=True):
+                    for _ in range(every):
+                        weight.mul_(0.995).add_(0.005 * theirs)
+            lent = [p.detach().clone() for p in block.parameters()]
+        torch.testing.assert_close(list(copy.parameters()), expected)
+    assert all(map(torch.equal, own, head[0].own.parameters())), "the twin only learns"
 
 
 def run(size: int, head: str, every: int = 2, **options: Any) -> Trained:
@@ -154,3 +180,15 @@ def test_without_renewal_a_head_keeps_its_first_copies() -> None:
     assert torch.equal(
         never.heads[0][weight], run(1, "thin-3", 100, epochs=1).heads[0][weight]
     )
+
+
+@pytest.mark.parametrize("size", [1, 4])
+def test_the_first_copies_are_the_layers_of_the_run_before_its_first_step(
+    size: int,
+) -> None:
+    end = run(size, "thin-99", every=100, seed=3, balance="2,1,1,1")
+    whole = assemble(small_resnet("resnet8"), seed=3)
+    for stage, layers in enumerate([(2, 3, 4), (3, 4), (4,)]):
+        for index, position in enumerate(layers):
+            for name, weight in whole[position].named_parameters():
+                assert torch.equal(end.heads[stage][f"{index}.copy.{name}"], weight)

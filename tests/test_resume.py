@@ -73,14 +73,6 @@ def steps_of(root: Path) -> list[int]:
     return sorted(int(path.name[5:]) for path in root.iterdir())
 
 
-HERE: dict[str, dict[str, Any]] = KINDS | {
-    f"stale windows {window}, {delay}": dict(
-        guidance=Guidance(
-            period=period, reach="stale-window", window=window, delay=delay
-        )
-    )
-    for window, delay, period in ((2, 1, 1), (3, 1, 2), (4, 2, 1))
-}
 # Those that remember most from step to step; the others are slow.
 TELLING = (
     *("local", "epochs", "all of it", "reset", "window 3", "recomputed"),
@@ -93,17 +85,17 @@ TELLING = (
     "name",
     [
         pytest.param(name, marks=[] if name in TELLING else pytest.mark.slow)
-        for name in HERE
+        for name in KINDS
     ],
 )
 def test_a_run_of_any_kind_goes_on_on_any_number_of_workers(
     name: str, tmp_path: Path
 ) -> None:
-    whole = run(2, tmp_path / "whole", **HERE[name])
+    whole = run(2, tmp_path / "whole", **KINDS[name])
     # Each of them once, from a checkpoint of its own: in the middle of epochs and of windows.
     for size, step in ((1, 3), (4, 6)):
         saved = newest_up_to(tmp_path / "whole", step)
-        got = run(size, tmp_path / f"{size}", resume=saved, **HERE[name])
+        got = run(size, tmp_path / f"{size}", resume=saved, **KINDS[name])
         assert_goes_on(got, whole, int(saved.name[5:]))
 
 

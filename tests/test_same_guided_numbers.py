@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from kinds import KINDS, METHODS, MIXED, UNMIXED, stale, windowed
+from kinds import BORROWING, KINDS, METHODS, MIXED, UNMIXED, stale, windowed
 from worlds import Trained, image_batches, plan_quickly, same, small_resnet, train
 
 from pglpipe import Guidance
@@ -50,12 +50,17 @@ def kind(name: str, size: int = 1) -> Trained:
 
 @cache
 def method(
-    head: str = "1c2f", loss: str = "ce", rounded: str = "same", size: int = 1
+    head: str = "1c2f",
+    loss: str = "ce",
+    rounded: str = "same",
+    size: int = 1,
+    refresh_every: int = 20,
 ) -> Trained:
     """A local loss and a head, in steps of all kinds that ask the heads."""
     local_loss = build_loss(loss, SETTINGS)
     options: dict[str, Any] = dict(guidance=Guidance(period=2), guided=MIXED)
     options |= dict(local_loss=local_loss, compare_every=1)
+    options |= dict(refresh_every=refresh_every)
     options |= dict(microbatches=1 if local_loss.compares else 2)
     return run(size, head=head, **options, **ROUNDED[rounded])
 
@@ -122,6 +127,18 @@ def test_no_two_kinds_and_no_two_methods_are_the_same() -> None:
     assert len(kinds) == len(KINDS) - 4
     methods = {method(**each).summary.parameters_sha256 for each in METHODS.values()}
     assert len(methods) == len(METHODS) - 1, "ce with 1c2f stands there twice"
+
+
+@pytest.mark.parametrize("head", BORROWING)
+def test_heads_that_borrow_are_handed_layers_before_a_run_ends(head: str) -> None:
+    first, often = method(head), method(**METHODS[f"head {head}"])
+    assert first.summary.parameters_sha256 != often.summary.parameters_sha256
+    name = "ahead.copy" if head == "man" else "copy"
+    copies = [key for key in first.heads[0] if f"{name}." in key and "weight" in key]
+    assert copies
+    assert any(
+        not torch.equal(first.heads[0][key], often.heads[0][key]) for key in copies
+    )
 
 
 def test_every_run_learned_something_that_is_a_number() -> None:

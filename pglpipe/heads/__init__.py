@@ -5,6 +5,7 @@ A new head is a function ``Site -> nn.Module`` and one line in :data:`HEADS`.
 ==================================  ===========================================================
 ``0c1f 0c2f 1c1f 1c2f 1c3f 2c2f``   X convolutions, Y fully connected layers (InfoPro)
 ``mlp mlp-sr cnn``                  of decoupled greedy learning (DGL)
+``pred``                            pooled to 4096 numbers at most, linear (Nøkland & Eidnes)
 ``auglocal-D``                      D blocks like later ones, fewer towards the end (AugLocal)
 ``man solo thin-D``                 with layers borrowed from later stages
 ==================================  ===========================================================
@@ -23,6 +24,7 @@ from pglpipe.heads.auglocal import auglocal_head
 from pglpipe.heads.borrowed import Borrowed, borrowed, man_head, solo_head, thin_head
 from pglpipe.heads.conv import TOKEN_HEADS, conv_head
 from pglpipe.heads.dgl import cnn_head, mlp_head, mlp_sr_head
+from pglpipe.heads.pred import pred_head
 from pglpipe.heads.site import Site
 from pglpipe.options import shown
 
@@ -49,6 +51,7 @@ HEADS: dict[str, HeadFunction] = {
     "mlp": mlp_head,
     "mlp-sr": mlp_sr_head,
     "cnn": cnn_head,
+    "pred": pred_head,
     "man": man_head,
     "solo": solo_head,
 }

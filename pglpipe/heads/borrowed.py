@@ -3,13 +3,14 @@
 ::
 
     man       h ─┬▶ next block, averaged over time, read-only ─┐
-                 └▶ a block like it, trained here ─────────────┴▶ + ─▶ 1c2f
+                 └▶ the same block, trained here ──────────────┴▶ + ─▶ 2c2f
     solo      h ──▶ convolution, trained here ──▶ the network's last layer, read-only
     thin-D    h ──▶ D of the layers that follow, read-only: all that change the shape, and others
                     evenly, so that the head is the rest of the network with layers left out
 
-A read-only layer is a copy that is renewed every ``--refresh-every`` steps (:mod:`pglpipe.refresh`).
-Its weights are parameters, not BatchNorm's running statistics, which each copy has for itself.
+A read-only layer begins as the layer itself does, and is renewed every ``--refresh-every`` steps
+(:mod:`pglpipe.refresh`). What is renewed are parameters, not BatchNorm's running statistics, which each
+copy has for itself.
 
 Sources: MAN, Su et al. 2024, arXiv 2407.05623 (exponential moving average of the next block); SOLO, Yin
 et al. 2026, arXiv 2609.35440 (shared readout). Thin copies are pglpipe's own.
@@ -17,7 +18,6 @@ et al. 2026, arXiv 2609.35440 (shared readout). Thin copies are pglpipe's own.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from weakref import WeakKeyDictionary
 
@@ -29,7 +29,7 @@ from pglpipe.heads.conv import STRIDED_ABOVE, conv_head
 from pglpipe.heads.parts import convolution
 from pglpipe.heads.site import Site
 from pglpipe.layer import Layer
-from pglpipe.modules import starts_in_place
+from pglpipe.modules import Fronted, starts_in_place
 
 Shape = tuple[int, ...]  # of one sample
 
@@ -40,15 +40,14 @@ class Borrowed(nn.Module):
     """A read-only copy of a later layer.
 
     Args:
-        layer: the later one.
-        position: its index in the network.
+        copy: of the later layer, for this head alone.
+        position: that layer's index in the network.
         keeps: how much of the copy stays in every step; 0 for a mere copy.
     """
 
-    def __init__(self, layer: Layer, position: int, keeps: float = 0.0) -> None:
+    def __init__(self, copy: nn.Module, position: int, keeps: float = 0.0) -> None:
         super().__init__()
-        # A copy, because ``build`` may hand out the very layer.
-        self.copy = copy.deepcopy(layer.build()).requires_grad_(False)
+        self.copy = copy.requires_grad_(False)
         self.position = position
         self._keeps = keeps
 
@@ -77,17 +76,22 @@ def borrowed(head: nn.Module | None) -> list[Borrowed]:
 def man_head(site: Site) -> nn.Module:
     """MAN's: the next block twice, averaged and trained; their sum is what the classifier sees.
 
+    InfoPro's decoder sees it, too, but where the next block makes a vector of a map.
+
     Args:
         site: where the head is put; before the network's last layer it is the classifier alone.
     """
     later = _later(site, "man")
     if len(later) == 1:
-        return conv_head(site)
+        return conv_head(site, convolutions=2)
     after = _shape_after(later[0], site.shape)
-    ahead = Borrowed(later[0], site.position + 1, MAN_KEEPS)
-    own = copy.deepcopy(later[0].build())
-    classifier = conv_head(Site(after, site.num_outputs, site.position + 1))
-    return nn.Sequential(_Sum(ahead, own), classifier)
+    first = site.position + 1
+    ahead = Borrowed(site.copy_of(first), first, MAN_KEEPS)
+    own = site.copy_of(first)
+    classifier = conv_head(Site(after, site.num_outputs, first), convolutions=2)
+    if len(after) < len(site.shape):
+        return nn.Sequential(_Sum(ahead, own), classifier)
+    return Fronted(_Sum(ahead, own), classifier, after)
 
 
 def solo_head(site: Site) -> nn.Module:
@@ -102,7 +106,8 @@ def solo_head(site: Site) -> nn.Module:
     else:
         stride = 2 if site.shape[1] > STRIDED_ABOVE else 1
         adapter = convolution(site.shape[0], shape[0], stride=stride)
-    return nn.Sequential(*adapter, Borrowed(last, len(site.layers) - 1))
+    end = len(site.layers) - 1
+    return nn.Sequential(*adapter, Borrowed(site.copy_of(end), end))
 
 
 def thin_head(site: Site, *, depth: int) -> nn.Module:
@@ -120,10 +125,8 @@ def thin_head(site: Site, *, depth: int) -> nn.Module:
     _check_outputs(site, f"thin-{depth}", shape)
     count = min(len(spare), max(0, depth - len(needed)))
     chosen = [spare[(2 * i + 1) * len(spare) // (2 * count)] for i in range(count)]
-    first = site.position + 1
-    return nn.Sequential(
-        *(Borrowed(later[i], first + i) for i in sorted([*needed, *chosen]))
-    )
+    kept = [site.position + 1 + index for index in sorted([*needed, *chosen])]
+    return nn.Sequential(*(Borrowed(site.copy_of(p), p) for p in kept))
 
 
 class _Sum(nn.Module):

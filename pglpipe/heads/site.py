@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from pglpipe.layer import Layer
+from torch import nn
+
+from pglpipe.layer import Layer, initialize
 
 
 @dataclass(frozen=True)
@@ -18,6 +21,7 @@ class Site:
         position: index of the layer before the cut.
         layers: the whole network; empty where the caller has none.
         place: how far along the stages with a head this one is, from 0 (the first) to 1 (the last).
+        seed: of the run.
     """
 
     shape: tuple[int, ...]
@@ -25,3 +29,11 @@ class Site:
     position: int = 0
     layers: Sequence[Layer] = ()
     place: float = 0.0
+    seed: int = 0
+
+    def copy_of(self, position: int) -> nn.Module:
+        """A later layer as it is before the first step: the same weights wherever it is hosted.
+
+        A copy, because ``build`` may hand out the very layer.
+        """
+        return copy.deepcopy(initialize(self.layers[position], position, self.seed))

@@ -11,6 +11,8 @@ name                  what is minimized                                    exit
 ``predsim``           the same, and cross-entropy                          yes
 ====================  ===================================================  ==========
 
+Nøkland & Eidnes' ``pred`` is ``ce`` with the head ``pred``, their ``predsim`` is ``predsim`` with it.
+
 A new loss is a class derived from :class:`LocalLoss` and one line in :data:`LOSSES`.
 """
 

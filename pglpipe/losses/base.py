@@ -7,6 +7,8 @@
        └▶ branch ─▶ its output ────────┘
        the module that auxiliary() makes
 
+A head with a front of its own (:class:`~pglpipe.modules.Fronted`) hands the branch what that puts out.
+
 Letters: B samples, C channels, H and W the sides of an image or a map, F features, N classes.
 """
 
@@ -21,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pglpipe.modules import starts_in_place
+from pglpipe.modules import Fronted, starts_in_place
 
 Shape = tuple[int, ...]  # of one sample
 
@@ -146,7 +148,7 @@ class Supervised(LocalLoss):
 
 
 class Beside(nn.Module):
-    """A head and a branch that both read the same activation.
+    """A head and a branch that both read the same activation, or what the head's front makes of it.
 
     Neither disturbs what the other reads: a head whose first operation would overwrite its
     input works on a copy.
@@ -165,12 +167,28 @@ class Beside(nn.Module):
 
     def forward(self, h: Tensor) -> tuple[Tensor, Tensor]:
         """From the activation ``[B, ...]`` to the outputs of head and branch."""
-        return self.exit(h), self.branch(h)
+        if isinstance(self.head, Fronted):
+            said, h = self.head.both(self._readable(h))
+        else:
+            said = self.exit(h)
+        return said, self.branch(h)
 
     def exit(self, h: Tensor) -> Tensor:
         """The head's output alone, for evaluation; the activation stays as it is."""
-        said: Tensor = self.head(h.clone() if self._copies else h)
+        said: Tensor = self.head(self._readable(h))
         return said
+
+    def _readable(self, h: Tensor) -> Tensor:
+        return h.clone() if self._copies else h
+
+
+def branch_shape(head: nn.Module, shape: Shape) -> Shape:
+    """Of one sample of what a branch beside the head reads.
+
+    Args:
+        shape: of the stage's activation.
+    """
+    return head.shape if isinstance(head, Fronted) else shape
 
 
 def full_precision(tensor: Tensor) -> AbstractContextManager[object]:

@@ -10,6 +10,8 @@ Cross-entropy alone lets an early stage drop whatever does not help its own head
 decoder keeps it for the stages after. Early stages rebuild more, late ones classify more:
 both weights move in a line from the first stage to the last with a head.
 
+Behind MAN's heads the decoder reads what their blocks make of h.
+
 Source: Wang et al. 2021, arXiv 2101.10832, eq. 6 and 7, and the code published with it.
 """
 
@@ -23,7 +25,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pglpipe.errors import ConfigError
-from pglpipe.losses.base import Beside, LocalLoss, Shape, full_precision, widened
+from pglpipe.losses.base import (
+    Beside,
+    LocalLoss,
+    Shape,
+    branch_shape,
+    full_precision,
+    widened,
+)
 from pglpipe.losses.lambdas import Lambdas
 from pglpipe.modules import prepared
 
@@ -61,6 +70,7 @@ class InfoPro(LocalLoss):
         return self.task.outputs(num_classes)
 
     def auxiliary(self, head: nn.Module, shape: Shape, image_shape: Shape) -> nn.Module:
+        shape = branch_shape(head, shape)
         if len(shape) != 3 or len(image_shape) != 3:
             raise ConfigError(
                 "expected activations and images (C, H, W) for the local loss infopro, which rebuilds "

@@ -7,6 +7,10 @@
 
     predsim = .01 pred + .99 sim
 
+The published ``pred`` is cross-entropy behind one linear layer, which is the head ``pred``: so
+``--head pred --local-loss ce`` is its pred, and ``--head pred --local-loss predsim`` its predsim. With any other
+head predsim has the published sim, but a pred with more layers, or fewer pixels, of its own.
+
 Source: Nøkland & Eidnes 2019, arXiv 1901.06656, eq. 1 to 4, and the code published with it.
 """
 
@@ -20,7 +24,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pglpipe.errors import ConfigError
-from pglpipe.losses.base import Beside, LocalLoss, Shape, full_precision, widened
+from pglpipe.losses.base import (
+    Beside,
+    LocalLoss,
+    Shape,
+    branch_shape,
+    full_precision,
+    widened,
+)
 from pglpipe.modules import prepared
 
 BETA = 0.99
@@ -38,7 +49,7 @@ class Similarity(LocalLoss):
     compares = True
 
     def auxiliary(self, head: nn.Module, shape: Shape, image_shape: Shape) -> nn.Module:
-        return Beside(head, projection(shape))
+        return Beside(head, projection(branch_shape(head, shape)))
 
     def __call__(
         self,

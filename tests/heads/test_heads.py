@@ -30,6 +30,9 @@ def test_heads_turn_any_activation_into_logits_and_send_a_gradient_back(
     name: str, shape: tuple[int, ...]
 ) -> None:
     head = build_head(name, Site(shape, 7))
+    for weight in head.parameters():
+        if not weight.any():
+            torch.nn.init.normal_(weight)  # a bias, or all of pred
     x = torch.randn(4, *shape, requires_grad=True)
     logits = head(x)
     assert logits.shape == (4, 7)

@@ -5,12 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor, nn
-from worlds import small_resnet
+from worlds import same, small_resnet
 
 from pglpipe.errors import ConfigError
 from pglpipe.heads import Borrowed, Site, borrowed, build_head
-from pglpipe.layer import initialize
-from pglpipe.models import build
+from pglpipe.layer import Layer, initialize
 from pglpipe.partition import activations
 
 LAYERS = small_resnet("resnet20")  # stem, 9 blocks of 4, 8 and 16 channels, classifier
@@ -75,8 +74,27 @@ def test_what_is_borrowed_does_not_learn_and_lets_the_gradient_through(
         assert (parameter.grad is None) == (id(parameter) in taken)
 
 
+@pytest.mark.parametrize("seed", [0, 7])
+@pytest.mark.parametrize("name", NAMES)
+def test_what_is_borrowed_begins_as_the_layer_itself(name: str, seed: int) -> None:
+    for position in range(len(LAYERS) - 1):
+        site = Site(SHAPES[position], 10, position, LAYERS, seed=seed)
+        for made in borrowed(build_head(name, site)):
+            layer = initialize(LAYERS[made.position], made.position, seed)
+            assert same(made.copy.state_dict(), layer.state_dict())
+
+
+def test_both_of_mans_blocks_begin_as_the_block_itself() -> None:
+    head = build_head("man", Site(SHAPES[3], 10, 3, LAYERS, seed=5))
+    block = initialize(LAYERS[4], 4, seed=5).state_dict()
+    assert same(head[0].ahead.copy.state_dict(), block)
+    assert same(head[0].own.state_dict(), block)
+    theirs = {id(p) for p in head[0].ahead.parameters()}
+    assert theirs.isdisjoint(id(p) for p in head[0].own.parameters())
+
+
 def renewed(keeps: float, steps: int) -> tuple[Tensor, Tensor, Tensor]:
-    made = Borrowed(LAYERS[10], 10, keeps)
+    made = Borrowed(LAYERS[10].build(), 10, keeps)
     before = next(made.copy.parameters()).clone()
     layer = initialize(LAYERS[10], 10, seed=7)
     made.renew(list(layer.parameters()), steps)
@@ -92,10 +110,12 @@ def test_an_average_moves_as_far_as_the_steps_between_allow() -> None:
 
 
 def test_a_copy_of_a_built_module_is_not_that_module() -> None:
-    layers = build("mlp", image_shape=(3, 4, 4), num_classes=10)
-    made = Borrowed(layers[-1], len(layers) - 1)
-    owned = {id(p) for p in layers[-1].build().parameters()}
+    user = nn.Linear(6, 10)
+    layers = [Layer("flatten", nn.Flatten), Layer("end", lambda: user)]
+    (made,) = borrowed(build_head("thin-1", Site((6,), 10, 0, layers)))
+    owned = {id(p) for p in user.parameters()}
     assert owned.isdisjoint(id(p) for p in made.parameters())
+    assert torch.equal(made.copy.weight, user.weight) and user.weight.requires_grad
 
 
 @pytest.mark.parametrize("name", ["man", "solo", "thin-2"])

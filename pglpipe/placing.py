@@ -1,0 +1,83 @@
+"""The heads of the stages: what is built where.
+
+How deep a head is may depend on which stage it ends, and nobody knows that before the network is
+cut. So there are two builders::
+
+    while the cut is chosen    a head after every layer, as far along as its layer is among the layers
+    once it is chosen          the heads of the stages, as far along as their stage is among the stages
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+
+from pglpipe.blueprint import Blueprint, Sample
+from pglpipe.errors import PartitionError
+from pglpipe.guided import place_of
+from pglpipe.heads import Site, build_head
+from pglpipe.layer import Layer
+from pglpipe.partition import HeadBuilder, slices
+
+
+def head_builder(
+    blueprint: Blueprint, sample: Sample, output: Tensor, balance: Sequence[int] = ()
+) -> HeadBuilder:
+    """What makes a stage's head, and whatever its loss wants trained beside it.
+
+    Args:
+        output: of the network, ``[B, N]`` for N classes.
+        balance: layers of each stage; empty while they are not known.
+    """
+    layers, named = blueprint.layers, blueprint.head
+    local_loss = blueprint.learning.local_loss
+    if not callable(named) and output.ndim != 2 and blueprint.num_stages > 1:
+        raise PartitionError(
+            f"head {named!r} classifies like a network with outputs [B, classes], got outputs of "
+            f"shape {tuple(output.shape)}; pass head= a function from shape to module"
+        )
+    places = {
+        part.stop - 1: place_of(stage, len(balance))
+        for stage, part in enumerate(slices(balance))
+    }
+
+    def build(shape: tuple[int, ...], position: int) -> nn.Module:
+        if callable(named):
+            head = named(shape)
+        else:
+            place = places.get(position, place_of(position, len(layers)))
+            num_outputs = local_loss.outputs(output.shape[-1])
+            seed = blueprint.learning.seed
+            site = Site(shape, num_outputs, position, layers, place, seed)
+            head = build_head(named, site)
+        return local_loss.auxiliary(head, shape, tuple(sample.x.shape[1:]))
+
+    return build
+
+
+def head_skeletons(
+    head: HeadBuilder, balance: Sequence[int], outputs: Sequence[Tensor]
+) -> list[nn.Module]:
+    """The heads of all stages but the last, on the meta device.
+
+    Args:
+        outputs: of every layer for a batch, on the meta device.
+    """
+    ends = [part.stop - 1 for part in slices(balance)[:-1]]
+    return [_skeleton(head, outputs[end], end) for end in ends]
+
+
+def alike(some: Sequence[nn.Module], others: Sequence[nn.Module]) -> bool:
+    """Whether these heads have the same weights as those, by name and shape."""
+    return [_shapes(head) for head in some] == [_shapes(head) for head in others]
+
+
+def _skeleton(head: HeadBuilder, output: Tensor, position: int) -> nn.Module:
+    return Layer(
+        "head", lambda: head(tuple(output.shape[1:]), position).to(output.dtype)
+    ).skeleton()
+
+
+def _shapes(head: nn.Module) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(tensor.shape) for name, tensor in head.state_dict().items()}
