@@ -68,7 +68,7 @@ class Learning:
     @property
     def image(self) -> Callable[[Tensor], Tensor] | None:
         """From the network's input ``[B, ...]`` to what local losses want to see of it, if anything."""
-        return self.local_loss.image if self.local_loss.needs_image else None
+        return self.local_loss.image
 
     def autocast(self, device: torch.device) -> AbstractContextManager[object]:
         """Lets PyTorch choose the precision of each operation, where that is asked for."""

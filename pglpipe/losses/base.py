@@ -38,20 +38,18 @@ class LocalLoss(ABC):
 
         width = loss.outputs(num_classes)                      # the head is made that wide
         auxiliary = loss.auxiliary(head, shape, image_shape)   # and trained as this module
-        image = loss.image(x) if loss.needs_image else None    # on the first worker, sent along
+        image = loss.image(x) if loss.image else None          # on the first worker, sent along
 
         loss(auxiliary(h), targets, image, place).backward()   # in every stage with a head
 
     A loss of one's own overrides what differs.
 
     Attributes:
-        needs_image: whether the input image must travel with the activation.
         classifies: whether the head's outputs are logits of the classes, so that the stage is an exit.
         compares: whether it compares the samples of a batch with each other: parts of a batch
             then have another loss than the whole, and another meaning.
     """
 
-    needs_image = False
     classifies = True
     compares = False
 
@@ -75,16 +73,14 @@ class LocalLoss(ABC):
         """
         return head
 
-    def image(self, x: Tensor) -> Tensor:
-        """The images as they were before normalization; only asked for where they are needed.
+    @property
+    def image(self) -> Callable[[Tensor], Tensor] | None:
+        """Makes what must travel with the activation; None where the loss wants to see no image.
 
-        Args:
-            x: the network's input ``[B, C, H, W]``, normalized.
-
-        Returns:
-            ``[B, C, H, W]``, uint8.
+        From the network's input ``[B, C, H, W]``, normalized, to the images as they were before that,
+        ``[B, C, H, W]``, uint8.
         """
-        raise NotImplementedError(f"{type(self).__name__} needs no image")
+        return None
 
     @abstractmethod
     def __call__(
@@ -100,7 +96,7 @@ class LocalLoss(ABC):
             said: what the auxiliary module returned: the head's output, or a tuple that
                 begins with it.
             targets: ``[B]``, class indices.
-            image: ``[B, C, H, W]``, uint8; None unless :attr:`needs_image`.
+            image: ``[B, C, H, W]``, uint8; None without :attr:`image`.
             place: how far along the stages with a head this one is, from 0 to 1.
 
         Returns:

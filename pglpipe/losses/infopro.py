@@ -17,7 +17,7 @@ Source: Wang et al. 2021, arXiv 2101.10832, eq. 6 and 7, and the code published 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -48,8 +48,6 @@ class InfoPro(LocalLoss):
         mean, std: by which images were normalized, per channel (or one for all), of pixels in [0, 1].
         task: the loss of the head: cross-entropy, or supervised contrast.
     """
-
-    needs_image = True
 
     def __init__(
         self,
@@ -85,7 +83,11 @@ class InfoPro(LocalLoss):
                 )
         return Beside(head, Decoder(shape[0], image_shape))
 
-    def image(self, x: Tensor) -> Tensor:
+    @property
+    def image(self) -> Callable[[Tensor], Tensor]:
+        return self._before_normalization
+
+    def _before_normalization(self, x: Tensor) -> Tensor:
         # Numbers, not tensors, which would have to be brought to x's device and waited for.
         channels = [
             channel * self.std[c % len(self.std)] + self.mean[c % len(self.mean)]

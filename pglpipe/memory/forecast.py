@@ -161,7 +161,7 @@ class Forecast:
         x, targets = (t[:size].clone() for t in self._batch)
         copied = False
         local, num_stages = self._local_loss, len(self._stages)
-        image = local.image(x) if local.needs_image else None
+        image = local.image(x) if local.image else None
         for index, (body, head) in enumerate(self._stages):
             x.requires_grad_(crossing and index > 0 and x.is_floating_point())
             place = place_of(index, num_stages)

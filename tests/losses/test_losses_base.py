@@ -42,9 +42,7 @@ def test_any_loss_of_any_batch_gives_finite_gradients(
         targets = torch.arange(samples, device=device) % 4
         image = torch.full((samples, *IMAGE), 9, dtype=torch.uint8, device=device)
         with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-            value = loss(
-                auxiliary(h), targets, image if loss.needs_image else None, 0.3
-            )
+            value = loss(auxiliary(h), targets, image if loss.image else None, 0.3)
         assert value.shape == () and value.dtype == torch.float32
         value.backward()
         gradients = [h.grad, *(p.grad for p in auxiliary.parameters())]
@@ -77,7 +75,7 @@ def test_only_exits_are_as_wide_as_there_are_classes() -> None:
         assert loss.outputs(7) == (128 if features else 7)
         assert loss.classifies == (not features and name != "sim")
         assert loss.compares == (features or name in ("sim", "predsim"))
-        assert loss.needs_image == name.startswith("infopro")
+        assert (loss.image is not None) == name.startswith("infopro")
 
 
 def test_ce_is_the_cross_entropy_of_the_head_alone() -> None:
@@ -91,11 +89,6 @@ def test_ce_is_the_cross_entropy_of_the_head_alone() -> None:
 def test_any_function_of_outputs_and_targets_is_a_local_loss() -> None:
     loss = Supervised(lambda said, targets: (said.sum(1) - targets).square().mean())
     assert loss(torch.ones(2, 3), torch.tensor([3, 1]), None, 1.0) == 2
-
-
-def test_only_infopro_has_images() -> None:
-    with pytest.raises(NotImplementedError, match="Supervised needs no image"):
-        build_loss("ce").image(torch.randn(1, 3, 2, 2))
 
 
 # -- head and branch ------------------------------------------------------------------
@@ -174,4 +167,4 @@ def test_infopro_without_its_settings_is_refused_with_the_remedy(name: str) -> N
 
 @pytest.mark.parametrize("name", sorted(set(LOSSES) - {"infopro", "infopro-contrast"}))
 def test_the_other_losses_need_no_settings(name: str) -> None:
-    assert not build_loss(name).needs_image
+    assert build_loss(name).image is None
