@@ -19,19 +19,20 @@ Run = dict[str, Any]
 Runs = Mapping[int, Run]  # by seed
 
 FIGURES = (
-    *("steps", "global_steps", "test_accuracy", "best_accuracy"),
+    *("steps", "global_steps", "test_accuracy", "best_accuracy", "curve"),
     *("exit_accuracy", "gradient_cosine", "parameters_sha256", "versions"),
 )
 
 
 @cache
 def read_run(folder: Path) -> Run:
-    """Its summary, and the best accuracy of all its evaluations."""
+    """Its summary, and the accuracy after each step where it was evaluated, and at best."""
     summary: Run = json.loads((folder / "summary.json").read_text())
     lines = (folder / "metrics.jsonl").read_text().splitlines()
     evaluations = [json.loads(line) for line in lines if '"event": "eval"' in line]
-    best = max(line["accuracy"][-1] for line in evaluations)
-    return {**summary, "best_accuracy": best}
+    curve = [[line["step"], line["accuracy"][-1]] for line in evaluations]
+    best = max(accuracy for _, accuracy in curve)
+    return {**summary, "best_accuracy": best, "curve": curve}
 
 
 def in_folder(folder: Path, options: Options) -> Run | None:
@@ -43,17 +44,18 @@ def in_folder(folder: Path, options: Options) -> Run | None:
     return {"options": _words(options), **{name: found[name] for name in FIGURES}}
 
 
-def in_table(path: Path, kind: str, name: str) -> dict[int, Run]:
-    """What the table knows of a row's runs, by seed.
+def in_table(path: Path, kind: str) -> dict[str, dict[int, Run]]:
+    """What the table knows of runs, by name and seed.
 
     Args:
         path: the table's JSON file.
         kind: ``"runs"`` or ``"tries"``.
     """
-    if not path.exists():
-        return {}
-    runs = json.loads(path.read_text()).get(kind, {}).get(name, {})
-    return {int(seed): run for seed, run in runs.items()}
+    known = json.loads(path.read_text()) if path.exists() else {}
+    return {
+        name: {int(seed): run for seed, run in runs.items()}
+        for name, runs in known.get(kind, {}).items()
+    }
 
 
 def has_options(run: Run, options: Options) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 Options = dict[str, Any]  # of the command line, without the dashes
@@ -64,6 +64,21 @@ class Scale:
 _CPU = {"lr": 0.1, "warmup-epochs": 1, "threads": 1, "device": "cpu"}
 _GPU = {"lr": 0.8, "warmup-epochs": 10, "device": "cuda"}
 
+# A thin network and small images: minutes on one core.
+_SMALL = Scale(
+    "small",
+    model="resnet32",
+    width=8,
+    side=16,
+    train=5_000,
+    test=10_000,
+    epochs=40,
+    batch=128,
+    stages=(2, 4, 8, 16),
+    balance="published",
+    options={**_CPU, "evaluate-every": 10},
+)
+
 SCALES = {
     scale.name: scale
     for scale in (
@@ -94,33 +109,9 @@ SCALES = {
             balance="flops",
             options=_CPU,
         ),
-        Scale(
-            "small",
-            model="resnet32",
-            width=8,
-            side=16,
-            train=5_000,
-            test=10_000,
-            epochs=40,
-            batch=128,
-            stages=(2, 4, 8, 16),
-            balance="published",
-            options={**_CPU, "evaluate-every": 10},
-        ),
-        # Many more steps: 79 in an epoch, 6,320 in all, where small has 1,600.
-        Scale(
-            "long",
-            model="resnet32",
-            width=8,
-            side=16,
-            train=10_000,
-            test=10_000,
-            epochs=80,
-            batch=128,
-            stages=(2, 4, 8, 16),
-            balance="published",
-            options={**_CPU, "evaluate-every": 10},
-        ),
+        _SMALL,
+        # Four times as many steps.
+        replace(_SMALL, name="long", train=10_000, epochs=80),
         Scale(
             "paper",
             model="resnet32",

@@ -50,10 +50,12 @@ class Tables:
 
     def write(self, rows: Sequence[Row]) -> list[Result]:
         """Writes what is known by now."""
-        results = [*self.found(rows)]
+        before = in_table(self.path, "runs")
+        runs = {row.name: self.complete(row, before.get(row.name, {})) for row in rows}
+        runs = {name: known for name, known in runs.items() if known}
+        results = [*self.found(rows, runs)]
         close_gaps(results)
-        runs = {row.name: known for row in rows if (known := self.complete(row))}
-        tries = {name: self.tried(name) for name in self.names_tried()}
+        tries = self.tried()
         self.results.mkdir(exist_ok=True)
         about = {
             "command": f"python -m benchmarks.accuracy --scale {self.scale.name} --data-root DIR",
@@ -67,13 +69,15 @@ class Tables:
         self.path.with_suffix(".md").write_text(text)
         return results
 
-    def found(self, rows: Iterable[Row]) -> Iterable[Result]:
+    def found(
+        self, rows: Iterable[Row], known_runs: Mapping[str, Runs]
+    ) -> Iterable[Result]:
         """The rows of which there is a run."""
         known = known_places(stages_path(self.results, self.scale))
         for row in rows:
-            runs = self.complete(row)
-            if not runs:
+            if row.name not in known_runs:
                 continue
+            runs = known_runs[row.name]
             place = known.get(row.place)
             yield {**result(row, runs), **costs(self.scale, row, place)}
             if row.stages > 1 or place is None:
@@ -83,9 +87,9 @@ class Tables:
             for stages in sorted(cuts.keys() - {1}):
                 yield {**result(row, runs), **pipelined(cuts[stages])}
 
-    def complete(self, row: Row) -> dict[int, Run]:
-        """Its finished runs, of which the folder or the table knows, by seed."""
-        before, found = in_table(self.path, "runs", row.name), {}
+    def complete(self, row: Row, before: Runs) -> dict[int, Run]:
+        """Its finished runs, by seed: those in their folders, and what the table knew before."""
+        found = {}
         for seed in SEEDS:
             options, known = row.options(self.scale, seed), before.get(seed)
             if run := in_folder(self.folder(row.name, seed), options):
@@ -94,23 +98,15 @@ class Tables:
                 found[seed] = known
         return found
 
-    def names_tried(self) -> list[str]:
-        """What was tried beside the rows."""
-        folders = (self.runs / self.scale.name).glob(f"{TRY}*-seed*/summary.json")
-        names = {path.parent.name[len(TRY) :].rpartition("-")[0] for path in folders}
-        known = json.loads(self.path.read_text()) if self.path.exists() else {}
-        return sorted({*names, *known.get("tries", {})})
-
-    def tried(self, name: str) -> dict[int, Run]:
-        """Runs beside the rows, by seed, and what was typed for them."""
-        found = in_table(self.path, "tries", name)
-        for seed in SEEDS:
-            told = self.folder(TRY + name, seed) / TOLD
-            if told.exists():
-                options = json.loads(told.read_text())
-                if run := in_folder(told.parent, options["all"]):
-                    found[seed] = {**run, "told": options["told"]}
-        return found
+    def tried(self) -> dict[str, dict[int, Run]]:
+        """Runs beside the rows, by name and seed, and what was typed for them."""
+        found = in_table(self.path, "tries")
+        for path in sorted((self.runs / self.scale.name).glob(f"{TRY}*/{TOLD}")):
+            name, _, seed = path.parent.name.removeprefix(TRY).rpartition("-seed")
+            options = json.loads(path.read_text())
+            if run := in_folder(path.parent, options["all"]):
+                found.setdefault(name, {})[int(seed)] = {**run, "told": options["told"]}
+        return dict(sorted(found.items()))
 
 
 def result(row: Row, runs: Runs) -> Result:

@@ -121,7 +121,10 @@ def pretend(tables: Tables, row: Row, seed: int, accuracies: list[float]) -> Non
         "gradient_cosine": [None] * row.stages,
         "parameters_sha256": "0",
     }
-    lines = [{"event": "eval", "accuracy": [0.0, value]} for value in accuracies]
+    lines = [
+        {"event": "eval", "step": step, "accuracy": [0.0, value]}
+        for step, value in enumerate(accuracies)
+    ]
     text = "".join(json.dumps(line) + "\n" for line in lines)
     (folder / "metrics.jsonl").write_text(text)
     # Last and whole, as a run does: the table may be written at any moment.
@@ -194,8 +197,8 @@ def test_runs_of_other_options_are_not_of_this_table(tables: Tables) -> None:
     row = Row("local", 8, "1c2f")
     pretend(tables, row, 0, [0.5])
     larger = dataclasses.replace(TINY, epochs=7)
-    assert tables.complete(row)
-    assert not dataclasses.replace(tables, scale=larger).complete(row)
+    assert tables.complete(row, {})
+    assert not dataclasses.replace(tables, scale=larger).complete(row, {})
 
 
 def test_what_the_table_knew_stays_where_the_runs_are_gone(tables: Tables) -> None:
@@ -208,8 +211,8 @@ def test_what_the_table_knew_stays_where_the_runs_are_gone(tables: Tables) -> No
     pretend(elsewhere, row, 2, [0.7])
     (line,) = elsewhere.write([row])
     assert line["test_accuracy"] == [0.6, 0.7], "a run that is there counts"
-    larger = dataclasses.replace(TINY, epochs=7)
-    assert not dataclasses.replace(tables, scale=larger).complete(row)
+    larger = dataclasses.replace(elsewhere, scale=dataclasses.replace(TINY, epochs=7))
+    assert not larger.complete(row, elsewhere.complete(row, {}))
 
 
 def test_what_is_tried_beside_the_rows_is_told_with_its_options(
