@@ -14,6 +14,7 @@ spelling only, so that no byte of any file can change unnoticed.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -31,7 +32,7 @@ from safetensors import SafetensorError
 from pglpipe.errors import DataError
 from pglpipe.snapshot import Snapshot
 
-FORMAT = 1
+FORMAT = 2
 MANIFEST = "manifest.json"
 _STEP = re.compile(r"step-(\d{8,})")
 _CHUNK = 1 << 20
@@ -119,12 +120,16 @@ def discard(folder: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)
 
 
-def prune(root: Path, keep: int) -> None:
-    """Removes all but the newest ``keep`` checkpoints, and older ones that were never finished."""
+def prune(root: Path, keep: int, newest: Path) -> None:
+    """Removes what is older than ``newest``, but for ``keep`` finished checkpoints, that one included.
+
+    What is newer was damaged when the run began, and is written anew when the run comes there.
+    """
     folders = _folders(root)
-    kept = [folder for folder in folders if (folder / MANIFEST).exists()][:keep]
-    for folder in folders:
-        if kept and folder < kept[0] and folder not in kept:
+    older = folders[folders.index(newest) :]
+    kept = [folder for folder in older if (folder / MANIFEST).exists()][:keep]
+    for folder in older:
+        if folder not in kept:
             discard(folder)
 
 
@@ -252,9 +257,12 @@ def _sha256(path: Path) -> str:
 
 
 def _sync(directory: Path) -> None:
-    """Has the names in a directory reach the disk."""
+    """Has the names in a directory reach the disk, where the file system can be asked to."""
     handle = os.open(directory, os.O_RDONLY)
     try:
         os.fsync(handle)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.EBADF, errno.ENOTSUP):
+            raise
     finally:
         os.close(handle)

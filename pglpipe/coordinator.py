@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict
 from functools import partial
 from typing import Any
@@ -143,9 +143,9 @@ class Coordinator:
             for batch in self._batches_of(loader, epoch, span):
                 yield from self._step(epoch, span, *batch)
                 self._listen()
+                self.ended_early = self._may_end()
                 yield from self._checkpoint()
-                if self._stopping:
-                    self.ended_early = True
+                if self.ended_early:
                     return
             if self._at.batches == 0:
                 raise DataError(
@@ -156,7 +156,7 @@ class Coordinator:
             is_last = self._at.step >= span.total_steps or epoch == span.epochs - 1
             if test is not None and (is_last or (epoch + 1) % span.evaluate_every == 0):
                 yield from self._evaluate(test, epoch)
-            if is_last or self._stopping:
+            if is_last or self.ended_early:
                 break
             self._at.batches = 0
 
@@ -200,21 +200,23 @@ class Coordinator:
         for x, targets in test:
             yield Message(Evaluate(self._at.step, epoch), (x, targets))
             self._listen()
-            if self._stopping:
+            if self._may_end():
                 self._breaks_off = self.ended_early = True
                 yield from self._checkpoint()
                 break
         yield Message(Conclude(self._at.step, epoch))
 
+    def _may_end(self) -> bool:
+        """Whether the run is to end now: not while a checkpoint is written, for it makes a last one."""
+        return self._stopping and not (self._ledger and self._ledger.is_busy)
+
     def _checkpoint(self) -> Iterator[Message]:
         """Has one made if it is due, or if it is the last chance."""
         ledger = self._ledger
-        if ledger is None or not (self._stopping or ledger.due(self._at.step)):
+        if ledger is None or ledger.has(self._at.step):
             return
-        if self._stopping:
-            self._wait_for(lambda: not ledger.is_busy, lambda: "no checkpoint")
-            if ledger.has(self._at.step):
-                return
+        if not (self.ended_early or ledger.due(self._at.step)):
+            return
         self._at.seconds = time.perf_counter() - self._began
         manifest = {"position": asdict(self._at), "num_stages": self._num_stages}
         yield Message(ledger.begin(self._at.step, manifest))
@@ -233,24 +235,17 @@ class Coordinator:
         Raises:
             WorkerError: a worker failed, or is silent.
         """
-        finals = self._finals
-        self._wait_for(lambda: len(finals) == self._num_workers, self._missing)
-        return self._summary()
-
-    def _wait_for(self, done: Callable[[], bool], missing: Callable[[], str]) -> None:
-        """Listens until something is done; says what is missing if it takes too long."""
         deadline = time.monotonic() + self._timeout
-        while True:
-            self._listen()
-            if done():
-                return
+        self._listen()
+        while missing := set(range(self._num_workers)) - set(self._finals):
             if time.monotonic() > deadline:
-                raise EdgeTimeout(f"{missing()} in {self._timeout:g} s")
+                rank = min(missing)
+                raise EdgeTimeout(
+                    f"no last report from rank {rank} in {self._timeout:g} s", rank=rank
+                )
             time.sleep(_POLL_SECONDS)
-
-    def _missing(self) -> str:
-        rank = min(set(range(self._num_workers)) - set(self._finals))
-        return f"no last report from rank {rank}"
+            self._listen()
+        return self._summary()
 
     def _listen(self) -> None:
         """Takes in the reports that have arrived; never waits.

@@ -77,16 +77,22 @@ class ProtocolError(WorkerError):
 
 
 class Stopped(PglpipeError):
-    """A run was asked to end before it was done, and did after a checkpoint.
+    """A run was asked to end before it was done, and did.
+
+    Args:
+        newest: its last checkpoint, if any could be made.
+        folder: of the run.
 
     Attributes:
         signal: the number of the signal that asked.
     """
 
-    def __init__(self, folder: object, signal: int) -> None:
+    def __init__(self, newest: object | None, folder: object, signal: int) -> None:
         super().__init__(
-            f"stopped; the checkpoint is in {folder}, and the same command goes on from there if it "
+            f"stopped; the last checkpoint is {newest}, and the same command goes on from there if it "
             f"says --run-dir {folder}"
+            if newest
+            else f"stopped; there is no checkpoint in {folder}, and the same command begins anew"
         )
         self.signal = signal
 

@@ -17,14 +17,14 @@ from pglpipe.transport import World
 _declaring = threading.Lock()
 
 
-def fail(world: World, error: Exception) -> str:
+def fail(world: World, error: BaseException) -> str:
     """Ends the run on every worker, and writes what this one did last; what stands as the reason."""
     text = declare(world, error)
     world.recent.write(text)
     return text
 
 
-def declare(world: World, error: Exception) -> str:
+def declare(world: World, error: BaseException) -> str:
     """Tells everybody; the first to do so also tells the user. Returns what stands.
 
     A mistake of the user's is told by who raises it.
@@ -45,7 +45,7 @@ def declare(world: World, error: Exception) -> str:
         return world.pulse.lost_store(gone)
 
 
-def accuse(world: World, error: Exception) -> str:
+def accuse(world: World, error: BaseException) -> str:
     """One line: who, on which host, with which stages, at which step and operation."""
     pulse, names, recent = world.pulse, world.names, world.recent
     me = names[world.rank]

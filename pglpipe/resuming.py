@@ -16,7 +16,7 @@ from pglpipe.saving import Checkpoints, chosen
 
 # What may differ between two parts of a run: how it is shown, kept and carried, and its cut.
 FREE = (
-    *("run_dir", "quiet", "resume", "data_root", "download"),
+    *("run_dir", "quiet", "data_root", "download"),
     *("checkpoint_every", "checkpoint_minutes", "keep_checkpoints"),
     *("transport", "queue_depth", "edge_timeout", "evaluate_every"),
 )
@@ -40,26 +40,32 @@ class Start:
         folder: its run directory.
         checkpoint: the folder of the one that it goes on from; None if it begins anew.
         step: steps that have been done there, if they are this run's own.
+        is_new: whether nothing has been chosen for it before, see :data:`FITTED`.
     """
 
     config: RunConfig
     folder: Path
     checkpoint: Path | None = None
     step: int = 0
+    is_new: bool = True
 
     def to_json(self) -> list[Any]:
         """For the other workers."""
-        return [dataclasses.asdict(self.config), str(self.folder), self.step]
+        config = dataclasses.asdict(self.config)
+        return [config, str(self.folder), self.step, self.is_new]
 
     @staticmethod
     def from_json(told: list[Any]) -> Start:
         """What :meth:`to_json` said; which checkpoint it is, worker 0 says later."""
-        config, folder, step = told
-        return Start(RunConfig(**config), Path(folder), step=step)
+        config, folder, step, is_new = told
+        return Start(RunConfig(**config), Path(folder), None, step, is_new)
 
 
-def start(asked: RunConfig, folder: Path) -> Start:
+def start(asked: RunConfig, folder: Path, *, restarted: bool = False) -> Start:
     """How the run that is asked for begins in this folder.
+
+    Args:
+        restarted: whether a launcher has started the same command before, so that the run is its own.
 
     Raises:
         ConfigError: the folder holds another run, or one that has ended.
@@ -74,12 +80,13 @@ def start(asked: RunConfig, folder: Path) -> Start:
             f"expected a new run directory, but {folder} already holds a run that has come to its end; "
             "choose another --run-dir"
         )
-    if asked.resume != "auto":
+    known = resolve(settings, {})
+    is_own = asked.resume == known.resume and (restarted or asked.resume != "never")
+    if asked.resume != "auto" and not is_own:
         raise ConfigError(
             f"expected a new run directory for --resume {asked.resume}, but {folder} already holds a "
             "run; choose another --run-dir, or --resume auto to go on with that run"
         )
-    known = resolve(settings, {})
     if different := _differences(asked, known):
         raise ConfigError(
             f"expected the options that the run in {folder} began with, got {'; '.join(different)}; repeat "
@@ -87,10 +94,15 @@ def start(asked: RunConfig, folder: Path) -> Start:
         )
     config = _merged(asked, known)
     found = chosen(Checkpoints(folder / RunDirectory.CHECKPOINTS), "auto")
-    if found is None:
-        return Start(config, folder)
-    step = checkpoint.read_manifest(found)["position"]["step"]
-    return Start(config, folder, found, step)
+    if found is not None:
+        step = checkpoint.read_manifest(found)["position"]["step"]
+        return Start(config, folder, found, step, is_new=False)
+    if config.resume not in (
+        "auto",
+        "never",
+    ):  # it has not come to a checkpoint of its own
+        found = chosen(None, config.resume)
+    return Start(config, folder, found, is_new=False)
 
 
 def _differences(asked: RunConfig, known: RunConfig) -> list[str]:
@@ -101,7 +113,7 @@ def _differences(asked: RunConfig, known: RunConfig) -> list[str]:
         left_open = now in CHOSEN.get(name, ()) or (
             name in FITTED and asked.memory_budget
         )
-        if now != before and name not in (*FREE, *CUT) and not left_open:
+        if now != before and name not in (*FREE, *CUT, "resume") and not left_open:
             found.append(f"--{name.replace('_', '-')} {now} (it was {before})")
     return found
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
+import secrets
 import signal
 import time
 from collections.abc import Iterator
@@ -18,6 +19,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from pglpipe import checkpoint
 from pglpipe import device as devices
 from pglpipe import display, models, state, tables
 from pglpipe.config import RunConfig
@@ -33,11 +35,11 @@ from pglpipe.resuming import Start
 from pglpipe.resuming import start as start_of
 from pglpipe.run_directory import RunDirectory, default_path, versions
 from pglpipe.saving import Checkpoints
+from pglpipe.stopping import stopping
 from pglpipe.trainer import Trainer
 from pglpipe.transport import World, join
 
 _LINGER_SECONDS = 2.0
-_ENDING = signal.SIGTERM, signal.SIGINT
 
 
 def train(config: RunConfig) -> Summary:
@@ -97,7 +99,7 @@ def _train(asked: RunConfig, world: World) -> Summary:
     _set_threads(config)
     material = load(config, world)
     observers = Observers()
-    trainer = _trainer(config, material, world, observer=observers)
+    trainer = _trainer(config, material, world, observer=observers, fits=start.is_new)
     plan = trainer.prepare(material.train, material.test)
     # What was chosen here, so that config.toml repeats the run to the bit.
     config = dataclasses.replace(
@@ -114,7 +116,7 @@ def _train(asked: RunConfig, world: World) -> Summary:
     if folder:
         folder.open(config, start.step)
         observers.members.append(folder)
-    with screen, _stopping(trainer) as caught:
+    with screen, stopping(trainer.stop) as caught:
         summary = trainer.fit(
             material.train,
             epochs=config.epochs or None,
@@ -126,7 +128,8 @@ def _train(asked: RunConfig, world: World) -> Summary:
         )
     if trainer.ended_early:
         trainer.close()
-        raise Stopped(start.folder, caught[0] if caught else signal.SIGTERM)
+        newest, _ = checkpoint.newest(start.folder / RunDirectory.CHECKPOINTS)
+        raise Stopped(newest, start.folder, caught[0] if caught else signal.SIGTERM)
     body, heads = trainer.weights()
     trainer.close()
     if folder:
@@ -142,7 +145,9 @@ def _start(asked: RunConfig, world: World) -> Start:
         return Start.from_json(world.mailbox.share())
     # An attempt that the launcher has restarted goes on in the folder of the first.
     folder = asked.run_dir or world.first_said("run_dir", str(default_path()))
-    found = start_of(asked, Path(folder))
+    mine = secrets.token_hex()
+    restarted = world.first_said("began", mine) != mine
+    found = start_of(asked, Path(folder), restarted=restarted)
     world.mailbox.share(found.to_json())
     return found
 
@@ -165,7 +170,13 @@ def _trainer(
     *,
     observer: Observer | None = None,
     weights: Path | None = None,
+    fits: bool = True,
 ) -> Trainer:
+    """What trains the configured network.
+
+    Args:
+        fits: whether what is fitted to a memory budget is still open.
+    """
     layers = models.build(
         config.model,
         image_shape=material.image_shape,
@@ -190,7 +201,7 @@ def _trainer(
         microbatches=config.microbatches,
         recompute=config.recompute,
         local_microbatches=config.local_microbatches,
-        memory_budget=config.memory_budget_bytes(),
+        memory_budget=config.memory_budget_bytes() if fits else None,
         timetable=config.timetable,
         clip_norm=config.clip_norm or math.inf,
         on_nonfinite=config.on_nonfinite,
@@ -237,38 +248,15 @@ def _failing_together(world: World) -> Iterator[None]:
         raise
     except (WorkerError, Stopped):
         raise
-    except Exception as error:
+    except BaseException as error:  # sys.exit, too, takes a worker from the others
         if world.size == 1:
+            raise
+        if not isinstance(error, Exception):
+            fail(world, error)
             raise
         failure = WorkerError(fail(world, error))
         failure.told = True
         raise failure from error
-
-
-@contextmanager
-def _stopping(trainer: Trainer) -> Iterator[list[signal.Signals]]:
-    """Has the first SIGTERM or Ctrl-C save a checkpoint and end the run; holds what came.
-
-    The second one ends it at once.
-    """
-    caught: list[signal.Signals] = []
-    before = {number: signal.getsignal(number) for number in _ENDING}
-
-    def stop(number: int, _: object) -> None:
-        caught.append(signal.Signals(number))
-        restore()
-        trainer.stop()
-
-    def restore() -> None:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-    for number in _ENDING:
-        signal.signal(number, stop)
-    try:
-        yield caught
-    finally:
-        restore()
 
 
 def _linger(world: World) -> None:

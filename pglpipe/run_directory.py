@@ -139,16 +139,25 @@ class RunDirectory:
 
 def _write_whole(path: Path, text: str) -> None:
     part = path.with_suffix(".part")
-    part.write_text(text, encoding="utf-8")
+    with part.open("w", encoding="utf-8") as stream:
+        stream.write(text)
+        stream.flush()
+        os.fsync(stream.fileno())
     part.replace(path)
 
 
 def _lines_before(path: Path, step: int) -> str:
     """The lines of steps and evaluations that a checkpoint after so many steps knows of."""
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    # The last one may have been cut off.
-    whole = [line for line in lines if line.endswith("}")]
-    return "".join(f"{line}\n" for line in whole if json.loads(line)["step"] < step)
+    text = path.read_bytes().decode(errors="replace") if path.exists() else ""
+    return "".join(f"{line}\n" for line in text.split("\n") if _step_of(line) < step)
+
+
+def _step_of(line: str) -> float:
+    """Which step a line tells of; infinity for one that was cut off, or spoilt by a power cut."""
+    try:
+        return float(json.loads(line)["step"])
+    except (ValueError, TypeError, KeyError, RecursionError):
+        return math.inf
 
 
 def default_path() -> Path:

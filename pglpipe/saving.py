@@ -69,23 +69,35 @@ def chosen(told: Checkpoints | None, resume: Path | str | None) -> Path | None:
 
     Raises:
         DataError: the one is damaged, or all are.
+        ConfigError: the folder holds checkpoints that the run does not go on from.
     """
-    if resume is not None and resume != "auto":
-        checkpoint.examine(Path(resume))
-        return Path(resume)
-    if told is None or resume is None:
-        return None
+    one = Path(resume) if resume is not None and resume != "auto" else None
+    if one:
+        checkpoint.examine(one)
+    if told is None:
+        return one
     found, errors = checkpoint.newest(told.folder)
+    if resume != "auto":
+        _check_nothing_newer(found, one)
+        return one
     damaged = [str(e) for e in errors if not isinstance(e, checkpoint.Unfinished)]
     if found is None and damaged:
         raise DataError(
             f"expected a checkpoint in {told.folder} that is whole, got none: {'; '.join(damaged)}; "
             "begin anew in another folder"
         )
-    # One that was being written when the run was killed is nothing to tell of, unless it is all.
-    for text in damaged if found else map(str, errors):
-        warn(f"a checkpoint is not used: {text}")
+    for error in errors:
+        warn(f"a checkpoint is not used: {error}")
     return found
+
+
+def _check_nothing_newer(found: Path | None, one: Path | None) -> None:
+    """What is found of another run would be taken for this run's newest checkpoint later."""
+    if found and (one is None or found.resolve() != one.resolve()):
+        raise ConfigError(
+            f"expected a folder for checkpoints without those of another run, but {found} is there; "
+            'choose another folder, or resume="auto" to go on with that run'
+        )
 
 
 class Writer:
@@ -113,6 +125,8 @@ class Writer:
         self._thread = threading.Thread(
             target=self._run, args=(step, stages), name="pglpipe checkpoint"
         )
+        # A run that fails does not wait for a disk; one that ends well does, in finish.
+        self._thread.daemon = True
         self._thread.start()
 
     def finish(self) -> None:
@@ -126,8 +140,9 @@ class Writer:
         try:
             for index, snapshot in stages.items():
                 files.append(write_stage(folder, index, snapshot))
-        except OSError as reason:
-            error = f"rank {self._rank} cannot write to {folder}: {reason}"
+        except Exception as reason:  # whatever it is, worker 0 waits to hear of it
+            said = str(reason) or type(reason).__name__
+            error = f"rank {self._rank} cannot write to {folder}: {said}"
         numbers = {index: snapshot.numbers for index, snapshot in stages.items()}
         written = [asdict(file) for file in files]
         self._post(SavedReport(self._rank, step, written, numbers, error))
@@ -202,10 +217,14 @@ class Ledger:
             stages = [numbers[index] for index in sorted(numbers)]
             manifest = {**pending, **more(report.step), "stages": stages}
             checkpoint.commit(folder, manifest, files)
-            checkpoint.prune(self._told.folder, self._told.keep)
         except OSError as error:
             checkpoint.discard(folder)
             warn(
                 f"no checkpoint after step {report.step}: {error}; training goes on, and the last good "
                 "checkpoint stays"
             )
+            return
+        try:
+            checkpoint.prune(self._told.folder, self._told.keep, folder)
+        except OSError as error:
+            warn(f"older checkpoints than {folder} stay: {error}")

@@ -45,7 +45,7 @@ class Session:
         self._sample: Sample | None = None
         self._plan: Plan | None = None
         self.pipeline: Pipeline | None = None
-        self.ended_early = False
+        self.ended_early = self._asked_to_stop = False
 
     @property
     def leads(self) -> bool:
@@ -119,6 +119,8 @@ class Session:
                     post=self._mailbox.post,
                     on_failure=self._lost,
                 )
+            if self._asked_to_stop:
+                self.pipeline.worker.asked_to_stop = True
             # A script that just ends must not look like a worker that was lost.
             atexit.register(self.close)
         return self.pipeline
@@ -185,7 +187,8 @@ class Session:
         return body, heads
 
     def ask_to_stop(self) -> None:
-        """Has the run end at its next step, with a checkpoint."""
+        """Has the run end at its next step, with a checkpoint; the next run, before there is one."""
+        self._asked_to_stop = True
         if self.pipeline is not None:
             self.pipeline.worker.asked_to_stop = True
 
@@ -242,13 +245,13 @@ class Session:
     def _naming_the_culprit(self) -> Iterator[None]:
         try:
             yield
-        except Exception as error:
+        except BaseException as error:  # sys.exit, too, takes a worker from the others
             text = fail(self._world, error)
             if self.pipeline is not None:
                 self.pipeline.edges.abandon()
             self._forget_pipeline()
             self._world.leave()
-            if isinstance(error, UserError):
+            if isinstance(error, UserError) or not isinstance(error, Exception):
                 raise
             failure = WorkerError(text)
             failure.told = self._world.size > 1

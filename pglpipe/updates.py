@@ -32,6 +32,8 @@ class Updates:
         for optimizer in self._optimizers:
             for group in optimizer.param_groups:
                 group.setdefault("initial_lr", group["lr"])
+        # As they were asked for; some optimizers keep what they learn among them.
+        self._asked = [_groups(optimizer) for optimizer in self._optimizers]
 
     def zero_grad(self) -> None:
         """Forgets the gradients of the last step."""
@@ -64,8 +66,8 @@ class Updates:
         """
         found = Snapshot(numbers={"was_guided": self._was_guided})
         for number, optimizer in enumerate(self._optimizers):
-            options = [_options(group) for group in optimizer.param_groups]
-            found.numbers[f"{number}.groups"] = options
+            found.numbers[f"{number}.groups"] = _plain("groups", _groups(optimizer))
+            found.numbers[f"{number}.asked"] = _plain("groups", self._asked[number])
             for index, parameter in enumerate(_parameters(optimizer)):
                 for name, value in optimizer.state.get(parameter, {}).items():
                     key = f"{number}.{index}.{name}"
@@ -79,7 +81,7 @@ class Updates:
 
     @torch.no_grad()
     def load(self, snapshot: Snapshot) -> None:
-        """Has the optimizers remember what others did.
+        """Has the optimizers remember what others did; options that they were given stay theirs.
 
         Raises:
             DataError: the others were not as many, or of fewer parameters.
@@ -92,9 +94,16 @@ class Updates:
                 f"expected {len(expected)} optimizers in the checkpoint, got {len(groups)}"
             )
         for number, optimizer in enumerate(self._optimizers):
-            saved = snapshot.numbers[f"{number}.groups"]
-            for group, options in zip(optimizer.param_groups, saved, strict=True):
-                group.update(_as_tuples(group, options))
+            known = (
+                snapshot.numbers[f"{number}.{what}"] for what in ("groups", "asked")
+            )
+            now = json.loads(
+                json.dumps(self._asked[number])
+            )  # as what was saved is spelled
+            every = zip(optimizer.param_groups, now, *known, strict=True)
+            for group, asked, saved, before in every:
+                same = {k: v for k, v in saved.items() if asked.get(k) == before.get(k)}
+                group.update(_as_tuples(group, same))
             state = snapshot.part(str(number))
             for index, parameter in enumerate(_parameters(optimizer)):
                 own = state.part(str(index))
@@ -112,11 +121,12 @@ def _parameters(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
     return [p for group in optimizer.param_groups for p in group["params"]]
 
 
-def _options(group: dict[str, Any]) -> dict[str, Any]:
-    """What a group of parameters is told, beside which they are."""
-    return {
-        name: _plain(name, value) for name, value in group.items() if name != "params"
-    }
+def _groups(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
+    """What each group of parameters is told, beside which they are."""
+    return [
+        {name: value for name, value in group.items() if name != "params"}
+        for group in optimizer.param_groups
+    ]
 
 
 def _plain(name: str, value: Any) -> Any:

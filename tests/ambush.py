@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import sys
 import time
 from collections.abc import Callable
 from functools import cache, partial
@@ -45,6 +46,8 @@ def strike(how: str) -> None:
             time.sleep(1000)
         case "raise":
             raise RuntimeError("struck")
+        case "exit":
+            sys.exit("struck")
         case "memory":
             raise torch.OutOfMemoryError("struck")
         case "loader":

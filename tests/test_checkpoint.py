@@ -178,7 +178,7 @@ def test_what_changed_after_the_choice_is_noticed_by_who_reads_it(root: Path) ->
 
 def test_another_format_is_refused(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(checkpoint, "FORMAT", checkpoint.FORMAT + 1)
-    with pytest.raises(Damaged, match="expected format 2, got 1"):
+    with pytest.raises(Damaged, match="expected format 3, got 2"):
         examine(folder_of(root, 10))
 
 
@@ -241,7 +241,7 @@ def test_whatever_a_manifest_says_it_is_read_or_refused(
 def test_the_newest_are_kept(tmp_path: Path) -> None:
     for step in (5, 10, 15, 123_456_789):
         make(tmp_path, step)
-    prune(tmp_path, keep=2)
+    prune(tmp_path, 2, folder_of(tmp_path, 123_456_789))
     kept = {path.name for path in tmp_path.iterdir()}
     assert kept == {"step-00000015", "step-123456789"}
 
@@ -253,9 +253,17 @@ def test_what_was_never_finished_goes_with_the_old_ones_and_does_not_count(
         make(tmp_path, step)
     for step in (10, 25):
         (folder_of(tmp_path, step) / MANIFEST).unlink()
-    prune(tmp_path, keep=2)
+    prune(tmp_path, 2, folder_of(tmp_path, 20))
     # The newest may be being written.
     assert {int(path.name[5:]) for path in tmp_path.iterdir()} == {15, 20, 25}
+
+
+def test_what_is_newer_and_was_not_gone_on_from_takes_no_place(tmp_path: Path) -> None:
+    """Damaged ones, which have manifests: the one just made is not theirs to lose."""
+    for step in (14, 15, 17, 20):
+        make(tmp_path, step)
+    prune(tmp_path, 1, folder_of(tmp_path, 15))
+    assert {int(path.name[5:]) for path in tmp_path.iterdir()} == {15, 17, 20}
 
 
 def test_a_file_that_is_shorter_than_was_reported_makes_no_checkpoint(

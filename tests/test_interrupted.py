@@ -200,7 +200,7 @@ def test_other_options_than_the_run_began_with_are_refused(
 
 
 def test_a_new_run_begins_from_a_checkpoint_with_other_options(
-    images: Path, killed: Path, tmp_path: Path
+    images: Path, whole: dict[str, Any], killed: Path, tmp_path: Path
 ) -> None:
     *_, kept = sorted((killed / "checkpoints").glob("step-*/manifest.json"))
     folder = tmp_path / "run"
@@ -209,6 +209,13 @@ def test_a_new_run_begins_from_a_checkpoint_with_other_options(
     assert summary_of(folder)["steps"] == STEPS
     first = min(row["step"] for row in events(folder) if row["event"] == "train")
     assert first == int(kept.parent.name[5:])
+    # To the bit the one that was killed, were it not for its learning rate.
+    same = options(images, tmp_path / "same", "--resume", str(kept.parent))
+    call("train", *same, cwd=tmp_path).check()
+    found, other = (
+        summary_of(each)["parameters_sha256"] for each in (folder, tmp_path / "same")
+    )
+    assert other == whole["parameters_sha256"] != found
 
 
 def test_a_checkpoint_that_is_none_is_refused(images: Path, tmp_path: Path) -> None:

@@ -30,7 +30,7 @@ from torch.distributed import TCPStore
 pytestmark = pytest.mark.dist
 
 LIMIT = 5.0  # seconds from the strike until no worker is left
-STRIKES = ("kill", "stop", "raise", "memory")
+STRIKES = ("kill", "stop", "raise", "memory", "exit")
 PHASES = ("local", "global", "evaluate", "checkpoint")
 AMBUSH = Path(__file__).with_name("ambush.py")
 
@@ -124,6 +124,7 @@ class Case:
             case "stop":
                 return f"pglpipe: {who} is stopped for 2 s, last heard of {self.at}"
         kinds = {"raise": "RuntimeError", "memory": "OutOfMemoryError"}
+        kinds |= {"exit": "SystemExit"}
         kind = kinds.get(self.strike, "OSError")
         return f"pglpipe: {who} failed {self.at}: {kind}: struck"
 
@@ -161,7 +162,7 @@ def cases(workers: int) -> list[Case]:
     """All of them."""
     struck = itertools.product(STRIKES, PHASES, range(workers))
     loaders = [Case("loader", phase, 0, workers) for phase in PHASES[:3]]
-    early = itertools.product(("kill", "stop"), ["build"], range(workers))
+    early = itertools.product(("kill", "stop", "exit"), ["build"], range(workers))
     return [Case(*each, workers) for each in (*struck, *early)] + loaders
 
 
@@ -169,6 +170,7 @@ ALWAYS_RUN = [
     Case("stop", "local", 1, 2),
     Case("kill", "evaluate", 0, 2),
     Case("memory", "global", 1, 2),
+    Case("exit", "local", 1, 2),
 ]
 MATRIX = [pytest.param(case, id=str(case)) for case in ALWAYS_RUN] + [
     pytest.param(case, id=str(case), marks=pytest.mark.slow)

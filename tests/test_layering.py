@@ -26,6 +26,7 @@ LEVELS = [
         "saved_bytes",
         "state",
         "snapshot",
+        "stopping",
     ],
     ["checkpoint", "recent", "rising", "stopwatch", "modules", "options", "shim"],
     ["layer", "guidance", "guided", "windows", "timetable"],

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from pglpipe.checkpoint import commit, write_stage
 from pglpipe.config import RunConfig
 from pglpipe.errors import ConfigError
 from pglpipe.resuming import start
+from pglpipe.snapshot import Snapshot
 
 
 @pytest.mark.parametrize(
@@ -35,3 +38,42 @@ def test_what_is_asked_for_otherwise_is_refused(tmp_path: Path) -> None:
     )
     with pytest.raises(ConfigError, match=r"--compare-every 3 \(it was 10\)"):
         start(RunConfig(steps=9, compare_every=3), tmp_path)
+
+
+def begin(folder: Path, resume: str) -> Path:
+    """A run that was begun so and has no checkpoint of its own yet; the one that it began from."""
+    other = folder / "other" / "step-00000004"
+    write_stage(other, 0, Snapshot())
+    file = write_stage(other, 0, Snapshot())
+    commit(other, {"position": {"step": 4}, "stages": [{}]}, [file])
+    resume = resume or str(other)
+    (folder / "config.toml").write_text(RunConfig(steps=9, resume=resume).to_toml())
+    return other
+
+
+@pytest.mark.parametrize("asked", ["the same", "auto"])
+def test_a_run_that_began_from_anothers_checkpoint_goes_on(
+    asked: str, tmp_path: Path
+) -> None:
+    other = begin(tmp_path, "")
+    resume = "auto" if asked == "auto" else str(other)
+    found = start(RunConfig(steps=9, resume=resume), tmp_path)
+    assert (found.checkpoint, found.step) == (other, 0)
+    assert found.config.resume == str(other), "and so does the next attempt"
+
+
+def test_never_is_for_the_first_attempt_of_a_command(tmp_path: Path) -> None:
+    begin(tmp_path, "never")
+    asked = RunConfig(steps=9, resume="never")
+    with pytest.raises(ConfigError, match="already holds a run"):
+        start(asked, tmp_path)
+    assert start(asked, tmp_path, restarted=True).config == asked
+
+
+def test_what_was_fitted_to_a_budget_is_not_fitted_again(tmp_path: Path) -> None:
+    budget = RunConfig(steps=9, memory_budget="9MiB")
+    assert start(budget, tmp_path).is_new
+    began = replace(budget, microbatches=4, compare_every=0)
+    (tmp_path / "config.toml").write_text(began.to_toml())
+    found = start(budget, tmp_path)
+    assert not found.is_new and found.config.microbatches == 4

@@ -163,6 +163,8 @@ def test_a_run_that_goes_on_forgets_what_came_after_its_checkpoint(
     folder.on_evaluation(dataclasses.replace(EVALUATION, step=STEP.step + 2))
     kept = (folder.path / "metrics.jsonl").read_text().splitlines()[:2]
     with (folder.path / "metrics.jsonl").open("a") as file:
+        file.write('{"event": "train"}\n[]\n\0\0\n{"step": null}\n')  # a power cut
+        file.buffer.write(b"\xff\xfe\n")
         file.write('{"event": "train", "st')  # killed while it wrote
     again = RunDirectory(folder.path)
     again.open(RunConfig(), step=STEP.step + 2)

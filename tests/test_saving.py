@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from pglpipe import saving
 from pglpipe.checkpoint import MANIFEST, examine, folder_of, newest, write_stage
 from pglpipe.errors import ConfigError
 from pglpipe.reports import SavedReport
@@ -127,6 +128,20 @@ def test_a_writer_says_what_kept_it_from_writing(tmp_path: Path) -> None:
     writer.write(5, {0: STAGE})
     writer.finish()
     assert said[0].error.startswith(f"rank 1 cannot write to {tmp_path / 'file'}")
+
+
+def test_a_writer_reports_whatever_kept_it_from_writing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def write_stage(*_: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(saving, "write_stage", write_stage)
+    said: list[SavedReport] = []
+    writer = Writer(tmp_path, 1, said.append)
+    writer.write(5, {0: STAGE})
+    writer.finish()
+    assert said[0].error.endswith("MemoryError")
 
 
 @pytest.mark.parametrize(

@@ -132,3 +132,24 @@ def test_a_stage_without_parameters_has_nothing_to_update() -> None:
     updates = Updates([], learning())
     updates.zero_grad()
     updates.apply(0, 1, guided=True)
+
+
+def test_options_that_are_given_stay_and_what_is_learned_goes_on() -> None:
+    """Some optimizers keep what they learn among the options of a group."""
+
+    def learned(lr: float, decay: float) -> Updates:
+        def make(parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+            made = torch.optim.SGD(parameters, lr, 0.5, weight_decay=decay)
+            made.param_groups[0]["learned"] = 1.0
+            return made
+
+        return Updates([nn.Parameter(torch.zeros(()))], learning(optimizer=make))
+
+    before, now = learned(0.5, 0.0), learned(0.25, 0.1)
+    before._optimizers[0].param_groups[0]["learned"] = 7.0
+    before.apply(0, 4, guided=False)
+    now.load(before.snapshot())
+    now.apply(1, 4, guided=False)
+    (group,) = now._optimizers[0].param_groups
+    found = {name: group[name] for name in ("lr", "weight_decay", "learned")}
+    assert found == {"lr": 0.25, "weight_decay": 0.1, "learned": 7.0}

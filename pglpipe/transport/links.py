@@ -15,9 +15,15 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.distributed import PrefixStore, ProcessGroupGloo, Store, rpc
+from torch.distributed import (
+    DistStoreError,
+    PrefixStore,
+    ProcessGroupGloo,
+    Store,
+    rpc,
+)
 
-from pglpipe.errors import ConfigError, WorkerError
+from pglpipe.errors import ConfigError, EdgeTimeout, WorkerError
 from pglpipe.stopwatch import Stalls
 from pglpipe.transport.base import Inbox, Links, Nobody, ReceivingEnd, SendingEnd
 from pglpipe.transport.channel import Channel
@@ -165,11 +171,17 @@ class Edges:
         opening = max(plan.timeout, plan.opening)
         key = f"run/{self._run}/edge/{edge}/{direction}"
         store, limit = self._world.store, timedelta(seconds=opening)
-        headers: Any = ProcessGroupGloo(PrefixStore(key, store), end, 2, limit)
-        payloads = headers
-        if self._backend == "nccl":
-            nccl_store = PrefixStore(f"{key}/nccl", store)
-            payloads = _nccl_group(nccl_store, end, limit, self._device)
+        try:
+            headers: Any = ProcessGroupGloo(PrefixStore(key, store), end, 2, limit)
+            payloads = headers
+            if self._backend == "nccl":
+                nccl_store = PrefixStore(f"{key}/nccl", store)
+                payloads = _nccl_group(nccl_store, end, limit, self._device)
+        except DistStoreError as error:
+            raise EdgeTimeout(
+                f"{plan.names[peer]} has not come to its end of an edge for {opening:g} s",
+                rank=peer,
+            ) from error
         channel = Channel(
             headers=headers,
             payloads=payloads,

@@ -69,7 +69,7 @@ class Mailbox:
         self._shared += 1
         if self._rank == 0:
             self._store.set(key, json.dumps(value))
-        return json.loads(self._wait_for(key, timeout or self._timeout))
+        return json.loads(self._wait_for(key, timeout or self._timeout, 0))
 
     def gather(self, value: str) -> list[str]:
         """The text of every worker, by rank, on every worker."""
@@ -77,17 +77,20 @@ class Mailbox:
         self._shared += 1
         self._store.set(f"{key}/{self._rank}", value)
         return [
-            self._wait_for(f"{key}/{rank}", self._timeout)
+            self._wait_for(f"{key}/{rank}", self._timeout, rank)
             for rank in range(len(self._fetched))
         ]
 
-    def _wait_for(self, key: str, timeout: float) -> str:
+    def _wait_for(self, key: str, timeout: float, rank: int) -> str:
+        """What a worker, the one of this rank, is to say."""
         deadline = time.monotonic() + timeout
         # Polled, because a blocking get would keep other threads from reporting a failure.
         while not self._store.check([key]):
             self.check()
             if time.monotonic() > deadline:
-                raise EdgeTimeout(f"rank {self._rank} waited {timeout:g} s for {key}")
+                raise EdgeTimeout(
+                    f"rank {rank} has not said {key} for {timeout:g} s", rank=rank
+                )
             time.sleep(_POLL_SECONDS)
         return self._store.get(key).decode()
 

@@ -1,0 +1,28 @@
+"""Signals that ask a run to end, and those that only pass the same on."""
+
+from __future__ import annotations
+
+import signal
+
+import pytest
+
+from pglpipe import stopping as module
+from pglpipe.stopping import stopping
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_the_first_asks_and_its_echo_is_none(number: signal.Signals) -> None:
+    asked: list[str] = []
+    before = signal.getsignal(number)
+    with stopping(lambda: asked.append("stop")) as caught:
+        for each in (number, signal.SIGTERM, number):
+            signal.raise_signal(each)
+    assert asked == ["stop"] and caught == [number]
+    assert signal.getsignal(number) is before
+
+
+def test_a_later_one_ends_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "ECHO_SECONDS", -1.0)
+    with pytest.raises(KeyboardInterrupt), stopping(lambda: None):
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
