@@ -120,6 +120,13 @@ def discard(folder: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)
 
 
+def sweep(root: Path) -> None:
+    """Removes what was never finished; nothing may be under way."""
+    for folder in _folders(root):
+        if not (folder / MANIFEST).exists():
+            discard(folder)
+
+
 def prune(root: Path, keep: int, newest: Path) -> None:
     """Removes what is older than ``newest``, but for ``keep`` finished checkpoints, that one included.
 

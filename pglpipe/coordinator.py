@@ -208,14 +208,17 @@ class Coordinator:
 
     def _may_end(self) -> bool:
         """Whether the run is to end now: not while a checkpoint is written, for it makes a last one."""
-        return self._stopping and not (self._ledger and self._ledger.is_busy)
+        ledger = self._ledger
+        waits = ledger is not None and ledger.is_busy and not ledger.is_stuck
+        return self._stopping and not waits
 
     def _checkpoint(self) -> Iterator[Message]:
         """Has one made if it is due, or if it is the last chance."""
         ledger = self._ledger
         if ledger is None or ledger.has(self._at.step):
             return
-        if not (self.ended_early or ledger.due(self._at.step)):
+        is_due = ledger.due(self._at.step)
+        if ledger.is_busy or not (is_due or self.ended_early):
             return
         self._at.seconds = time.perf_counter() - self._began
         manifest = {"position": asdict(self._at), "num_stages": self._num_stages}

@@ -24,10 +24,11 @@ from pglpipe import device as devices
 from pglpipe import display, models, state, tables
 from pglpipe.config import RunConfig
 from pglpipe.config_file import resolve
-from pglpipe.errors import Stopped, UserError, WorkerError
+from pglpipe.errors import Stopped, UserError, WorkerError, warn
 from pglpipe.failing import fail
 from pglpipe.ingredients import compare_every, learning_rate, local_loss, optimizer
 from pglpipe.material import Material, load
+from pglpipe.memory import as_text
 from pglpipe.metrics import Summary
 from pglpipe.observers import Observer, Observers
 from pglpipe.plan import Plan
@@ -110,39 +111,57 @@ def _train(asked: RunConfig, world: World) -> Summary:
         compare_every=compare_every(config, local_loss(config, material.recipe)),
         **dataclasses.asdict(plan.memory),
     )
+    if leads and not start.is_new:
+        _warn_beyond(config.memory_budget_bytes(), plan)
     total_steps = config.steps or config.epochs * material.steps_per_epoch
     screen = display.screen(plan, total_steps, quiet=config.quiet or not leads)
     observers.members.append(screen)
     if folder:
         folder.open(config, start.step)
         observers.members.append(folder)
-    with screen, stopping(trainer.stop) as caught:
-        summary = trainer.fit(
-            material.train,
-            epochs=config.epochs or None,
-            steps=config.steps or None,
-            evaluate=material.test,
-            evaluate_every=config.evaluate_every,
-            checkpoints=_checkpoints(start),
-            resume=start.checkpoint,
-        )
-    if trainer.ended_early:
+    # To the end: who asks to stop when all steps are done has the weights written all the same.
+    with stopping(trainer.stop) as caught:
+        with screen:
+            summary = trainer.fit(
+                material.train,
+                epochs=config.epochs or None,
+                steps=config.steps or None,
+                evaluate=material.test,
+                evaluate_every=config.evaluate_every,
+                checkpoints=_checkpoints(start.folder, config),
+                resume=start.checkpoint,
+            )
+        if trainer.ended_early:
+            trainer.close()
+            newest, _ = checkpoint.newest(start.folder / RunDirectory.CHECKPOINTS)
+            raise Stopped(newest, start.folder, caught[0] if caught else signal.SIGTERM)
+        body, heads = trainer.weights()
         trainer.close()
-        newest, _ = checkpoint.newest(start.folder / RunDirectory.CHECKPOINTS)
-        raise Stopped(newest, start.folder, caught[0] if caught else signal.SIGTERM)
-    body, heads = trainer.weights()
-    trainer.close()
-    if folder:
-        state.save(folder.weights, body, heads)
-        folder.finish(config, summary)
-        tables.show_exits(plan, summary, folder.path)
+        if folder:
+            state.save(folder.weights, body, heads)
+            folder.finish(config, summary)
+            tables.show_exits(plan, summary, folder.path)
     return summary
+
+
+def _warn_beyond(budget: int | None, plan: Plan) -> None:
+    """What was fitted to a budget when the run began need not fit on other workers."""
+    if budget is None:
+        return
+    peaks = [max((kept or {}).values(), default=0) for kept in plan.predicted]
+    for rank, peak in enumerate(peaks):
+        if peak > budget:
+            warn(
+                f"{plan.name(rank)} will keep {as_text(peak)} for backward, more than --memory-budget: the "
+                "settings that change numbers stay as they were when the run began; use more workers"
+            )
 
 
 def _start(asked: RunConfig, world: World) -> Start:
     """How the run begins, as worker 0 finds it."""
     if world.rank > 0:
-        return Start.from_json(world.mailbox.share())
+        # All files of a checkpoint are read for it.
+        return Start.from_json(world.mailbox.share(timeout=math.inf))
     # An attempt that the launcher has restarted goes on in the folder of the first.
     folder = asked.run_dir or world.first_said("run_dir", str(default_path()))
     mine = secrets.token_hex()
@@ -152,10 +171,9 @@ def _start(asked: RunConfig, world: World) -> Start:
     return found
 
 
-def _checkpoints(start: Start) -> Checkpoints:
-    config = start.config
+def _checkpoints(folder: Path, config: RunConfig) -> Checkpoints:
     return Checkpoints(
-        start.folder / RunDirectory.CHECKPOINTS,
+        folder / RunDirectory.CHECKPOINTS,
         every=config.checkpoint_every,
         minutes=config.checkpoint_minutes,
         keep=config.keep_checkpoints,

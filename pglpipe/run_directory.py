@@ -13,12 +13,14 @@
 from __future__ import annotations
 
 import dataclasses
+import fcntl
 import importlib.metadata
 import json
 import math
 import os
 import platform
 import time
+import weakref
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -36,7 +38,7 @@ class RunDirectory:
         path: the folder; made by :meth:`open`.
 
     Raises:
-        ConfigError: the folder cannot be written.
+        ConfigError: the folder cannot be written, or another run is writing there.
     """
 
     WEIGHTS = "model.safetensors"
@@ -76,12 +78,24 @@ class RunDirectory:
         metrics = self.path / "metrics.jsonl"
         try:
             self.path.mkdir(parents=True, exist_ok=True)
+            self._claim()
             known = _lines_before(metrics, step) if step else ""
             _write_whole(metrics, known)
             self._metrics = Journal(metrics)
             _write_whole(self.path / self.SETTINGS, config.to_toml())
         except OSError as error:
             self._refuse(error.strerror)
+
+    def _claim(self) -> None:
+        """Keeps the folder for this process; where the file system cannot, nobody is kept out."""
+        handle = os.open(self.path, os.O_RDONLY)
+        weakref.finalize(self, os.close, handle)  # which gives it free
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self._refuse("another run is writing there")
+        except OSError:
+            pass
 
     def on_step(self, record: StepRecord) -> None:
         """Writes a line for a step."""

@@ -2,7 +2,8 @@
 
 Nobody waits for a disk. A worker copies its stages when the command reaches it, between two
 steps, and a thread writes the copies while training goes on; the coordinator makes a checkpoint of the
-files when the last worker has reported, and only then asks for another::
+files when the last worker has reported, and only then asks for another. A disk that never answers keeps
+no run from its end: it loses what was to be written there::
 
     coordinator   Checkpoint ───────────────────────────▶ manifest ─▶ prune
     worker 0         copy │ step │ step │ step        ▲
@@ -26,6 +27,9 @@ from pglpipe.commands import Checkpoint
 from pglpipe.errors import ConfigError, DataError, warn
 from pglpipe.reports import SavedReport
 from pglpipe.snapshot import Snapshot
+
+# After so long, a disk that has not taken a checkpoint counts as one that does not answer.
+STUCK_SECONDS = 120.0
 
 
 @dataclass(frozen=True)
@@ -80,11 +84,12 @@ def chosen(told: Checkpoints | None, resume: Path | str | None) -> Path | None:
     if resume != "auto":
         _check_nothing_newer(found, one)
         return one
-    damaged = [str(e) for e in errors if not isinstance(e, checkpoint.Unfinished)]
-    if found is None and damaged:
+    damaged = [e for e in errors if not isinstance(e, checkpoint.Unfinished)]
+    # A run that is killed leaves one unfinished: others have been finished, and lost their manifests.
+    if found is None and (damaged or len(errors) > 1):
         raise DataError(
-            f"expected a checkpoint in {told.folder} that is whole, got none: {'; '.join(damaged)}; "
-            "begin anew in another folder"
+            f"expected a checkpoint in {told.folder} that is whole, got none: "
+            f"{'; '.join(map(str, errors))}; begin anew in another folder"
         )
     for error in errors:
         warn(f"a checkpoint is not used: {error}")
@@ -118,6 +123,7 @@ class Writer:
         self._rank = rank
         self._post = post
         self._thread: threading.Thread | None = None
+        self._began = 0.0
 
     def write(self, step: int, stages: Mapping[int, Snapshot]) -> None:
         """Begins to write copies of the stages."""
@@ -127,12 +133,14 @@ class Writer:
         )
         # A run that fails does not wait for a disk; one that ends well does, in finish.
         self._thread.daemon = True
+        self._began = time.monotonic()
         self._thread.start()
 
     def finish(self) -> None:
-        """Waits until all is written and reported."""
+        """Waits until all is written and reported, or the disk counts as one that does not answer."""
         if self._thread is not None:
-            self._thread.join()
+            waited = time.monotonic() - self._began
+            self._thread.join(max(0.0, STUCK_SECONDS - waited))
             self._thread = None
 
     def _run(self, step: int, stages: Mapping[int, Snapshot]) -> None:
@@ -162,6 +170,7 @@ class Ledger:
         self._last_step = 0
         self._last_time = time.monotonic()
         self._pending: Manifest | None = None
+        self._told_stuck = False
         self._reports: list[SavedReport] = []
 
     def resumed(self, step: int) -> None:
@@ -174,6 +183,12 @@ class Ledger:
         One that is due while the one before is still being written is made right after that.
         """
         told = self._told
+        if self.is_stuck and not self._told_stuck:
+            self._told_stuck = True
+            warn(
+                f"the checkpoint after step {self._last_step} has not been written for {STUCK_SECONDS:g} s by "
+                f"{self._missing()}; training goes on, and no other is made before it"
+            )
         if self.is_busy or self.has(step):
             return False
         counted = told.every and step // told.every > self._last_step // told.every
@@ -185,15 +200,22 @@ class Ledger:
         """Whether one is being written."""
         return self._pending is not None
 
+    @property
+    def is_stuck(self) -> bool:
+        """Whether one has been under way for longer than any disk should take."""
+        return self.is_busy and time.monotonic() > self._last_time + STUCK_SECONDS
+
     def has(self, step: int) -> bool:
         """Whether the last one was made after so many steps."""
         return step == self._last_step
 
     def begin(self, step: int, manifest: Manifest) -> Checkpoint:
         """The command that has all workers write their part; the manifest lacks theirs."""
+        checkpoint.sweep(self._told.folder)
         checkpoint.discard(folder_of(self._told.folder, step))
         self._pending = {**self._told.about, **manifest}
         self._last_step, self._last_time = step, time.monotonic()
+        self._told_stuck = False
         return Checkpoint(step)
 
     def add(self, report: SavedReport, more: Callable[[int], Manifest]) -> None:
@@ -228,3 +250,9 @@ class Ledger:
             checkpoint.prune(self._told.folder, self._told.keep, folder)
         except OSError as error:
             warn(f"older checkpoints than {folder} stay: {error}")
+
+    def _missing(self) -> str:
+        """Who has not written its part yet."""
+        there = {report.rank for report in self._reports}
+        missing = [str(r) for r in range(self._num_workers) if r not in there]
+        return f"rank {', '.join(missing)}"

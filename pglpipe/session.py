@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import atexit
 import dataclasses
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -52,10 +53,14 @@ class Session:
         """Whether this is worker 0."""
         return self._world.rank == 0
 
-    def agree(self, compute: Callable[[], Any]) -> Any:
-        """What ``compute`` gives on worker 0 (anything JSON can hold), on every worker."""
+    def agree(self, compute: Callable[[], Any], *, timeout: float | None = None) -> Any:
+        """What ``compute`` gives on worker 0 (anything JSON can hold), on every worker.
+
+        Args:
+            timeout: seconds that the others wait for it; the mailbox's own if None.
+        """
         if not self.leads:
-            return self._mailbox.share()
+            return self._mailbox.share(timeout=timeout)
         try:
             value = compute()
         except Exception as error:
@@ -136,7 +141,8 @@ class Session:
         """
         assert self.pipeline is not None, "build comes first"
         folder, found = self.agree(
-            lambda: [str(told.folder) if told else "", str(chosen(told, resume) or "")]
+            lambda: [str(told.folder) if told else "", str(chosen(told, resume) or "")],
+            timeout=math.inf,  # all files are read for it
         )
         if folder:
             self.pipeline.worker.write_to(Path(folder))

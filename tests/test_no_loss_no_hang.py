@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -232,3 +233,28 @@ def test_what_has_been_done_before_may_not(rank: int) -> None:
 
 
 NAPPING: dict[str, Any] = dict(num_stages=2, balance="3,3", edge_timeout=0.5)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("phase", ["planning the cut", "building its stages"])
+def test_who_hangs_before_the_first_step_is_named(phase: str, rank: int) -> None:
+    """Where nobody has a neighbour yet, all wait for each other through the store."""
+
+    def work(world: World) -> None:
+        timeout = 30.0 if world.rank == rank else 1.0
+        own = dataclasses.replace(world, timeout=timeout)
+        begin = own.recent.begin
+
+        def hang(doing: Any) -> None:
+            begin(doing)
+            if own.rank == rank and doing == phase:
+                time.sleep(4.0)
+                own.mailbox.check()
+
+        own.recent.begin = hang  # type: ignore[method-assign]
+        made = trainer(own, small_resnet("resnet8"), num_stages=2, edge_timeout=1.0)
+        made.fit(MANY, epochs=1)
+
+    ends = outcomes(2, work, timeout=40.0)
+    assert all(isinstance(end, WorkerError) for end in ends), ends
+    assert all(f"rank {rank} has not said" in str(end) for end in ends), ends

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import threading
 import time
 import warnings
 from collections import OrderedDict
@@ -30,7 +31,7 @@ from worlds import (
 )
 
 from pglpipe import Checkpoints, Guidance, Trainer, saving
-from pglpipe.checkpoint import folder_of, newest, stage_file
+from pglpipe.checkpoint import MANIFEST, folder_of, newest, stage_file
 from pglpipe.errors import ConfigError, DataError
 from pglpipe.losses import LossSettings, build_loss
 from pglpipe.transport import World
@@ -311,9 +312,33 @@ def test_another_cut_keeps_the_bodies_and_says_what_begins_anew(
         got = run(1, tmp_path / "then", resume=saved, **options)
     assert any("begin anew" in str(each.message) for each in said)
     assert got.summary.steps == STEPS
-    if int(saved.name[5:]) == STEPS:  # then nothing has been learned since
-        first = run(1, tmp_path / "again")
-        assert same(got.body, first.body)
+    # With no step left to do, a run is what its checkpoint is.
+    ended: dict[str, Any] = dict(steps=int(saved.name[5:]), resume=saved)
+    layers = small_resnet("resnet8")
+    kept = train(1, layers, BATCHES, balance="1,2,1,1", **ended)
+    with pytest.warns(UserWarning, match="begin anew"):
+        recut = train(1, layers, BATCHES, **options, **ended)
+    assert same(recut.body, kept.body)
+
+
+def test_those_that_have_lost_their_manifests_are_not_begun_anew(
+    tmp_path: Path,
+) -> None:
+    run(1, tmp_path)
+    for folder in tmp_path.iterdir():
+        (folder / MANIFEST).unlink()
+    with pytest.raises(DataError, match="whole, got none.*never finished.*anew in"):
+        run(1, tmp_path, resume="auto")
+
+
+def test_one_that_a_kill_left_unfinished_is_named_and_begun_anew(
+    tmp_path: Path,
+) -> None:
+    left = folder_of(tmp_path, 99)
+    left.mkdir()
+    with pytest.warns(UserWarning, match=f"{left}: it has no {MANIFEST}"):
+        run(1, tmp_path, resume="auto")
+    assert newest(tmp_path)[0] and not left.exists()
 
 
 def test_a_folder_with_anothers_checkpoints_is_refused(tmp_path: Path) -> None:
@@ -435,3 +460,49 @@ def test_a_stop_while_a_checkpoint_is_written_slowly_waits_in_nobodys_way(
     assert on_every_rank(2, stopped) == [True, True]
     found, damaged = newest(tmp_path)
     assert found and not damaged
+
+
+@pytest.mark.parametrize("stops", [False, True], ids=["to the end", "stopped"])
+def test_a_disk_that_never_answers_keeps_nobody_from_the_end(
+    stops: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(saving, "STUCK_SECONDS", 0.3)
+    write, answers = saving.write_stage, threading.Event()
+
+    def hanging(folder: Path, *given: Any) -> Any:
+        if folder != folder_of(tmp_path, 1):
+            answers.wait(40.0)
+        return write(folder, *given)
+
+    monkeypatch.setattr(saving, "write_stage", hanging)
+    trainers: list[Trainer] = []
+
+    class Loader(list[Batch]):
+        def __iter__(self) -> Iterator[Batch]:
+            for batch in list.__iter__(self):
+                time.sleep(0.05)
+                if stops and trainers:
+                    trainers[0].stop()
+                yield batch
+
+    def work(world: World) -> tuple[bool, int]:
+        made = trainer(world, small_resnet("resnet8"))
+        made.prepare(BATCHES)
+        if world.rank == 0:
+            trainers.append(made)
+        told = Checkpoints(tmp_path, every=1)
+        steps = made.fit(Loader(BATCHES), epochs=6, checkpoints=told).steps
+        made.close()
+        return made.ended_early, steps
+
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        ends = on_every_rank(2, work)
+    answers.set()
+    texts = [str(each.message) for each in said]
+    assert all(early == stops for early, _ in ends)
+    if not stops:
+        assert ends[0][1] == 6 * len(BATCHES)
+        (text,) = [text for text in texts if "has not been written" in text]
+        assert "rank 0, 1" in text and "training goes on" in text
+    assert newest(tmp_path)[0] == folder_of(tmp_path, 1)

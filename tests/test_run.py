@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,7 +14,11 @@ import pytest
 import torch
 from commands import call, draw_images, module, percents, run, small_run, summary_of
 
-from pglpipe import state
+from pglpipe import Trainer, state
+from pglpipe.config import RunConfig
+from pglpipe.errors import PglpipeWarning
+from pglpipe.run import _warn_beyond
+from pglpipe.run import plan as make_plan
 
 SUMMARY_KEYS = """
     config versions num_stages num_workers steps global_steps wall_seconds train_seconds
@@ -331,3 +336,28 @@ def test_a_network_of_ones_own_is_found_by_python_m(
 ) -> None:
     run(module("pglpipe.train", *own, "--run-dir", "run"), cwd=tmp_path).check()
     assert summary_of(tmp_path / "run")["num_stages"] == 3
+
+
+def test_who_asks_to_stop_when_all_is_done_has_the_weights_written(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing can be saved in their place any more, and they take seconds."""
+    weights = Trainer.weights
+
+    def asked(trainer: Trainer) -> Any:
+        signal.raise_signal(signal.SIGTERM)
+        return weights(trainer)
+
+    monkeypatch.setattr(Trainer, "weights", asked)
+    folder = train_into(tmp_path / "run", images, "--epochs", "1")
+    assert summary_of(folder)["steps"] and (folder / "model.safetensors").exists()
+
+
+def test_what_no_longer_fits_its_memory_budget_is_told(images: Path) -> None:
+    arguments: dict[str, Any] = dict(data_root=str(images), stages=2, width=4)
+    config = RunConfig(dataset="imagefolder", model="resnet8", **arguments)
+    plan = make_plan(config, num_workers=1)
+    _warn_beyond(None, plan)
+    _warn_beyond(2**40, plan)
+    with pytest.warns(PglpipeWarning, match="rank 0 .* more than --memory-budget"):
+        _warn_beyond(2**10, plan)

@@ -156,8 +156,10 @@ def test_versions_are_those_of_what_computes() -> None:
 
 
 def test_a_run_that_goes_on_forgets_what_came_after_its_checkpoint(
-    folder: RunDirectory,
+    tmp_path: Path,
 ) -> None:
+    folder = RunDirectory(tmp_path)
+    folder.open(RunConfig())
     for step in range(STEP.step, STEP.step + 4):
         folder.on_step(dataclasses.replace(STEP, step=step))
     folder.on_evaluation(dataclasses.replace(EVALUATION, step=STEP.step + 2))
@@ -166,11 +168,13 @@ def test_a_run_that_goes_on_forgets_what_came_after_its_checkpoint(
         file.write('{"event": "train"}\n[]\n\0\0\n{"step": null}\n')  # a power cut
         file.buffer.write(b"\xff\xfe\n")
         file.write('{"event": "train", "st')  # killed while it wrote
-    again = RunDirectory(folder.path)
+    folder.finish(RunConfig(), SUMMARY)  # which closes it
+    del folder  # as when its process is gone
+    again = RunDirectory(tmp_path)
     again.open(RunConfig(), step=STEP.step + 2)
     again.on_step(dataclasses.replace(STEP, step=STEP.step + 2))
-    assert (folder.path / "metrics.jsonl").read_text().splitlines()[:-1] == kept
-    assert [line["step"] for line in lines(folder)] == [3, 4, 5]
+    assert (tmp_path / "metrics.jsonl").read_text().splitlines()[:-1] == kept
+    assert [line["step"] for line in lines(again)] == [3, 4, 5]
     again.finish(RunConfig(), SUMMARY)
 
 
@@ -184,3 +188,11 @@ def test_a_folder_that_cannot_be_made_is_refused(deeper: str, tmp_path: Path) ->
 
 def test_the_default_folder_is_named_by_the_date_and_time() -> None:
     assert re.fullmatch(r"runs/\d{8}-\d{6}", default_path().as_posix())
+
+
+def test_two_runs_cannot_write_to_one(folder: RunDirectory) -> None:
+    folder.on_step(STEP)
+    before = (folder.path / "metrics.jsonl").read_text()
+    with pytest.raises(ConfigError, match="another run is writing there; choose ano"):
+        RunDirectory(folder.path).open(RunConfig())
+    assert (folder.path / "metrics.jsonl").read_text() == before

@@ -33,6 +33,7 @@ class Channel:
         device: the device of the worker's tensors.
         timeout: seconds to wait for the neighbour.
         opening: seconds to wait for it before the first message.
+        nonce: of this attempt of this run, the same at both ends.
         patience: knows when ``timeout`` is too short.
         recent: where it stands for whom the worker waits.
         check: raises if some worker has declared the run failed.
@@ -47,6 +48,7 @@ class Channel:
     device: torch.device
     timeout: float
     opening: float
+    nonce: int
     patience: Patience
     recent: Recent
     check: Callable[[], None]
@@ -162,7 +164,8 @@ def own_stream(device: torch.device) -> AbstractContextManager[object]:
 
 def greet(channel: Channel, capacity: int) -> None:
     """Warms up a direction and says what will travel on it."""
-    greeting = torch.tensor([packing.MAGIC, packing.VERSION, capacity])
+    about = packing.MAGIC, packing.VERSION, channel.nonce, capacity
+    greeting = torch.tensor(about, dtype=torch.int64)
     work = channel.headers.send([greeting], channel.peer, HEADER)
     channel.wait(work, channel.headers, timedelta(seconds=channel.opening))
     if channel.payloads is not channel.headers:
@@ -171,10 +174,10 @@ def greet(channel: Channel, capacity: int) -> None:
 
 
 def check_greeting(channel: Channel, capacity: int) -> None:
-    greeting = torch.zeros(3, dtype=torch.int64)
+    greeting = torch.zeros(4, dtype=torch.int64)
     work = channel.headers.recv([greeting], channel.peer, HEADER)
     channel.wait(work, channel.headers, timedelta(seconds=channel.opening))
-    magic, version, offered = greeting.tolist()
+    magic, version, nonce, offered = greeting.tolist()
     if magic != packing.MAGIC:
         raise ProtocolError(
             f"expected pglpipe's greeting from {channel.name}, got {magic:#x}; something else speaks "
@@ -184,6 +187,11 @@ def check_greeting(channel: Channel, capacity: int) -> None:
         raise ProtocolError(
             f"expected protocol {packing.VERSION} from {channel.name}, which speaks {version}; start "
             "every worker with the same version of pglpipe"
+        )
+    if nonce != channel.nonce:
+        raise ProtocolError(
+            f"expected {channel.name} of this run, got that of another run or of an earlier attempt (nonce "
+            f"{nonce:x} instead of {channel.nonce:x}); give every run a port of its own"
         )
     if offered != capacity:
         raise ProtocolError(

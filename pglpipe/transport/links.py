@@ -192,6 +192,7 @@ class Edges:
             device=self._device,
             timeout=plan.timeout,
             opening=opening,
+            nonce=self._world.nonce,
             patience=self._world.patience,
             recent=self._world.recent,
             check=self._check,

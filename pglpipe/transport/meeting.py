@@ -39,6 +39,11 @@ class Meeting:
     name: str
     hellos: list[str]
 
+    @property
+    def nonce(self) -> int:
+        """The name as a number that fits in a header."""
+        return int(self.name, 16) >> 1
+
 
 def meet(store: Store, rank: int, size: int, about: str, timeout: float) -> Meeting:
     """Waits until all workers of this attempt are there.

@@ -22,7 +22,7 @@ from pglpipe.commands import COMMANDS, Command, Message
 from pglpipe.errors import ProtocolError
 
 MAGIC = 0x70676C70697065  # "pglpipe"
-VERSION = 2
+VERSION = 3
 ALIGNMENT = 64  # bytes
 
 _MAX_FIELDS = 5

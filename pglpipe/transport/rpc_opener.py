@@ -64,6 +64,7 @@ class RpcOpener:
         plan = self._plan
         about = [
             packing.VERSION,
+            self._world.nonce,
             plan.depth,
             list(plan.down_bytes),
             list(plan.up_bytes),
@@ -74,7 +75,7 @@ class RpcOpener:
         ):
             if theirs != mine:
                 raise ProtocolError(
-                    f"expected the greeting {mine} (protocol, queue depth, bytes per slot), got "
+                    f"expected the greeting {mine} (protocol, nonce, queue depth, bytes per slot), got "
                     f"{theirs} from {name}; start every worker with the same options"
                 )
         for receiver in self._receivers:

@@ -36,6 +36,7 @@ class World:
             the run alone; it may then be ended with the run.
         keeps_store: whether the store ends with this process.
         launch: the launcher's store, which all attempts of one command have in common.
+        nonce: a number that no other attempt of any run has.
     """
 
     rank: int = 0
@@ -46,6 +47,7 @@ class World:
     workers: Sequence[Passport] = ()
     keeps_store: bool = False
     launch: Store = field(default_factory=HashStore)
+    nonce: int = 0
 
     def first_said(self, key: str, value: str) -> str:
         """What the first attempt of this command, if the launcher has restarted it, said under a key."""
@@ -135,6 +137,7 @@ def join(timeout: float = FIRST_SECONDS) -> World:
         [Passport.from_json(hello) for hello in meeting.hellos],
         is_master,
         own,
+        meeting.nonce,
     )
     world.pulse.start()
     return world

@@ -5,6 +5,7 @@ Two workers as threads, joined by a real pair of gloo groups; one test has a rea
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import subprocess
 import sys
@@ -393,6 +394,16 @@ def test_who_speaks_another_protocol_is_refused_by_name(
     error = outcomes(2, work, timeout=30)[1]
     assert isinstance(error, ProtocolError)
     assert re.search(said, str(error)) and NAMES[0] in str(error)
+
+
+def test_who_is_of_another_run_is_refused_by_name() -> None:
+    def work(world: World) -> None:
+        other = dataclasses.replace(world, nonce=0xABC if world.rank == 0 else 0xDEF)
+        opened(other, plan(timeout=1.0), lambda error: None).close()
+
+    error = outcomes(2, work, timeout=30)[1]
+    assert isinstance(error, ProtocolError)
+    assert re.search(f"{re.escape(NAMES[0])} of this run, got .*abc", str(error))
 
 
 def receivers() -> list[str]:
