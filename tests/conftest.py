@@ -50,11 +50,16 @@ NOT_OURS = (
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Has tests that start processes run first, and one by one where tests run side by side."""
+    """Has tests that start processes run first, and one by one where tests run side by side.
+
+    Those of a file that share costly runs stay together, for every process would do them again.
+    """
     items.sort(key=lambda item: item.get_closest_marker("dist") is None)
     for item in items:
         if item.get_closest_marker("dist"):
             item.add_marker(pytest.mark.xdist_group("dist"))
+        elif item.get_closest_marker("together"):
+            item.add_marker(pytest.mark.xdist_group(item.path.stem))
 
 
 @pytest.fixture(autouse=True)

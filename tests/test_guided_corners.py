@@ -24,6 +24,8 @@ from pglpipe import ALWAYS, NEVER, Guidance
 from pglpipe.guided import Guided, LocalWeight
 from pglpipe.transport import World
 
+pytestmark = pytest.mark.together
+
 
 @pytest.fixture(autouse=True)
 def planned_quickly(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,6 +20,8 @@ from pglpipe import Guidance
 from pglpipe.guided import Guided, LocalWeight
 from pglpipe.layer import Layer
 
+pytestmark = pytest.mark.together
+
 
 @pytest.fixture(autouse=True)
 def planned_quickly(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,6 +15,8 @@ import pytest
 
 from pglpipe.__version__ import __version__
 
+pytestmark = pytest.mark.together
+
 ROOT = Path(__file__).resolve().parents[1]
 
 # Stands for Python: `-m venv DIR` puts itself there as python, pip and every tool; all it

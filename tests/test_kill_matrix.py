@@ -169,8 +169,7 @@ def cases(workers: int) -> list[Case]:
 ALWAYS_RUN = [
     Case("stop", "local", 1, 2),
     Case("kill", "evaluate", 0, 2),
-    Case("memory", "global", 1, 2),
-    Case("exit", "local", 1, 2),
+    Case("exit", "global", 1, 2),
 ]
 MATRIX = [pytest.param(case, id=str(case)) for case in ALWAYS_RUN] + [
     pytest.param(case, id=str(case), marks=pytest.mark.slow)

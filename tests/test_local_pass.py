@@ -168,7 +168,7 @@ LINES = [
 
 
 @pytest.mark.parametrize("line", LINES)
-@pytest.mark.parametrize("delay", range(4))
+@pytest.mark.parametrize("delay", [0, pytest.param(1, marks=pytest.mark.slow), 2, 3])
 def test_whatever_interrupts_them_no_gradient_is_left_on_its_way(
     delay: int, line: str
 ) -> None:

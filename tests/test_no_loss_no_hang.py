@@ -248,7 +248,7 @@ def test_who_hangs_before_the_first_step_is_named(phase: str, rank: int) -> None
         def hang(doing: Any) -> None:
             begin(doing)
             if own.rank == rank and doing == phase:
-                time.sleep(4.0)
+                time.sleep(2.5)
                 own.mailbox.check()
 
         own.recent.begin = hang  # type: ignore[method-assign]

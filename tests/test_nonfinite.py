@@ -36,6 +36,8 @@ from pglpipe.guided import Guided
 from pglpipe.layer import Layer
 from pglpipe.transport import World
 
+pytestmark = pytest.mark.together
+
 STAGES = 4
 BAD = 3  # the step
 

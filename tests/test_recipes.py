@@ -22,6 +22,8 @@ from pglpipe.layer import Layer
 from pglpipe.losses import published_lambdas
 from pglpipe.partition import activations, analyse, choose_balance, slices
 
+pytestmark = pytest.mark.together
+
 RECIPES = sorted((ROOT / "recipes").glob("*.toml"))
 SIDES = {"cifar10": 32, "svhn": 32, "stl10": 96}
 NORMALIZED = Recipe((0.5,) * 3, (0.25,) * 3, 0, False)

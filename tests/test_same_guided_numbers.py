@@ -13,6 +13,8 @@ from worlds import Trained, image_batches, plan_quickly, same, small_resnet, tra
 from pglpipe import Guidance
 from pglpipe.losses import LossSettings, build_loss
 
+pytestmark = pytest.mark.together
+
 BATCHES = image_batches(8, 8, 5)
 WORKERS = (2, 4)
 # With four every cut lies between two workers; two have cuts within, too.

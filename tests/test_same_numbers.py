@@ -30,8 +30,11 @@ from pglpipe import ALWAYS, NEVER, Guidance
 from pglpipe.data.batches import Batches
 from pglpipe.data.image_set import ImageSet, Recipe
 from pglpipe.layer import Layer
+from pglpipe.learning import PRECISIONS
 from pglpipe.transport import World
 from pglpipe.wire import WIRE_FORMATS
+
+pytestmark = pytest.mark.together
 
 NETWORKS = {4: "resnet8", 8: "resnet14"}  # 5 and 8 layers
 GUIDANCE = {"local": NEVER, "pgl": Guidance(period=5), "global": ALWAYS}
@@ -125,10 +128,20 @@ def test_the_timetable_and_the_workers_change_no_bit_of_microbatches(
     assert results(expected)[0] != results(alone(4, "pgl"))[0]
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("edge_dtype", WIRE_FORMATS)
+# The others are slow.
+TELLING = ("int8", "fp32"), ("fp8", "bf16")
+ROUNDED = [(edge, precision) for edge in WIRE_FORMATS for precision in PRECISIONS]
+
+
+@pytest.mark.parametrize(
+    ("edge_dtype", "precision"),
+    [
+        pytest.param(*each, marks=[] if each in TELLING else pytest.mark.slow)
+        for each in ROUNDED
+    ],
+)
 def test_rounding_belongs_to_the_stage_not_to_the_edge(
-    precision: str, edge_dtype: str
+    edge_dtype: str, precision: str
 ) -> None:
     def rounded(size: int, **more: Any) -> tuple[Any, ...]:
         options = dict(precision=precision, edge_dtype=edge_dtype, microbatches=2)

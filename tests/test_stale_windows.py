@@ -164,9 +164,17 @@ KINDS: dict[str, tuple[Guidance, dict[str, Any]]] = {
     "clipped": (guidance(3), {"clip_norm": 0.1}),
     "rounded edges": (guidance(2), {"edge_dtype": "int8"}),
 }
+# The others are slow.
+TELLING = "three stages, later", "until a global end", "rounded edges"
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "kind",
+    [
+        pytest.param(kind, marks=[] if kind in TELLING else pytest.mark.slow)
+        for kind in KINDS
+    ],
+)
 def test_workers_and_queues_change_no_bit(kind: str) -> None:
     when, options = KINDS[kind]
     alone, *others = (
