@@ -18,6 +18,7 @@ class Scale:
         train, test: images.
         stages: into how many the network can be cut.
         balance: how.
+        timed_as: the scale whose stages take the same time, for network and batches are the same.
         options: all that is left.
     """
 
@@ -31,6 +32,7 @@ class Scale:
     stages: tuple[int, ...]
     balance: str
     width: int = 0
+    timed_as: str = ""
     options: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
     @property
@@ -111,7 +113,7 @@ SCALES = {
         ),
         _SMALL,
         # Four times as many steps.
-        replace(_SMALL, name="long", train=10_000, epochs=80),
+        replace(_SMALL, name="long", train=10_000, epochs=80, timed_as="small"),
         Scale(
             "paper",
             model="resnet32",

@@ -1,7 +1,8 @@
 """What the stages of a place take and keep: measured seconds, foretold bytes.
 
 The seconds are those of this machine, so they are measured once, while it has nothing else to
-do, and kept in results/accuracy_SCALE_stages.json; the table is worked out from that file.
+do, and kept in results/accuracy_SCALE_stages.json, from which the table is worked out. Scales with
+the same network and batches share a file.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ Place = Mapping[str, Any]
 
 def stages_path(results: Path, scale: Scale) -> Path:
     """Where the figures of a scale stand."""
-    return results / f"accuracy_{scale.name}_stages.json"
+    return results / f"accuracy_{scale.timed_as or scale.name}_stages.json"
 
 
 @cache
