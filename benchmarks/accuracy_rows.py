@@ -116,6 +116,8 @@ METHODS: dict[str, Method] = {
     "lr": _fixed("PGL, three times the lr", {**every(10), "guided-lr-scale": 3.0}),
     "final": _at_the_end("end to end at the end"),
     "final-anew": _at_the_end("end to end at the end, from lr / 2", final_lr=0.5),
+    "final-lr-1": _at_the_end("end to end at the end, from lr", final_lr=1.0),
+    "final-lr-2": _at_the_end("end to end at the end, from 2 lr", final_lr=2.0),
     **{
         f"final-anew-{share}": _at_the_end(
             "end to end at the end, from lr / 2", share, final_lr=0.5
@@ -220,6 +222,8 @@ PLACES = ((16, "1c2f"), (8, "1c2f"), (16, "0c1f"), (8, "0c1f"))
 CLAIMS = ("local", "pgl-10", "stale-1")
 # Forms that looked best with seed 0.
 PROMISING = ("window-4", "final-anew")
+# Other learning rates for a phase at the end.
+RESTARTS = "final-lr-1", "final-lr-2"
 SHARES = (
     *("final-anew-5", "final-anew-20", "final-anew-50"),
     *("pgl-20", "pgl-50", "pgl-5", "pgl-2"),
@@ -247,6 +251,7 @@ def rows(scale: Scale) -> list[Row]:
     found += _at((*CLAIMS[:1], *PROMISING), PLACES[:1], THREE)
     found += _at(CLAIMS[1:], PLACES[:1], THREE)
     found += [Row("final-anew", k, "auglocal-1") for k in (16, 8)]
+    found += _at(RESTARTS, ((16, "auglocal-1"), *PLACES[:1]))
     found += [Row("local", 16, head) for head in ("2c2f", "1c3f")]
     found += _at((*CLAIMS, *PROMISING), PLACES[1:])
     found += [Row("local", k, "mlp-sr") for k in (16, 8)]
