@@ -7,8 +7,9 @@
         stage-00.safetensors     all tensors of a stage, nothing pickled; one file per stage, so
         stage-01.safetensors     that any number of workers can go on from it
         manifest.json            everything else, and size and SHA-256 of each file; written last
+        unfinished               instead of it, from before the first file until after the last
 
-A folder without a manifest was never finished. The manifest holds its own SHA-256 and has one
+A folder with neither has lost its manifest. The manifest holds its own SHA-256 and has one
 spelling only, so that no byte of any file can change unnoticed.
 """
 
@@ -34,6 +35,7 @@ from pglpipe.snapshot import Snapshot
 
 FORMAT = 2
 MANIFEST = "manifest.json"
+UNFINISHED = "unfinished"
 _STEP = re.compile(r"step-(\d{8,})")
 _CHUNK = 1 << 20
 
@@ -45,7 +47,11 @@ class Damaged(DataError):
 
 
 class Unfinished(Damaged):
-    """A checkpoint was never finished, or has lost its manifest."""
+    """A checkpoint was never finished."""
+
+
+class Unreadable(Damaged):
+    """A checkpoint may be whole, but cannot be read."""
 
 
 @dataclass(frozen=True)
@@ -80,6 +86,7 @@ def write_stage(folder: Path, index: int, snapshot: Snapshot) -> Written:
         OSError: it cannot be written.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    (folder / UNFINISHED).touch()
     path = folder / stage_file(index)
     try:
         safetensors.torch.save_file(snapshot.tensors, path)
@@ -111,20 +118,18 @@ def commit(folder: Path, manifest: Mapping[str, Any], files: list[Written]) -> N
     part.replace(folder / MANIFEST)
     for directory in (folder, folder.parent):
         _sync(directory)
+    (folder / UNFINISHED).unlink(missing_ok=True)
 
 
 def discard(folder: Path) -> None:
-    """Removes a checkpoint, if it is there; what remains of it after a kill is none."""
+    """Removes a checkpoint, if it is there; what remains of it after a kill was never finished."""
     with suppress(OSError):
-        (folder / MANIFEST).unlink()
+        (folder / UNFINISHED).touch()
+        (folder / MANIFEST).unlink(missing_ok=True)
+        for path in folder.iterdir():
+            if path.name != UNFINISHED:
+                path.unlink()
     shutil.rmtree(folder, ignore_errors=True)
-
-
-def sweep(root: Path) -> None:
-    """Removes what was never finished; nothing may be under way."""
-    for folder in _folders(root):
-        if not (folder / MANIFEST).exists():
-            discard(folder)
 
 
 def prune(root: Path, keep: int, newest: Path) -> None:
@@ -146,7 +151,11 @@ def prune(root: Path, keep: int, newest: Path) -> None:
 def newest(root: Path) -> tuple[Path | None, list[Damaged]]:
     """The newest checkpoint that is whole, and what is wrong with those that are newer."""
     damaged: list[Damaged] = []
-    for folder in _folders(root):
+    try:
+        folders = _folders(root)
+    except OSError as error:
+        return None, [Unreadable(f"{root}: {error.strerror}")]
+    for folder in folders:
         try:
             examine(folder)
         except Damaged as error:
@@ -171,8 +180,10 @@ def examine(folder: Path) -> Manifest:
                 raise Damaged(f"{path}: expected {file['nbytes']} bytes, found {size}")
             if _sha256(path) != file["sha256"]:
                 raise Damaged(f"{path}: its SHA-256 is not that of the manifest")
-        except OSError as error:
+        except FileNotFoundError as error:
             raise Damaged(f"{path}: {error.strerror}") from None
+        except OSError as error:
+            raise Unreadable(f"{path}: {error.strerror}") from None
     return manifest
 
 
@@ -189,7 +200,9 @@ def read_stage(folder: Path, manifest: Manifest, index: int) -> Snapshot:
         if hashlib.sha256(data).hexdigest() != expected:
             raise Damaged(f"{path}: its SHA-256 is not that of the manifest")
         tensors = safetensors.torch.load(data)
-    except (OSError, SafetensorError) as error:
+    except OSError as error:
+        raise Unreadable(f"{path}: {error.strerror}") from None
+    except SafetensorError as error:
         raise Damaged(f"{path}: {error}") from None
     return Snapshot(tensors, manifest["stages"][index]).laid_out()
 
@@ -208,11 +221,11 @@ def read_manifest(folder: Path) -> Manifest:
         if _spelled(content) != text:
             raise ValueError
     except FileNotFoundError:
-        raise Unfinished(
-            f"{folder}: it has no {MANIFEST}, so it was never finished"
-        ) from None
+        if (folder / UNFINISHED).exists():
+            raise Unfinished(f"{folder}: it was never finished") from None
+        raise Damaged(f"{folder}: it has no {MANIFEST}") from None
     except OSError as error:
-        raise Damaged(f"{path}: {error.strerror}") from None
+        raise Unreadable(f"{path}: {error.strerror}") from None
     except (ValueError, AttributeError, RecursionError):
         raise Damaged(f"{path}: it is not as it was written") from None
     if manifest.get("format") != FORMAT:

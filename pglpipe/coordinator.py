@@ -103,7 +103,7 @@ class Coordinator:
         self._evaluation: EvaluationRecord | None = None
         self._at = Position()
         self._ledger: Ledger | None = None
-        self._stopping = self._breaks_off = self.ended_early = False
+        self._fits = self._stopping = self._breaks_off = self.ended_early = False
         self._began = time.perf_counter()
 
     def cut(self, microbatches: int, batch: int) -> None:
@@ -114,6 +114,8 @@ class Coordinator:
 
     def fit(self, loader: Loader, span: Span, test: Loader | None) -> Source:
         """Trains for the span and evaluates as often as it says."""
+        self._begin(fits=True)
+        self.ended_early = False
         return self._source(self._fit(loader, span, test))
 
     def keep(self, ledger: Ledger) -> None:
@@ -129,11 +131,17 @@ class Coordinator:
 
     def evaluate(self, test: Loader) -> Source:
         """Evaluates once."""
+        self._begin(fits=False)
         return self._source(self._evaluate(test, epoch=0))
 
     def collect(self) -> Source:
         """Has every worker hand up its weights."""
         return self._source(iter([Message(Collect())]))
+
+    def _begin(self, *, fits: bool) -> None:
+        """Forgets what was asked and found before; only a fit ends early."""
+        self._fits, self._evaluation = fits, None
+        self._stopping = self._breaks_off = False
 
     def _fit(
         self, loader: Loader, span: Span, test: Loader | None
@@ -210,15 +218,14 @@ class Coordinator:
         """Whether the run is to end now: not while a checkpoint is written, for it makes a last one."""
         ledger = self._ledger
         waits = ledger is not None and ledger.is_busy and not ledger.is_stuck
-        return self._stopping and not waits
+        return self._fits and self._stopping and not waits
 
     def _checkpoint(self) -> Iterator[Message]:
         """Has one made if it is due, or if it is the last chance."""
         ledger = self._ledger
         if ledger is None or ledger.has(self._at.step):
             return
-        is_due = ledger.due(self._at.step)
-        if ledger.is_busy or not (is_due or self.ended_early):
+        if ledger.is_busy or not (self.ended_early or ledger.due(self._at.step)):
             return
         self._at.seconds = time.perf_counter() - self._began
         manifest = {"position": asdict(self._at), "num_stages": self._num_stages}
@@ -240,7 +247,11 @@ class Coordinator:
         """
         deadline = time.monotonic() + self._timeout
         self._listen()
-        while missing := set(range(self._num_workers)) - set(self._finals):
+        while (
+            missing := set(range(self._num_workers)) - set(self._finals)
+        ) or self._is_saving():
+            if self._is_saving():  # which takes as long as the disk takes
+                deadline = time.monotonic() + self._timeout
             if time.monotonic() > deadline:
                 rank = min(missing)
                 raise EdgeTimeout(
@@ -249,6 +260,9 @@ class Coordinator:
             time.sleep(_POLL_SECONDS)
             self._listen()
         return self._summary()
+
+    def _is_saving(self) -> bool:
+        return self._ledger is not None and self._ledger.is_busy
 
     def _listen(self) -> None:
         """Takes in the reports that have arrived; never waits.
@@ -274,6 +288,8 @@ class Coordinator:
                     self._ledger.add(report, self._merged_until)
                 case StopRequest():
                     self._stopping = True
+        if self._ledger:
+            self._ledger.listen()
 
     def _merged_until(self, step: int) -> dict[str, Any]:
         return {"merged": self._merger.until(step)}

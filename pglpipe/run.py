@@ -92,8 +92,7 @@ def export(run_dir: Path, output: Path) -> None:
 def _train(asked: RunConfig, world: World) -> Summary:
     leads = world.rank == 0
     # Before the data is read: a folder that cannot be written should not cost minutes.
-    start = _start(asked, world)
-    folder = RunDirectory(start.folder) if leads else None
+    start, folder = _start(asked, world)
     config = start.config
     world.recent.keep_in(start.folder)
     world.recent.begin("loading the data")
@@ -157,18 +156,20 @@ def _warn_beyond(budget: int | None, plan: Plan) -> None:
             )
 
 
-def _start(asked: RunConfig, world: World) -> Start:
-    """How the run begins, as worker 0 finds it."""
+def _start(asked: RunConfig, world: World) -> tuple[Start, RunDirectory | None]:
+    """How the run begins, as worker 0 finds it, and its folder there."""
     if world.rank > 0:
         # All files of a checkpoint are read for it.
-        return Start.from_json(world.mailbox.share(timeout=math.inf))
+        return Start.from_json(world.mailbox.share(timeout=math.inf)), None
     # An attempt that the launcher has restarted goes on in the folder of the first.
-    folder = asked.run_dir or world.first_said("run_dir", str(default_path()))
+    path = asked.run_dir or world.first_said("run_dir", str(default_path()))
     mine = secrets.token_hex()
     restarted = world.first_said("began", mine) != mine
-    found = start_of(asked, Path(folder), restarted=restarted)
+    folder = RunDirectory(Path(path))
+    folder.claim()
+    found = start_of(asked, folder.path, restarted=restarted)
     world.mailbox.share(found.to_json())
-    return found
+    return found, folder
 
 
 def _checkpoints(folder: Path, config: RunConfig) -> Checkpoints:

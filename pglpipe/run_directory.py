@@ -35,7 +35,7 @@ class RunDirectory:
     """An observer that writes what it sees.
 
     Args:
-        path: the folder; made by :meth:`open`.
+        path: the folder; made by :meth:`open`, claimed by :meth:`claim` before anything there is read.
 
     Raises:
         ConfigError: the folder cannot be written, or another run is writing there.
@@ -49,6 +49,7 @@ class RunDirectory:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._metrics: Journal | None = None
+        self._is_claimed = False
         parent = next(p for p in (path, *path.absolute().parents) if p.exists())
         if not (parent.is_dir() and os.access(parent, os.W_OK)):
             self._refuse(f"{parent} cannot be written")
@@ -78,7 +79,10 @@ class RunDirectory:
         metrics = self.path / "metrics.jsonl"
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            self._claim()
+            if not self._is_claimed:
+                self.claim()
+                if (self.path / self.SETTINGS).exists():
+                    self._refuse("another run has begun there meanwhile")
             known = _lines_before(metrics, step) if step else ""
             _write_whole(metrics, known)
             self._metrics = Journal(metrics)
@@ -86,8 +90,15 @@ class RunDirectory:
         except OSError as error:
             self._refuse(error.strerror)
 
-    def _claim(self) -> None:
-        """Keeps the folder for this process; where the file system cannot, nobody is kept out."""
+    def claim(self) -> None:
+        """Keeps the folder, if it is there, for this process; nobody is kept out where a file system cannot.
+
+        Raises:
+            ConfigError: another run is writing there.
+        """
+        if not self.path.is_dir():
+            return
+        self._is_claimed = True
         handle = os.open(self.path, os.O_RDONLY)
         weakref.finalize(self, os.close, handle)  # which gives it free
         try:

@@ -1,9 +1,9 @@
 """How checkpoints come about, on either side: who writes stages, and who makes a checkpoint of them.
 
-Nobody waits for a disk. A worker copies its stages when the command reaches it, between two
-steps, and a thread writes the copies while training goes on; the coordinator makes a checkpoint of the
-files when the last worker has reported, and only then asks for another. A disk that never answers keeps
-no run from its end: it loses what was to be written there::
+No step waits for a checkpoint. A worker copies its stages when the command reaches it, between two
+steps, and a thread writes the copies while training goes on; the coordinator has another thread make a checkpoint of the
+files when the last worker has reported, and only then asks for the next. The end of a run waits for the
+last one, however slow the disk::
 
     coordinator   Checkpoint ───────────────────────────▶ manifest ─▶ prune
     worker 0         copy │ step │ step │ step        ▲
@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ from pglpipe.errors import ConfigError, DataError, warn
 from pglpipe.reports import SavedReport
 from pglpipe.snapshot import Snapshot
 
-# After so long, a disk that has not taken a checkpoint counts as one that does not answer.
+# After so long, a checkpoint that is not there is told of, and a run that is to end makes no other.
 STUCK_SECONDS = 120.0
 
 
@@ -85,11 +85,12 @@ def chosen(told: Checkpoints | None, resume: Path | str | None) -> Path | None:
         _check_nothing_newer(found, one)
         return one
     damaged = [e for e in errors if not isinstance(e, checkpoint.Unfinished)]
-    # A run that is killed leaves one unfinished: others have been finished, and lost their manifests.
-    if found is None and (damaged or len(errors) > 1):
+    if found is None and damaged:
+        unreadable = any(isinstance(e, checkpoint.Unreadable) for e in damaged)
+        remedy = "make it readable" if unreadable else "begin anew in another folder"
         raise DataError(
             f"expected a checkpoint in {told.folder} that is whole, got none: "
-            f"{'; '.join(map(str, errors))}; begin anew in another folder"
+            f"{'; '.join(map(str, damaged))}; {remedy}"
         )
     for error in errors:
         warn(f"a checkpoint is not used: {error}")
@@ -123,24 +124,16 @@ class Writer:
         self._rank = rank
         self._post = post
         self._thread: threading.Thread | None = None
-        self._began = 0.0
 
     def write(self, step: int, stages: Mapping[int, Snapshot]) -> None:
         """Begins to write copies of the stages."""
         self.finish()
-        self._thread = threading.Thread(
-            target=self._run, args=(step, stages), name="pglpipe checkpoint"
-        )
-        # A run that fails does not wait for a disk; one that ends well does, in finish.
-        self._thread.daemon = True
-        self._began = time.monotonic()
-        self._thread.start()
+        self._thread = _begin(self._run, step, stages)
 
     def finish(self) -> None:
-        """Waits until all is written and reported, or the disk counts as one that does not answer."""
+        """Waits until all is written and reported."""
         if self._thread is not None:
-            waited = time.monotonic() - self._began
-            self._thread.join(max(0.0, STUCK_SECONDS - waited))
+            self._thread.join()
             self._thread = None
 
     def _run(self, step: int, stages: Mapping[int, Snapshot]) -> None:
@@ -170,8 +163,10 @@ class Ledger:
         self._last_step = 0
         self._last_time = time.monotonic()
         self._pending: Manifest | None = None
-        self._told_stuck = False
         self._reports: list[SavedReport] = []
+        self._made = threading.Event()
+        self._complaint = ""
+        self._is_told_of = False
 
     def resumed(self, step: int) -> None:
         """A run goes on from the checkpoint after so many steps."""
@@ -183,12 +178,6 @@ class Ledger:
         One that is due while the one before is still being written is made right after that.
         """
         told = self._told
-        if self.is_stuck and not self._told_stuck:
-            self._told_stuck = True
-            warn(
-                f"the checkpoint after step {self._last_step} has not been written for {STUCK_SECONDS:g} s by "
-                f"{self._missing()}; training goes on, and no other is made before it"
-            )
         if self.is_busy or self.has(step):
             return False
         counted = told.every and step // told.every > self._last_step // told.every
@@ -202,7 +191,7 @@ class Ledger:
 
     @property
     def is_stuck(self) -> bool:
-        """Whether one has been under way for longer than any disk should take."""
+        """Whether that has taken longer than most disks do."""
         return self.is_busy and time.monotonic() > self._last_time + STUCK_SECONDS
 
     def has(self, step: int) -> bool:
@@ -211,48 +200,77 @@ class Ledger:
 
     def begin(self, step: int, manifest: Manifest) -> Checkpoint:
         """The command that has all workers write their part; the manifest lacks theirs."""
-        checkpoint.sweep(self._told.folder)
         checkpoint.discard(folder_of(self._told.folder, step))
         self._pending = {**self._told.about, **manifest}
         self._last_step, self._last_time = step, time.monotonic()
-        self._told_stuck = False
+        self._complaint, self._is_told_of = "", False
+        self._made.clear()
         return Checkpoint(step)
 
     def add(self, report: SavedReport, more: Callable[[int], Manifest]) -> None:
-        """Takes a worker's report; the last one completes the checkpoint.
+        """Takes a worker's report; after the last one the checkpoint is made, in a thread.
 
         Args:
             more: what is to stand in the manifest after so many steps and was not known before.
         """
+        assert self._pending is not None, "nobody reports unasked"
         self._reports.append(report)
-        if len(self._reports) < self._num_workers:
-            return
-        reports, self._reports = self._reports, []
-        pending, self._pending = self._pending, None
-        assert pending is not None, "nobody reports unasked"
-        folder = folder_of(self._told.folder, report.step)
+        if len(self._reports) == self._num_workers:
+            manifest = {**self._pending, **more(report.step)}
+            _begin(self._make, report.step, manifest, list(self._reports))
+
+    def listen(self) -> None:
+        """Takes in what has become of the one under way, and tells of what went wrong."""
+        if self._made.is_set() and self.is_busy:
+            self._pending, self._reports = None, []
+            if self._complaint:
+                warn(self._complaint)
+        elif self.is_stuck and not self._is_told_of:
+            self._is_told_of = True
+            warn(
+                f"the checkpoint after step {self._last_step} is not there after {STUCK_SECONDS:g} s: "
+                f"{self._doing()}; training goes on, and no other is made before it"
+            )
+
+    def _make(
+        self, step: int, manifest: Manifest, reports: Sequence[SavedReport]
+    ) -> None:
+        folder = folder_of(self._told.folder, step)
         try:
             if errors := [r.error for r in reports if r.error]:
                 raise OSError(errors[0])
             files = [Written(**file) for r in reports for file in r.files]
             numbers = {index: n for r in reports for index, n in r.numbers.items()}
             stages = [numbers[index] for index in sorted(numbers)]
-            manifest = {**pending, **more(report.step), "stages": stages}
-            checkpoint.commit(folder, manifest, files)
-        except OSError as error:
+            checkpoint.commit(folder, {**manifest, "stages": stages}, files)
+        except Exception as error:
             checkpoint.discard(folder)
-            warn(
-                f"no checkpoint after step {report.step}: {error}; training goes on, and the last good "
-                "checkpoint stays"
+            self._complaint = (
+                f"no checkpoint after step {step}: {error}; training goes on, and the last good checkpoint "
+                "stays"
             )
-            return
-        try:
-            checkpoint.prune(self._told.folder, self._told.keep, folder)
-        except OSError as error:
-            warn(f"older checkpoints than {folder} stay: {error}")
+        else:
+            self._prune(folder)
+        self._made.set()
 
-    def _missing(self) -> str:
+    def _prune(self, newest: Path) -> None:
+        try:
+            checkpoint.prune(self._told.folder, self._told.keep, newest)
+        except OSError as error:
+            self._complaint = f"older checkpoints than {newest} stay: {error}"
+
+    def _doing(self) -> str:
         """Who has not written its part yet."""
         there = {report.rank for report in self._reports}
         missing = [str(r) for r in range(self._num_workers) if r not in there]
-        return f"rank {', '.join(missing)}"
+        if not missing:
+            return "its manifest is being written"
+        return f"rank {', '.join(missing)} still writes"
+
+
+def _begin(work: Callable[..., None], *given: object) -> threading.Thread:
+    """Does it in a thread; a run that fails does not wait for a disk."""
+    name = "pglpipe checkpoint"
+    thread = threading.Thread(target=work, args=given, name=name, daemon=True)
+    thread.start()
+    return thread

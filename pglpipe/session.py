@@ -211,7 +211,8 @@ class Session:
         with self._naming_the_culprit():
             source = command(self._coordinator) if self._coordinator else None
             self.pipeline.worker.run(self.pipeline.edges.links(source))
-            ended_early, summary = self.agree(self._summary)
+            # Which comes when the last checkpoint is there.
+            ended_early, summary = self.agree(self._summary, timeout=math.inf)
             return ended_early, summary
 
     def _make_coordinator(self, observer: Observer) -> Coordinator:

@@ -230,10 +230,10 @@ class Worker:
             self._post(StopRequest(self._duty.rank))
 
     def _stop(self, command: Stop) -> None:
-        if self._writer:
-            self._writer.finish()
         self._refresh.forget(self._links)
         self._links.outbox.put(Message(command))
+        if self._writer:
+            self._writer.finish()
         peaks = {kind: saved.peak for kind, saved in self._saved.items()}
         if self._overlap:
             peaks["local"] = max(peaks["local"], self._overlap.saved_bytes)

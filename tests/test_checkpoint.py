@@ -157,10 +157,11 @@ def test_a_missing_file_is_noticed_and_named(root: Path, name: str) -> None:
     assert name in str(damaged[0]) and not isinstance(damaged[0], Unfinished)
 
 
-def test_without_its_manifest_it_was_never_finished(root: Path) -> None:
-    (folder_of(root, 10) / MANIFEST).unlink()
+def test_what_a_kill_leaves_was_never_finished(root: Path) -> None:
+    torn = Snapshot({"weight": torch.zeros(3)}, {})
+    write_stage(folder_of(root, 15), 0, torn)
     found, (error,) = newest(root)
-    assert found == folder_of(root, 5) and isinstance(error, Unfinished)
+    assert found == folder_of(root, 10) and isinstance(error, Unfinished)
 
 
 def test_files_of_another_checkpoint_are_noticed(root: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import shutil
 import threading
 import time
 import warnings
@@ -31,9 +32,10 @@ from worlds import (
 )
 
 from pglpipe import Checkpoints, Guidance, Trainer, saving
-from pglpipe.checkpoint import MANIFEST, folder_of, newest, stage_file
+from pglpipe.checkpoint import MANIFEST, folder_of, newest, stage_file, write_stage
 from pglpipe.errors import ConfigError, DataError
 from pglpipe.losses import LossSettings, build_loss
+from pglpipe.snapshot import Snapshot
 from pglpipe.transport import World
 
 BATCHES = image_batches(8, 8, 8, 5)
@@ -324,21 +326,25 @@ def test_another_cut_keeps_the_bodies_and_says_what_begins_anew(
 def test_those_that_have_lost_their_manifests_are_not_begun_anew(
     tmp_path: Path,
 ) -> None:
+    """Not even where there is one alone, which might be the first that a run has made."""
     run(1, tmp_path)
-    for folder in tmp_path.iterdir():
-        (folder / MANIFEST).unlink()
-    with pytest.raises(DataError, match="whole, got none.*never finished.*anew in"):
+    only, *others = tmp_path.iterdir()
+    (only / MANIFEST).unlink()
+    for folder in others:
+        shutil.rmtree(folder)
+    with pytest.raises(DataError, match=f"got none: {only}: it has no .*anew in"):
         run(1, tmp_path, resume="auto")
 
 
 def test_one_that_a_kill_left_unfinished_is_named_and_begun_anew(
     tmp_path: Path,
 ) -> None:
-    left = folder_of(tmp_path, 99)
-    left.mkdir()
-    with pytest.warns(UserWarning, match=f"{left}: it has no {MANIFEST}"):
+    left = folder_of(tmp_path, 2)
+    write_stage(left, 0, Snapshot({"weight": torch.zeros(3)}, {}))
+    with pytest.warns(UserWarning, match=f"{left}: it was never finished"):
         run(1, tmp_path, resume="auto")
-    assert newest(tmp_path)[0] and not left.exists()
+    found, damaged = newest(tmp_path)
+    assert found and not damaged
 
 
 def test_a_folder_with_anothers_checkpoints_is_refused(tmp_path: Path) -> None:
@@ -463,7 +469,7 @@ def test_a_stop_while_a_checkpoint_is_written_slowly_waits_in_nobodys_way(
 
 
 @pytest.mark.parametrize("stops", [False, True], ids=["to the end", "stopped"])
-def test_a_disk_that_never_answers_keeps_nobody_from_the_end(
+def test_the_end_of_a_run_waits_for_a_disk_however_slow_and_no_step_does(
     stops: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(saving, "STUCK_SECONDS", 0.3)
@@ -479,9 +485,9 @@ def test_a_disk_that_never_answers_keeps_nobody_from_the_end(
 
     class Loader(list[Batch]):
         def __iter__(self) -> Iterator[Batch]:
-            for batch in list.__iter__(self):
+            for number, batch in enumerate(list.__iter__(self)):
                 time.sleep(0.05)
-                if stops and trainers:
+                if stops and trainers and number == 3:
                     trainers[0].stop()
                 yield batch
 
@@ -495,14 +501,36 @@ def test_a_disk_that_never_answers_keeps_nobody_from_the_end(
         made.close()
         return made.ended_early, steps
 
+    timer = threading.Timer(4.0, answers.set)
+    timer.start()
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         ends = on_every_rank(2, work)
-    answers.set()
-    texts = [str(each.message) for each in said]
+    timer.join()
     assert all(early == stops for early, _ in ends)
-    if not stops:
-        assert ends[0][1] == 6 * len(BATCHES)
-        (text,) = [text for text in texts if "has not been written" in text]
-        assert "rank 0, 1" in text and "training goes on" in text
-    assert newest(tmp_path)[0] == folder_of(tmp_path, 1)
+    assert stops or ends[0][1] == 6 * len(BATCHES)
+    (text,) = [text for text in map(str, said) if "is not there after" in text]
+    assert "rank 0, 1 still writes" in text and "training goes on" in text
+    # The one that was under way, and not the one before.
+    found, damaged = newest(tmp_path)
+    assert found and found > folder_of(tmp_path, 1) and not damaged
+
+
+def test_what_is_asked_of_one_run_is_not_obeyed_by_the_next(tmp_path: Path) -> None:
+    others = image_batches(8, 8)
+
+    def work(world: World) -> list[Any]:
+        made = trainer(world, small_resnet("resnet8"))
+        made.prepare(BATCHES)
+        made.stop()
+        ends = [made.fit(BATCHES, epochs=20), made.ended_early]
+        first, ended_early = made.evaluate(others), made.ended_early
+        made.evaluate(BATCHES)
+        made.stop()
+        again = made.evaluate(others)
+        assert str(first.exit_accuracy) == str(again.exit_accuracy)
+        assert first.test_accuracy is not None and ended_early == made.ended_early
+        made.close()
+        return ends[1:]
+
+    assert on_every_rank(2, work) == [[True], [True]]

@@ -171,6 +171,7 @@ def test_a_run_that_goes_on_forgets_what_came_after_its_checkpoint(
     folder.finish(RunConfig(), SUMMARY)  # which closes it
     del folder  # as when its process is gone
     again = RunDirectory(tmp_path)
+    again.claim()
     again.open(RunConfig(), step=STEP.step + 2)
     again.on_step(dataclasses.replace(STEP, step=STEP.step + 2))
     assert (tmp_path / "metrics.jsonl").read_text().splitlines()[:-1] == kept

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import time
 import warnings
 from pathlib import Path
 
 import pytest
 import torch
 
-from pglpipe import saving
+from pglpipe import checkpoint, saving
 from pglpipe.checkpoint import MANIFEST, examine, folder_of, newest, write_stage
-from pglpipe.errors import ConfigError
+from pglpipe.errors import ConfigError, DataError
 from pglpipe.reports import SavedReport
-from pglpipe.saving import Checkpoints, Ledger, Writer
+from pglpipe.saving import Checkpoints, Ledger, Writer, chosen
 from pglpipe.snapshot import Snapshot
 
 STAGE = Snapshot({"weight": torch.zeros(3)}, {"taken": 1})
@@ -30,6 +31,16 @@ def complete(ledger: Ledger, folder: Path, step: int) -> None:
     for rank in (1, 0):
         assert ledger.is_busy
         ledger.add(report(folder, step, rank), lambda step: {"late": step})
+    settle(ledger)
+
+
+def settle(ledger: Ledger) -> None:
+    """Waits for the thread that makes the checkpoint."""
+    deadline = time.monotonic() + 20
+    while ledger.is_busy and time.monotonic() < deadline:
+        time.sleep(0.01)
+        ledger.listen()
+    assert not ledger.is_busy
 
 
 def test_it_is_due_every_so_many_steps_but_not_while_one_is_written(
@@ -78,6 +89,7 @@ def test_one_that_a_worker_could_not_write_is_told_and_the_last_good_one_stays(
     ledger.add(report(tmp_path, 2, 0), lambda step: {})
     with pytest.warns(UserWarning, match="after step 2: no space.*training goes on"):
         ledger.add(report(tmp_path, 2, 1, "no space"), lambda step: {})
+        settle(ledger)
     assert newest(tmp_path) == (folder_of(tmp_path, 1), [])
     assert not ledger.is_busy and ledger.due(3)
 
@@ -91,7 +103,35 @@ def test_a_file_that_this_worker_cannot_see_is_no_part_of_a_checkpoint(
     ledger.add(report(tmp_path / "here", 1, 0), lambda step: {})
     with pytest.warns(UserWarning, match="stage-01"):
         ledger.add(report(tmp_path / "there", 1, 1), lambda step: {})
+        settle(ledger)
     assert newest(tmp_path / "here")[0] is None
+
+
+def test_one_that_takes_long_is_told_of_once_and_by_whom(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(saving, "STUCK_SECONDS", 0.0)
+    ledger = Ledger(Checkpoints(tmp_path, every=1), 2)
+    ledger.begin(1, {})
+    ledger.add(report(tmp_path, 1, 1), lambda step: {})
+    with pytest.warns(UserWarning, match="after step 1 is not there .* rank 0 still"):
+        ledger.listen()
+    assert ledger.is_stuck and not ledger.due(2)
+    ledger.listen()
+    ledger.add(report(tmp_path, 1, 0), lambda step: {})
+    settle(ledger)
+    assert newest(tmp_path)[0] and not ledger.is_stuck
+
+
+def test_a_folder_that_cannot_be_read_is_not_begun_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def folders(root: Path) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(checkpoint, "_folders", folders)
+    with pytest.raises(DataError, match="Permission denied; make it readable"):
+        chosen(Checkpoints(tmp_path), "auto")
 
 
 def test_one_that_was_there_before_is_gone_before_it_is_written_anew(
