@@ -3,11 +3,20 @@
 from __future__ import annotations
 
 import signal
+from collections.abc import Iterator
 
 import pytest
 
 from pglpipe import stopping as module
 from pglpipe.stopping import stopping
+
+
+@pytest.fixture(autouse=True)
+def heard() -> Iterator[None]:
+    """Has Ctrl-C raise, as in the foreground; a shell has its background jobs ignore it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
