@@ -139,7 +139,8 @@ def _train(asked: RunConfig, world: World) -> Summary:
         if folder:
             state.save(folder.weights, body, heads)
             folder.finish(config, summary)
-            tables.show_exits(plan, summary, folder.path)
+    if folder:
+        tables.show_exits(plan, summary, folder.path)
     return summary
 
 

@@ -99,7 +99,10 @@ class RunDirectory:
         if not self.path.is_dir():
             return
         self._is_claimed = True
-        handle = os.open(self.path, os.O_RDONLY)
+        try:
+            handle = os.open(self.path, os.O_RDONLY)
+        except OSError as error:
+            self._refuse(error.strerror)
         weakref.finalize(self, os.close, handle)  # which gives it free
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
