@@ -164,7 +164,8 @@ def test_evaluate_and_export_take_a_run_that_was_done_in_parts(
     folder = tmp_path / "run"
     arguments = options(images, folder)
     kill_once(command(1, *arguments), folder, 30, tmp_path)
-    call("train", *arguments, cwd=tmp_path).check()
+    # As a process of its own, where it is told of a checkpoint that the kill left unfinished.
+    run(command(1, *arguments), cwd=tmp_path).check()
     ended = call("evaluate", "--run-dir", str(folder), cwd=tmp_path).check()
     assert f"{100 * whole['test_accuracy']:.1f}" in ended.out
     call("export", "--run-dir", str(folder), cwd=tmp_path).check()
