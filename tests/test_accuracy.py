@@ -243,8 +243,10 @@ def test_what_is_tried_beside_the_rows_is_told_with_its_options(
 
 
 def test_the_gap_is_that_of_the_seeds_that_all_have() -> None:
-    def line(method: str, seeds: list[int], found: list[float]) -> dict[str, Any]:
-        row = Row(method, 1 if method == "end-to-end" else 8, "1c2f")
+    def line(
+        method: str, seeds: list[int], found: list[float], head: str = "1c2f"
+    ) -> dict[str, Any]:
+        row = Row(method, 1 if method == "end-to-end" else 8, head)
         return {
             "name": row.name,
             "stages": row.stages,
@@ -259,12 +261,18 @@ def test_the_gap_is_that_of_the_seeds_that_all_have() -> None:
         line("local", [0, 1, 2], [0.5, 0.4, 0.3]),
         line("pgl-10", [0], [0.8]),
         line("stale-1", [2], [0.8]),
+        line("local", [0], [0.7], "auglocal-1"),
+        line("final-anew", [0], [0.8], "auglocal-1"),
     ]
     close_gaps(lines)
     closed = [found["gap_closed"] for found in lines]
     assert closed[2] == pytest.approx(0.75)
     assert closed[0] is None and closed[3] is None, "nothing to compare with"
     assert closed[1] == pytest.approx(0), "where the gap begins"
+    assert closed[4:] == pytest.approx([0, 0.5]), "that of its own heads"
+    closed = [found["cheap_gap_closed"] for found in lines]
+    assert closed[2] == pytest.approx(0.75) and closed[0] is None
+    assert closed[4:] == pytest.approx([0.5, 0.75]), "that of cheap heads"
 
 
 # -- costs ------------------------------------------------------------------------------
