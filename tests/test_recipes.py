@@ -101,7 +101,7 @@ def test_a_recipe_of_infopro_names_the_cuts_with_published_weights(path: Path) -
 def test_auglocal_ends_with_as_many_blocks_as_its_deepest_head_and_one() -> None:
     for path in RECIPES:
         config = resolve(path, {})
-        if config.head.startswith("auglocal-"):
+        if path.stem.startswith("auglocal"):
             depth = int(config.head.split("-")[1])
             *single, last = map(int, config.balance.split(","))
             assert set(single) == {1}
