@@ -125,6 +125,11 @@ class Guidance:
         }
         return tuple(kind for kind, wanted in found.items() if wanted)
 
+    def ends_all(self, total_steps: float, total_epochs: float) -> bool:
+        """Whether the final phase is as long as the run, so that every step is global."""
+        total = total_steps if self.unit == "step" else total_epochs
+        return 0 < total <= self.final
+
     def kind(
         self,
         step: int,

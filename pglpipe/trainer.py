@@ -18,7 +18,7 @@ from pglpipe import device as devices
 from pglpipe import state
 from pglpipe.blueprint import Blueprint
 from pglpipe.checks import check_choice, check_numbers, check_together
-from pglpipe.errors import ConfigError
+from pglpipe.errors import ConfigError, warn
 from pglpipe.guidance import Guidance
 from pglpipe.guided import Guided, LocalWeight
 from pglpipe.learning import (
@@ -247,6 +247,11 @@ class Trainer:
         length, total_steps = self._session.agree(
             lambda: span_of(train, epochs, steps, self._guidance)
         )
+        if self._session.leads and self._guidance.ends_all(total_steps, length):
+            warn(
+                f"the final phase of guidance ({self._guidance.final} {self._guidance.unit}s) is as long as the "
+                "run, so every step is global; lower --guidance-final for local ones"
+            )
         span = Span(length, total_steps, evaluate_every)
         self._session.build().set_total_steps(total_steps)
         self._session.keep(checkpoints, resume)

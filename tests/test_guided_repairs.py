@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from typing import Any
 
 import pytest
@@ -178,3 +179,25 @@ def test_similarity_is_not_one_of_tokens() -> None:
     with pytest.raises(ConfigError, match=r"or \(F,\) for a loss of similarity"):
         projection((5, 8))
     assert math.prod(projection((8,))(torch.ones(2, 8)).shape) == 16
+
+
+@pytest.mark.parametrize(
+    ("guidance", "told"),
+    [
+        (Guidance(final=2, unit="epoch"), True),
+        (Guidance(final=10), True),
+        (Guidance(final=9), False),
+        (Guidance(final=1, unit="epoch"), False),
+        (ALWAYS, False),
+    ],
+)
+def test_a_final_phase_as_long_as_the_run_is_told_of(
+    guidance: Guidance, told: bool
+) -> None:
+    """As that of a recipe whose epochs are fewer than it was written for."""
+    layers, batches = small_resnet("resnet8"), image_batches(*[8] * 5)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        train(1, layers, batches, epochs=2, guidance=guidance)
+    found = ["every step is global" in str(each.message) for each in said]
+    assert any(found) == told
