@@ -115,7 +115,6 @@ class Coordinator:
     def fit(self, loader: Loader, span: Span, test: Loader | None) -> Source:
         """Trains for the span and evaluates as often as it says."""
         self._begin(fits=True)
-        self.ended_early = False
         return self._source(self._fit(loader, span, test))
 
     def keep(self, ledger: Ledger) -> None:
@@ -142,6 +141,7 @@ class Coordinator:
         """Forgets what was asked and found before; only a fit ends early."""
         self._fits, self._evaluation = fits, None
         self._stopping = self._breaks_off = False
+        self.ended_early &= not fits
 
     def _fit(
         self, loader: Loader, span: Span, test: Loader | None
@@ -216,20 +216,17 @@ class Coordinator:
 
     def _may_end(self) -> bool:
         """Whether the run is to end now: not while a checkpoint is written, for it makes a last one."""
-        ledger = self._ledger
-        waits = ledger is not None and ledger.is_busy and not ledger.is_stuck
+        waits = self._is_saving() and not (self._ledger and self._ledger.is_stuck)
         return self._fits and self._stopping and not waits
 
     def _checkpoint(self) -> Iterator[Message]:
         """Has one made if it is due, or if it is the last chance."""
-        ledger = self._ledger
-        if ledger is None or ledger.has(self._at.step):
-            return
-        if ledger.is_busy or not (self.ended_early or ledger.due(self._at.step)):
+        ledger, step = self._ledger, self._at.step
+        if ledger is None or not ledger.due(step, is_last=self.ended_early):
             return
         self._at.seconds = time.perf_counter() - self._began
         manifest = {"position": asdict(self._at), "num_stages": self._num_stages}
-        yield Message(ledger.begin(self._at.step, manifest))
+        yield Message(ledger.begin(step, manifest))
 
     def _source(self, messages: Iterator[Message]) -> Source:
         """The messages and a last one, for a run that will have last words of its own."""
@@ -247,13 +244,11 @@ class Coordinator:
         """
         deadline = time.monotonic() + self._timeout
         self._listen()
-        while (
-            missing := set(range(self._num_workers)) - set(self._finals)
-        ) or self._is_saving():
+        while self._is_saving() or len(self._finals) < self._num_workers:
             if self._is_saving():  # which takes as long as the disk takes
                 deadline = time.monotonic() + self._timeout
             if time.monotonic() > deadline:
-                rank = min(missing)
+                rank = min(set(range(self._num_workers)) - set(self._finals))
                 raise EdgeTimeout(
                     f"no last report from rank {rank} in {self._timeout:g} s", rank=rank
                 )
@@ -285,14 +280,12 @@ class Coordinator:
                     self._finals[report.rank] = report
                 case SavedReport():
                     assert self._ledger is not None, "nobody saves unasked"
-                    self._ledger.add(report, self._merged_until)
+                    known_until = self._merger.until
+                    self._ledger.add(report, lambda step: {"merged": known_until(step)})
                 case StopRequest():
                     self._stopping = True
         if self._ledger:
             self._ledger.listen()
-
-    def _merged_until(self, step: int) -> dict[str, Any]:
-        return {"merged": self._merger.until(step)}
 
     def _summary(self) -> Summary:
         return summarize(

@@ -172,17 +172,22 @@ class Ledger:
         """A run goes on from the checkpoint after so many steps."""
         self._last_step = step
 
-    def due(self, step: int) -> bool:
+    def due(self, step: int, *, is_last: bool = False) -> bool:
         """Whether one should be made after so many steps.
 
         One that is due while the one before is still being written is made right after that.
+
+        Args:
+            is_last: whether the run ends with this step.
         """
         told = self._told
         if self.is_busy or self.has(step):
             return False
         counted = told.every and step // told.every > self._last_step // told.every
         passed = time.monotonic() - self._last_time
-        return bool(counted or (told.minutes and passed >= 60 * told.minutes))
+        return bool(
+            is_last or counted or (told.minutes and passed >= 60 * told.minutes)
+        )
 
     @property
     def is_busy(self) -> bool:

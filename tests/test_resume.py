@@ -241,8 +241,16 @@ def test_a_loader_without_a_length_goes_on(tmp_path: Path) -> None:
 
 
 def test_checkpoints_are_as_often_and_as_many_as_asked_for(tmp_path: Path) -> None:
+    class Slow(list[Batch]):
+        """Leaves time between steps for a checkpoint to be written."""
+
+        def __iter__(self) -> Iterator[Batch]:
+            for batch in list.__iter__(self):
+                time.sleep(0.1)
+                yield batch
+
     layers, told = small_resnet("resnet8"), Checkpoints(tmp_path, every=3, keep=1)
-    train(2, layers, BATCHES, epochs=4, checkpoints=told)
+    train(2, layers, Slow(BATCHES), epochs=4, checkpoints=told)
     (step,) = steps_of(tmp_path)
     # One that is due while the one before is written, is made after it.
     assert 12 < step <= 16, "16 steps, every third"
