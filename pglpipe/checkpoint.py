@@ -118,7 +118,8 @@ def commit(folder: Path, manifest: Mapping[str, Any], files: list[Written]) -> N
     part.replace(folder / MANIFEST)
     for directory in (folder, folder.parent):
         _sync(directory)
-    (folder / UNFINISHED).unlink(missing_ok=True)
+    with suppress(OSError):  # beside a manifest it says nothing
+        (folder / UNFINISHED).unlink()
 
 
 def discard(folder: Path) -> None:

@@ -76,11 +76,11 @@ def chosen(told: Checkpoints | None, resume: Path | str | None) -> Path | None:
         ConfigError: the folder holds checkpoints that the run does not go on from.
     """
     one = Path(resume) if resume is not None and resume != "auto" else None
-    if one:
+    found, errors = checkpoint.newest(told.folder) if told else (None, [])
+    if one and not _same(found, one):  # else it has just been read
         checkpoint.examine(one)
     if told is None:
         return one
-    found, errors = checkpoint.newest(told.folder)
     if resume != "auto":
         _check_nothing_newer(found, one)
         return one
@@ -99,11 +99,15 @@ def chosen(told: Checkpoints | None, resume: Path | str | None) -> Path | None:
 
 def _check_nothing_newer(found: Path | None, one: Path | None) -> None:
     """What is found of another run would be taken for this run's newest checkpoint later."""
-    if found and (one is None or found.resolve() != one.resolve()):
+    if found and not _same(found, one):
         raise ConfigError(
             f"expected a folder for checkpoints without those of another run, but {found} is there; "
             'choose another folder, or resume="auto" to go on with that run'
         )
+
+
+def _same(one: Path | None, other: Path | None) -> bool:
+    return bool(one and other and one.resolve() == other.resolve())
 
 
 class Writer:

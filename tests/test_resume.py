@@ -347,7 +347,7 @@ def test_those_that_have_lost_their_manifests_are_not_begun_anew(
 def test_one_that_a_kill_left_unfinished_is_named_and_begun_anew(
     tmp_path: Path,
 ) -> None:
-    left = folder_of(tmp_path, 2)
+    left = folder_of(tmp_path, 1)  # where the first one is always due
     write_stage(left, 0, Snapshot({"weight": torch.zeros(3)}, {}))
     with pytest.warns(UserWarning, match=f"{left}: it was never finished"):
         run(1, tmp_path, resume="auto")
