@@ -6,8 +6,11 @@ from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 Module = TypeVar("Module", bound=nn.Module)
+
+_AVX2_CHANNELS = 8  # float32 in a register of 256 bits
 
 
 def prepared(module: Module) -> Module:
@@ -24,6 +27,28 @@ def prepared(module: Module) -> Module:
     # PyTorch's stubs do not know this documented keyword.
     module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     return module
+
+
+class PickedPixels(nn.Conv2d):
+    """A 1x1 convolution with a stride, as one without it of the pixels that it would look at."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """``[B, inputs, H, W]`` to ``[B, outputs, H / stride, W / stride]``, halves rounded up."""
+        down, right = self.stride
+        return F.conv2d(input[..., ::down, ::right], self.weight, self.bias)
+
+
+def pointwise(inputs: int, outputs: int, stride: int = 1) -> nn.Conv2d:
+    """A 1x1 convolution without bias, for activations in channels_last order.
+
+    On CPUs with AVX2 and without AVX-512, PyTorch's kernel for the gradient of such a weight writes
+    past its buffer if there are a stride and fewer than 8 channels (github.com/uxlfoundation/oneDNN,
+    issue 6035; seen in PyTorch 2.13), so these pick their pixels first.
+    """
+    is_safe = stride == 1 or inputs >= _AVX2_CHANNELS
+    return (nn.Conv2d if is_safe else PickedPixels)(
+        inputs, outputs, 1, stride, bias=False
+    )
 
 
 def starts_in_place(layers: nn.Module) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from pglpipe.modules import prepared
+from pglpipe.modules import pointwise, prepared
 
 
 def convolution(
@@ -15,10 +15,13 @@ def convolution(
     Args:
         size: of the kernel, odd; the map is padded by half of it.
     """
+    if size == 1:
+        made = pointwise(inputs, outputs, stride)
+    else:
+        pad = size // 2
+        made = nn.Conv2d(inputs, outputs, size, stride, padding=pad, bias=False)
     return [
-        prepared(
-            nn.Conv2d(inputs, outputs, size, stride, padding=size // 2, bias=False)
-        ),
+        prepared(made),
         nn.BatchNorm2d(outputs),
         nn.ReLU(inplace=True),
     ]

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from pglpipe.errors import ConfigError
 from pglpipe.layer import Layer
 from pglpipe.models.image_parts import classifier, prepared
+from pglpipe.modules import pointwise
 from pglpipe.shim import import_torchvision
 
 BLOCKS = (3, 4, 6, 3)
@@ -106,7 +107,7 @@ def _bottleneck(inputs: int, planes: int, stride: int) -> nn.Module:
     outputs, downsample = EXPANSION * planes, None
     if stride != 1 or inputs != outputs:
         downsample = nn.Sequential(
-            nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs)
+            pointwise(inputs, outputs, stride), nn.BatchNorm2d(outputs)
         )
     block: nn.Module = _models().resnet.Bottleneck(inputs, planes, stride, downsample)
     return prepared(block)

@@ -26,6 +26,7 @@ from torch.nn import functional as F
 from pglpipe.errors import ConfigError
 from pglpipe.layer import Layer
 from pglpipe.models.image_parts import classifier, prepared
+from pglpipe.modules import pointwise
 
 SMALLEST_IMAGE = 8  # pixels: what the third stage sees is then 2 x 2
 
@@ -118,6 +119,6 @@ def _shortcut(inputs: int, outputs: int, stride: int) -> nn.Module:
     if inputs == outputs and stride == 1:
         return nn.Identity()
     parts = OrderedDict[str, nn.Module]()
-    parts["conv"] = nn.Conv2d(inputs, outputs, 1, stride, bias=False)
+    parts["conv"] = pointwise(inputs, outputs, stride)
     parts["bn"] = nn.BatchNorm2d(outputs)
     return nn.Sequential(parts)
