@@ -114,7 +114,7 @@ METHODS: dict[str, Method] = {
         "PGL, momentum of its own", {**every(10), "guided-optimizer": "separate"}
     ),
     "lr": _fixed("PGL, three times the lr", {**every(10), "guided-lr-scale": 3.0}),
-    "final": _at_the_end("end to end at the end"),
+    "final": _at_the_end("end to end at the end", final_lr=0.0),
     "final-anew": _at_the_end("end to end at the end, from lr / 2", final_lr=0.5),
     "final-lr-1": _at_the_end("end to end at the end, from lr", final_lr=1.0),
     "final-lr-2": _at_the_end("end to end at the end, from 2 lr", final_lr=2.0),
@@ -261,7 +261,9 @@ def rows(scale: Scale) -> list[Row]:
     found += _at((*OTHERS, *VARIANTS), PLACES[:2])
     found += [Row("pgl-10", k, "mlp-sr") for k in (16, 8)]
     found += [Row("pgl-10", k, "1c2f", "infopro") for k in (16, 8)]
-    found += _at(CLAIMS, ((4, "1c2f"), (2, "1c2f")))
+    found += _at((*CLAIMS, "final-lr-1"), ((4, "1c2f"), (2, "1c2f")))
+    found += [Row("local", k, "auglocal-1") for k in (4, 2)]
+    found += _at(("final-lr-1",), ((8, "1c2f"), (8, "auglocal-1"), (4, "auglocal-1")))
     found += [Row("local", 16, h) for h in ("auglocal-2", "thin-3", "man", "solo")]
     found += _at((*SHAPES, *OTHERS), PLACES[2:])
     return [row for row in found if row.stages in (1, *scale.stages)]

@@ -2,7 +2,7 @@
 
 from pglpipe.__version__ import __version__
 from pglpipe.errors import PglpipeError, UserError, WorkerError
-from pglpipe.guidance import ALWAYS, NEVER, Guidance
+from pglpipe.guidance import ALWAYS, LAST_TENTH, NEVER, Guidance
 from pglpipe.guided import Guided, LocalWeight
 from pglpipe.layer import Layer
 from pglpipe.learning_rate import constant, cosine
@@ -18,6 +18,7 @@ __all__ = [
     "EvaluationRecord",
     "Guidance",
     "Guided",
+    "LAST_TENTH",
     "Layer",
     "LocalLoss",
     "LocalWeight",

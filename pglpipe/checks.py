@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 from pglpipe.errors import ConfigError, nearest
 from pglpipe.guidance import Guidance
@@ -95,6 +95,44 @@ def check_together(
     for given, (options, reason) in contradictions:
         if given:
             raise ConfigError(f"expected {options}, got both: {reason}; drop one")
+
+
+def idle(
+    guidance: Guidance,
+    total_steps: int,
+    total_epochs: int,
+    refresh_every: int | None,
+) -> Iterator[str]:
+    """What is asked for and never happens in a run as long as this.
+
+    Args:
+        total_steps, total_epochs: of the run.
+        refresh_every: steps from one renewal of borrowed layers to the next; None if no head borrows.
+    """
+    unit, total = guidance.unit, total_steps
+    if unit == "epoch":
+        total = total_epochs
+    final = guidance.final_units(total)
+    if final >= total:
+        yield (
+            f"the final phase of guidance ({final} {unit}s) is as long as the run, so every step is global; "
+            "lower --guidance-final for local ones"
+        )
+    elif guidance.duration and guidance.warmup >= total - final:
+        yield (
+            f"no window of guidance opens: its warm-up ({guidance.warmup} {unit}s) lasts until the end of "
+            f"{total - final}; lower --guidance-warmup"
+        )
+    elif guidance.is_stale and guidance.duration and guidance.delay >= total_steps:
+        yield (
+            f"no stale gradient arrives: it takes {guidance.delay} steps from stage to stage, and the run has "
+            f"{total_steps}; lower --guidance-delay"
+        )
+    if refresh_every is not None and refresh_every >= total_steps:
+        yield (
+            f"borrowed layers are never renewed: that takes {refresh_every} steps, and the run has {total_steps}; "
+            "lower --refresh-every"
+        )
 
 
 # Options that exclude each other, and why.

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pglpipe.config_checks import check_fields
 from pglpipe.data import DATASETS
 from pglpipe.device import DEVICES
-from pglpipe.guidance import REACHES, UNITS, WARMUPS, Guidance
+from pglpipe.guidance import LAST_TENTH, REACHES, UNITS, WARMUPS, Guidance
 from pglpipe.guided import GUIDED_HEADS, OPTIMIZERS, Guided, LocalWeight
 from pglpipe.heads import HEAD_NAMES
 from pglpipe.learning import ON_NONFINITE, PRECISIONS
@@ -84,19 +84,23 @@ class RunConfig:
     )
     # guidance
     guidance_period: int = option(
-        10, "steps (or epochs) from one guided window to the next", at_least=1
+        0, "steps (or epochs) between starts of guided windows; 0 for none", at_least=0
     )
     guidance_duration: int = option(
-        1,
-        "guided steps in a window: 0 is local only, the period is end to end",
-        at_least=0,
+        -1,
+        "guided steps in a window: 0 is local only, the period is end to end; -1 for 1 where there is "
+        "a period",
+        at_least=-1,
     )
     guidance_warmup: int = option(
         0, "steps (or epochs) before the first window", at_least=0
     )
     guidance_warmup_kind: str = option("local", "what those steps are", WARMUPS)
-    guidance_final: int = option(
-        0, "steps (or epochs) at the end that are all global", at_least=0
+    guidance_final: float = option(
+        -1.0,
+        "steps (or epochs) at the end that are all global; below 1 a share of the run; -1 for "
+        f"{LAST_TENTH.final:g} where nothing else is said of when steps are guided, and 0 otherwise",
+        at_least=-1.0,
     )
     guidance_unit: str = option("step", "what guidance counts", UNITS)
     guidance_reach: str = option(
@@ -140,12 +144,15 @@ class RunConfig:
         at_least=-1,
     )
     microbatches: int = option(
-        1, "parts of a global step's batch, to keep several workers busy", at_least=1
+        1,
+        "parts of a global or windowed step's batch, to keep several workers busy",
+        at_least=1,
     )
     timetable: str = option("1f1b", "order of the microbatches", sorted(TIMETABLES))
     # memory
     recompute: bool = option(
-        False, "in global steps keep the stages' inputs alone and run them again"
+        False,
+        "in global and windowed steps keep the stages' inputs alone and run them again",
     )
     local_microbatches: int = option(
         1, "parts of a local step's batch, to keep less for backward", at_least=1
@@ -174,7 +181,7 @@ class RunConfig:
     lr_schedule: str = option("cosine", "learning rate over the run", LR_SCHEDULES)
     warmup_epochs: float = option(0.0, "epochs of linear warm-up", at_least=0.0)
     final_lr: float = option(
-        0.0,
+        1.0,
         "factor on --lr with which the final phase of guidance begins anew; 0 to go on",
         at_least=0.0,
     )
@@ -246,13 +253,16 @@ class RunConfig:
 
     def guidance(self) -> Guidance:
         """When the steps of this run are guided, and how far."""
+        period, duration = self.guidance_period, self.guidance_duration
+        is_open = not period and duration < 0 and not self.guidance_warmup
+        by_default = LAST_TENTH.final if is_open else 0.0
         return Guidance(
-            period=self.guidance_period,
-            duration=self.guidance_duration,
+            period=max(1, period),
+            duration=duration if duration >= 0 else int(period > 0),
             warmup=self.guidance_warmup,
             unit=self.guidance_unit,
             warmup_kind=self.guidance_warmup_kind,
-            final=self.guidance_final,
+            final=self.guidance_final if self.guidance_final >= 0 else by_default,
             reach=self.guidance_reach,
             window=self.guidance_window,
             delay=self.guidance_delay,

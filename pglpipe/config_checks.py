@@ -20,6 +20,7 @@ def check_fields(config: Config) -> None:
     _check_head(config)
     _check_span(config)
     _check_guidance(config)
+    _check_global(config)
     _check_comparison(config)
     check_together(
         MemorySettings(
@@ -67,17 +68,32 @@ def _check_guidance(config: Config) -> None:
             f"expected a warm-up for --guidance-warmup-kind {config.guidance_warmup_kind}, got "
             "--guidance-warmup 0; say how long it is, or drop one"
         )
-    if not config.guidance_duration and config.guidance_reach != "global":
+    if -1 < config.guidance_final < 0:
         raise ConfigError(
-            f"expected a --guidance-duration above 0 for --guidance-reach {config.guidance_reach}, "
-            "got 0, which opens no window; raise it, or drop one"
+            f"expected a --guidance-final of at least 0, or -1 to leave it open, got {config.guidance_final:g}"
         )
-    never = config.guidance().kinds == ("local",)
+    told = config.guidance()
+    waits = config.guidance_warmup and config.guidance_warmup_kind == "local"
+    if waits and not config.guidance_period:
+        raise ConfigError(
+            f"expected a --guidance-period for {_flag(config, 'guidance_warmup')}, which are local steps before "
+            "the first window, got none; give one, or drop the warm-up"
+        )
+    if not config.guidance_period and told.duration:
+        raise ConfigError(
+            f"expected a --guidance-period for --guidance-duration {told.duration}, got none; say how many "
+            f"{told.unit}s are from one window to the next"
+        )
+    if not told.duration and told.reach != "global":
+        raise ConfigError(
+            f"expected a --guidance-period, and a --guidance-duration above 0, for --guidance-reach {told.reach}, "
+            "which is that of windows, got no window; give them, or drop the reach"
+        )
     for name in _GUIDED:
-        if never and _is_given(config, name):
+        if told.kinds == ("local",) and _is_given(config, name):
             raise ConfigError(
-                f"expected guided steps for {_flag(config, name)}, got --guidance-duration 0; "
-                "raise it, or drop one"
+                f"expected guided steps for {_flag(config, name)}, got none; give a --guidance-period or a "
+                "--guidance-final, or drop one"
             )
     for name, reaches in (
         ("guidance_window", ("window", "stale-window")),
@@ -88,6 +104,28 @@ def _check_guidance(config: Config) -> None:
                 f"expected --guidance-reach {' or '.join(reaches)} for {_flag(config, name)}, got "
                 f"{config.guidance_reach}; drop one"
             )
+
+
+def _check_global(config: Config) -> None:
+    """What belongs to steps of a kind is not given where there are none of them."""
+    kinds = {*config.guidance().kinds}
+    for name, needed in _NEEDED:
+        asked = _is_given(config, name) and getattr(config, name)
+        if asked and not kinds & {*needed}:
+            raise ConfigError(
+                f"expected {' or '.join(needed)} steps for {_flag(config, name)}, got {' and '.join(kinds)} ones "
+                "alone; drop one"
+            )
+    if _is_given(config, "guided_optimizer") and len(kinds) == 1:
+        raise ConfigError(
+            f"expected local steps beside guided ones for {_flag(config, 'guided_optimizer')}, got "
+            f"{', '.join(kinds)} ones alone; drop one"
+        )
+    is_cut = config.microbatches > 1 or config.memory_budget
+    if _is_given(config, "timetable") and not is_cut:
+        raise ConfigError(
+            f"expected --microbatches above 1 for {_flag(config, 'timetable')}, got 1; raise it, or drop one"
+        )
 
 
 def _check_comparison(config: Config) -> None:
@@ -106,18 +144,25 @@ def _check_comparison(config: Config) -> None:
 
 
 def _check_learning(config: Config) -> None:
+    ends = config.guidance().final > 0
     if config.nesterov and not config.momentum:
         raise ConfigError("expected momentum for --nesterov, got 0; add --no-nesterov")
-    if config.final_lr and not config.guidance_final:
+    if _is_given(config, "final_lr") and config.final_lr and not ends:
         raise ConfigError(
-            f"expected a final phase for --final-lr {config.final_lr:g}, got --guidance-final 0; "
-            "say how long it is, or drop --final-lr"
+            f"expected a final phase for --final-lr {config.final_lr:g}, got none; say how long it is with "
+            "--guidance-final, or drop --final-lr"
         )
-    if config.final_warmup_epochs and not config.final_lr:
+    if config.final_warmup_epochs and not (ends and config.final_lr):
         raise ConfigError(
-            "expected --final-lr for --final-warmup-epochs, got 0, which goes on with the learning "
-            "rate as it is; give one, or drop the warm-up"
+            "expected a final phase that begins anew for --final-warmup-epochs, got none; give "
+            "--guidance-final and --final-lr, or drop the warm-up"
         )
+    for name in ("warmup_epochs", "final_warmup_epochs"):
+        in_stairs = config.lr_schedule == "infopro"
+        if in_stairs and getattr(config, name) != round(getattr(config, name)):
+            raise ConfigError(
+                f"expected whole epochs for --lr-schedule infopro, got {_flag(config, name)}; round it"
+            )
     if config.lambdas() and not config.local_loss.startswith("infopro"):
         raise ConfigError(
             f"expected --local-loss infopro or infopro-contrast for --infopro-lambdas, got "
@@ -135,6 +180,12 @@ def _flag(config: Config, name: str) -> str:
     return f"--{name.replace('_', '-')} {getattr(config, name)}"
 
 
+# What does something in steps of these kinds alone.
+_NEEDED = (
+    ("compare_every", ("global",)),
+    ("recompute", ("global", "window")),
+    ("microbatches", ("global", "window")),
+)
 # What is said of guided steps alone.
 _GUIDED = (
     *("guided_weight", "guided_local_weight", "guided_heads"),

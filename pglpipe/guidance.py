@@ -6,6 +6,9 @@ Most steps are *local*: every stage learns from its own loss. Guidance opens a w
     step   0 1 2 | 3 4 5 6 7 8 | 9 ... | 57 58 59      warmup=3, period=6, duration=2, final=3
            L L L | G G L L L L | G ... |  G  G  G
 
+    step   0 1 2 3 ...                 | 54 ... 59      LAST_TENTH: period=1, duration=0, final=0.1
+           L L L L ...                 |  G ...  G
+
 How far the gradient gets in a guided step is its *reach*:
 
 ========= ==================================================================================
@@ -48,7 +51,8 @@ class Guidance:
         warmup: units before the first window.
         unit: ``"step"`` or ``"epoch"``.
         warmup_kind: of the steps before the first window, ``"local"`` or ``"global"``.
-        final: units at the end of the run that are global.
+        final: units at the end of the run that are global; below 1 a share of the run, rounded, and
+            one unit at least.
         reach: how far the gradient gets in a guided step, one of :data:`REACHES`.
         window: stages that a gradient crosses, if the reach is a window; 1 is a local step.
         delay: steps between two stages, if the gradient is stale; with ``stale``, 0 is a global step of
@@ -68,7 +72,7 @@ class Guidance:
     warmup: int = 0
     unit: str = "step"
     warmup_kind: str = "local"
-    final: int = 0
+    final: float = 0
     reach: str = "global"
     window: int = 2
     delay: int = 1
@@ -91,13 +95,18 @@ class Guidance:
             )
         self._check("warm-up", self.warmup, 0)
         self._check("final phase", self.final, 0)
+        if self.final > 1 and self.final != int(self.final):
+            raise ConfigError(
+                f"expected a final phase of whole {self.unit}s, or a share of the run below 1, got "
+                f"{self.final:g}"
+            )
         self._check("window", self.window, 1)
         self._check("delay", self.delay, 1 if self.reach == "stale-window" else 0)
 
-    def _check(self, what: str, value: int, least: int) -> None:
+    def _check(self, what: str, value: float, least: int) -> None:
         if value < least:
             raise ConfigError(
-                f"expected a guidance {what} of at least {least}, got {value}"
+                f"expected a guidance {what} of at least {least}, got {value:g}"
             )
 
     @property
@@ -125,10 +134,15 @@ class Guidance:
         }
         return tuple(kind for kind, wanted in found.items() if wanted)
 
-    def ends_all(self, total_steps: float, total_epochs: float) -> bool:
-        """Whether the final phase is as long as the run, so that every step is global."""
-        total = total_steps if self.unit == "step" else total_epochs
-        return 0 < total <= self.final
+    def final_units(self, total: float) -> int:
+        """How many units at the end are global, of so many in the run.
+
+        >>> [Guidance(final=final).final_units(total=42) for final in (0, 0.1, 3)]
+        [0, 4, 3]
+        """
+        if not 0 < self.final < 1:
+            return int(self.final)
+        return 0 if math.isinf(total) else max(1, round(self.final * total))
 
     def kind(
         self,
@@ -147,7 +161,7 @@ class Guidance:
         """
         in_steps = self.unit == "step"
         index, total = (step, total_steps) if in_steps else (epoch, total_epochs)
-        if index >= total - self.final:
+        if index >= total - self.final_units(total):
             return "global"
         index -= self.warmup
         if index < 0:
@@ -159,3 +173,6 @@ class Guidance:
 
 NEVER = Guidance(period=1, duration=0)
 ALWAYS = Guidance(period=1, duration=1)
+# Of the forms with at most a tenth of global steps the one that closes most of the gap to end to end
+# (docs/guidance.md).
+LAST_TENTH = Guidance(period=1, duration=0, final=0.1)

@@ -9,8 +9,17 @@ import torch
 from pglpipe.config import COMPARE_EVERY, RunConfig
 from pglpipe.data import Recipe
 from pglpipe.learning import OptimizerFactory
-from pglpipe.learning_rate import LearningRate, anew, constant, cosine, warmed_up
+from pglpipe.learning_rate import (
+    LearningRate,
+    anew,
+    by_epoch,
+    constant,
+    cosine,
+    warmed_up,
+)
 from pglpipe.losses import LocalLoss, LossSettings, build_loss, published_lambdas
+
+_INFOPRO_LR = 0.01  # of its first epoch, whatever comes then
 
 
 def optimizer(config: RunConfig) -> OptimizerFactory:
@@ -48,28 +57,34 @@ def compare_every(config: RunConfig, loss: LocalLoss) -> int:
     if config.compare_every >= 0:
         return config.compare_every
     cut = loss.compares and config.microbatches > 1
-    return 0 if config.compile or config.memory_budget or cut else COMPARE_EVERY
+    never = "global" not in config.guidance().kinds
+    return (
+        0 if never or config.compile or config.memory_budget or cut else COMPARE_EVERY
+    )
 
 
 def learning_rate(config: RunConfig, steps_per_epoch: int) -> LearningRate:
     """The factor on ``--lr``, over the run."""
 
     def schedule(warmup_epochs: float) -> LearningRate:
+        if config.lr_schedule == "infopro":
+            least = _INFOPRO_LR / config.lr if config.lr else 0.0
+            return by_epoch(steps_per_epoch, round(warmup_epochs), least)
         warmup_steps = round(warmup_epochs * steps_per_epoch)
         if config.lr_schedule == "constant":
             return warmed_up(warmup_steps, constant)
         return cosine(warmup_steps)
 
-    whole = schedule(config.warmup_epochs)
-    if not config.final_lr:
+    whole, guidance = schedule(config.warmup_epochs), config.guidance()
+    if not (config.final_lr and guidance.final):
         return whole
 
     def begins(total_steps: int) -> int:
         """The first step of the final phase, as guidance counts."""
-        if config.guidance_unit == "step":
-            return total_steps - config.guidance_final
+        if guidance.unit == "step":
+            return total_steps - guidance.final_units(total_steps)
         epochs = math.ceil(total_steps / steps_per_epoch)
-        return (epochs - config.guidance_final) * steps_per_epoch
+        return (epochs - guidance.final_units(epochs)) * steps_per_epoch
 
     again = schedule(config.final_warmup_epochs)
     return anew(whole, begins, config.final_lr, again)

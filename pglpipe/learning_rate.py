@@ -54,6 +54,35 @@ def cosine(warmup_steps: int = 0) -> LearningRate:
     return warmed_up(warmup_steps, falling)
 
 
+def by_epoch(steps_per_epoch: int, warmup_epochs: int, least: float) -> LearningRate:
+    """Half a cosine in stairs, one per epoch, into which a warm-up fades.
+
+    Epoch ``e`` of ``E``, from 1, has ``c = (1 + cos(pi * e / E)) / 2``, and while ``e <= W``, the warm-up's
+    epochs, ``(c * (e - 1) + least * (W + 1 - e)) / W``. The last epoch's is 0.
+
+    Args:
+        least: the factor of the first epoch, if there is a warm-up.
+
+    Source: the code published with InfoPro (Wang et al. 2021, arXiv 2101.10832), which DGL's and
+    AugLocal's rows of its tables share; there W is 10 and the first learning rate 0.01.
+
+    >>> schedule = by_epoch(steps_per_epoch=1, warmup_epochs=2, least=0.1)
+    >>> [round(schedule(step, 4), 3) for step in range(4)]
+    [0.1, 0.3, 0.146, 0.0]
+    """
+
+    def factor(step: int, total_steps: int) -> float:
+        epoch, epochs = step // steps_per_epoch + 1, -(-total_steps // steps_per_epoch)
+        falling = 0.5 * (1 + math.cos(math.pi * epoch / epochs))
+        if epoch > warmup_epochs:
+            return falling
+        return (
+            falling * (epoch - 1) + least * (warmup_epochs + 1 - epoch)
+        ) / warmup_epochs
+
+    return factor
+
+
 def anew(
     before: LearningRate,
     begins: Callable[[int], int],
@@ -81,4 +110,4 @@ def anew(
     return schedule
 
 
-LR_SCHEDULES = ("constant", "cosine")
+LR_SCHEDULES = ("constant", "cosine", "infopro")

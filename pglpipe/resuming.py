@@ -27,6 +27,8 @@ CHOSEN = {
     "device": ("auto",),
     "threads": (0,),
     "compare_every": (-1,),
+    "guidance_duration": (-1,),
+    "guidance_final": (-1,),
 }
 FITTED = ("recompute", "microbatches", "local_microbatches")  # to a memory budget
 

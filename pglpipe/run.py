@@ -108,6 +108,8 @@ def _train(asked: RunConfig, world: World) -> Summary:
         threads=torch.get_num_threads(),
         device=devices.pick(config.device, world.local_rank).type,
         compare_every=compare_every(config, local_loss(config, material.recipe)),
+        guidance_duration=config.guidance().duration,
+        guidance_final=config.guidance().final,
         **dataclasses.asdict(plan.memory),
     )
     if leads and not start.is_new:

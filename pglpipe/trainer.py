@@ -17,9 +17,9 @@ from torch import nn
 from pglpipe import device as devices
 from pglpipe import state
 from pglpipe.blueprint import Blueprint
-from pglpipe.checks import check_choice, check_numbers, check_together
+from pglpipe.checks import check_choice, check_numbers, check_together, idle
 from pglpipe.errors import ConfigError, warn
-from pglpipe.guidance import Guidance
+from pglpipe.guidance import LAST_TENTH, Guidance
 from pglpipe.guided import Guided, LocalWeight
 from pglpipe.learning import (
     PRECISIONS,
@@ -109,7 +109,7 @@ class Trainer:
         head: str | Callable[[tuple[int, ...]], nn.Module] = "0c1f",
         local_loss: Loss | LocalLoss | None = None,
         local_weight: LocalWeight = LocalWeight(),
-        guidance: Guidance = Guidance(),
+        guidance: Guidance = LAST_TENTH,
         guided: Guided = Guided(),
         compare_every: int = 0,
         refresh_every: int = 20,
@@ -193,7 +193,8 @@ class Trainer:
             refresh_every=refresh_every,
         )
         self._session = Session(world, blueprint, observer or Observers())
-        self._guidance, self._fitted = guidance, False
+        self._guidance, self._refresh_every = guidance, refresh_every
+        self._fitted = False
 
     # -- what a user calls, on every worker alike -------------------------------------
 
@@ -243,15 +244,14 @@ class Trainer:
             raise ConfigError(
                 "expected one call of fit, got a second; make a new Trainer"
             )
-        self.prepare(train, *([] if evaluate is None else [evaluate]))
+        plan = self.prepare(train, *([] if evaluate is None else [evaluate]))
         length, total_steps = self._session.agree(
             lambda: span_of(train, epochs, steps, self._guidance)
         )
-        if self._session.leads and self._guidance.ends_all(total_steps, length):
-            warn(
-                f"the final phase of guidance ({self._guidance.final} {self._guidance.unit}s) is as long as the "
-                "run, so every step is global; lower --guidance-final for local ones"
-            )
+        if self._session.leads:
+            refresh = self._refresh_every if any(plan.loans.borrowing) else None
+            for told in idle(self._guidance, total_steps, length, refresh):
+                warn(told)
         span = Span(length, total_steps, evaluate_every)
         self._session.build().set_total_steps(total_steps)
         self._session.keep(checkpoints, resume)

@@ -11,6 +11,7 @@ from worlds import small_resnet
 
 from pglpipe.config import RunConfig
 from pglpipe.errors import ConfigError
+from pglpipe.guidance import LAST_TENTH, NEVER, Guidance
 from pglpipe.heads import HEADS, Site, borrowed, build_head
 from pglpipe.partition import activations
 
@@ -50,7 +51,6 @@ def kinds(**guidance: Any) -> set[str]:
         ("guided_weight", 0.5),
         ("guided_local_weight", 0.5),
         ("guided_heads", "trained"),
-        ("guided_optimizer", "reset"),
         ("guided_lr_scale", 0.5),
     ],
 )
@@ -64,12 +64,51 @@ def test_what_is_said_of_guided_steps_is_refused_where_there_is_none(
         assert not said or f"expected guided steps for {flag}, got" in said
 
 
+def test_optimizers_are_told_apart_where_there_are_two_kinds_of_steps() -> None:
+    for guidance in GUIDANCE:
+        said = refused(**guidance, guided_optimizer="reset")
+        assert bool(said) == (len(kinds(**guidance)) == 1)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "needed"),
+    [
+        ("compare_every", 3, {"global"}),
+        ("microbatches", 2, {"global", "window"}),
+        ("recompute", True, {"global", "window"}),
+    ],
+)
+@pytest.mark.parametrize("reach", ["global", "window", "stale"])
+def test_what_belongs_to_steps_of_a_kind_is_refused_where_there_is_none(
+    name: str, value: Any, needed: set[str], reach: str
+) -> None:
+    for guidance in GUIDANCE:
+        if guidance["guidance_duration"] or reach == "global":
+            there = kinds(**guidance, guidance_reach=reach)
+            said = refused(**guidance, guidance_reach=reach, **{name: value})
+            assert bool(said) == (not needed & there)
+            assert not said or "alone; drop one" in said
+
+
+def test_left_open_a_tenth_at_the_end_is_global_and_windows_take_its_place() -> None:
+    assert RunConfig(steps=40).guidance() == LAST_TENTH
+    assert RunConfig(steps=40, guidance_duration=0).guidance() == NEVER
+    single = RunConfig(steps=40, guidance_period=10).guidance()
+    assert single == Guidance(period=10, duration=1)
+    both = RunConfig(steps=40, guidance_period=10, guidance_final=0.1).guidance()
+    assert both == Guidance(period=10, duration=1, final=0.1)
+    first = RunConfig(guidance_warmup=3, guidance_warmup_kind="global").guidance()
+    assert [first.kind(step, 0, 40) for step in (0, 2, 3, 39)] == [
+        *("global", "global", "local", "local")
+    ]
+
+
 @pytest.mark.parametrize("reach", ["window", "stale", "stale-window"])
 def test_a_reach_is_refused_where_no_step_has_it(reach: str) -> None:
     for guidance in GUIDANCE:
         said = refused(**guidance, guidance_reach=reach)
         assert bool(said) == (guidance["guidance_duration"] == 0)
-        assert not said or f"for --guidance-reach {reach}, got 0" in said
+        assert not said or f"for --guidance-reach {reach}, which is" in said
 
 
 @pytest.mark.parametrize("name", [*HEADS, "auglocal-2", "thin-2"])

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from pglpipe.errors import ConfigError
-from pglpipe.guidance import ALWAYS, NEVER, REACHES, Guidance
+from pglpipe.guidance import ALWAYS, LAST_TENTH, NEVER, REACHES, Guidance
 
 
 def drawn(
@@ -54,6 +54,11 @@ def drawn(
         (Guidance(period=4, warmup=1, final=2), "LGLLLGLLLGGG"),
         (Guidance(period=9, duration=0, final=1, unit="epoch"), "LLLLLLLLLGGG"),
         (Guidance(period=9, duration=0, final=99), "GGGGGGGGGGGG"),
+        # below 1 a share of the run, and one unit at least
+        (LAST_TENTH, "LLLLLLLLLLLG"),
+        (Guidance(period=1, duration=0, final=0.4), "LLLLLLLGGGGG"),
+        (Guidance(period=1, duration=0, final=0.4, unit="epoch"), "LLLLLLGGGGGG"),
+        (Guidance(period=1, duration=0, final=0.1, unit="epoch"), "LLLLLLLLLGGG"),
         # it outlasts the warm-up that it meets
         (Guidance(period=5, duration=0, warmup=10, final=6), "LLLLLLGGGGGG"),
         # other reaches
@@ -95,7 +100,8 @@ def test_the_final_phase_replaces_the_end_of_the_line_and_nothing_before_it() ->
 
 
 def test_a_run_that_does_not_say_how_long_it_is_has_no_final_phase() -> None:
-    assert drawn(Guidance(period=2, final=5), 12, ends=False) == "GL" * 6
+    for final in (5, 0.5):
+        assert drawn(Guidance(period=2, final=final), 12, ends=False) == "GL" * 6
 
 
 def test_the_kinds_are_those_of_the_steps_that_a_long_run_has() -> None:
@@ -126,6 +132,7 @@ def test_the_kinds_are_those_of_the_steps_that_a_long_run_has() -> None:
         ({"duration": -1}, "got -1"),
         ({"warmup": -1}, "warm-up of at least 0, got -1"),
         ({"final": -1}, "final phase of at least 0, got -1"),
+        ({"final": 1.5}, "whole steps, or a share of the run below 1, got 1.5"),
         ({"window": 0}, "window of at least 1, got 0"),
         ({"delay": -1}, "delay of at least 0, got -1"),
         ({"unit": "epochs"}, "did you mean 'epoch'"),

@@ -154,6 +154,7 @@ def test_one_stage_alone_is_guided_at_once(delay: int) -> None:
     assert not alike(got, run(NEVER, **options))
 
 
+@pytest.mark.filterwarnings("ignore:no stale gradient")
 def test_a_delay_makes_a_difference() -> None:
     digests = {
         run(every(2, reach="stale", delay=delay)).summary.parameters_sha256
@@ -162,6 +163,7 @@ def test_a_delay_makes_a_difference() -> None:
     assert len(digests) == 4
 
 
+@pytest.mark.filterwarnings("ignore:no stale gradient")
 def test_a_gradient_that_cannot_arrive_in_time_reaches_the_last_stages_alone() -> None:
     got = run(every(10, reach="stale", delay=9))
     assert got.records.kinds == "SLLLLL"

@@ -8,7 +8,6 @@ import pytest
 
 from pglpipe.config import RunConfig
 from pglpipe.ingredients import compare_every, learning_rate
-from pglpipe.learning_rate import LR_SCHEDULES
 from pglpipe.losses import LOSSES, LossSettings, build_loss
 
 SETTINGS = LossSettings((1, 1, 1, 1), (0.5,), (0.5,))
@@ -18,6 +17,8 @@ SETTINGS = LossSettings((1, 1, 1, 1), (0.5,), (0.5,))
     ("options", "expected"),
     [
         ({}, 10),
+        ({"guidance_duration": 0}, 0),
+        ({"guidance_period": 1, "guidance_reach": "window"}, 0),
         ({"compare_every": -1}, 10),
         ({"compare_every": 0}, 0),
         ({"compare_every": 3}, 3),
@@ -43,7 +44,7 @@ def test_microbatches_are_compared_if_their_losses_sum_to_that_of_the_batch(
         assert found == (10 if sums else 0)
 
 
-@pytest.mark.parametrize("name", LR_SCHEDULES)
+@pytest.mark.parametrize("name", ["constant", "cosine"])
 def test_every_learning_rate_warms_up_and_again_in_the_final_phase(name: str) -> None:
     final: dict[str, Any] = {"guidance_final": 6, "final_lr": 0.5}
     warm: dict[str, Any] = {"warmup_epochs": 1.0, "final_warmup_epochs": 0.5}
@@ -54,3 +55,22 @@ def test_every_learning_rate_warms_up_and_again_in_the_final_phase(name: str) ->
     assert factors[14:19] == [0.125, 0.25, 0.375, 0.5, 0.5]
     steady = name == "constant"
     assert (factors[13] == 1.0, factors[19] == 0.5) == (steady, steady)
+
+
+def test_infopro_s_learning_rate_begins_at_a_hundredth_and_falls_in_stairs() -> None:
+    config = RunConfig(
+        lr_schedule="infopro", lr=0.8, warmup_epochs=2.0, guidance_duration=0, steps=40
+    )
+    rate = learning_rate(config, steps_per_epoch=8)
+    factors = [rate(step, 40) for step in range(40)]
+    assert factors[:8] == pytest.approx([0.01 / 0.8] * 8)
+    assert all(len({*factors[i : i + 8]}) == 1 for i in range(0, 40, 8))
+    assert factors[16:] == sorted(factors[16:], reverse=True)
+
+
+def test_left_open_the_last_tenth_begins_with_the_whole_learning_rate() -> None:
+    rate = learning_rate(RunConfig(steps=40), steps_per_epoch=8)
+    factors = [rate(step, 40) for step in range(40)]
+    assert factors[35] < 0.05 and factors[36] == 1.0
+    alone = learning_rate(RunConfig(steps=40, guidance_duration=0), steps_per_epoch=8)
+    assert alone(36, 40) < 0.05

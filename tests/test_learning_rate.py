@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from pglpipe.learning_rate import constant, cosine, warmed_up
+from pglpipe.learning_rate import by_epoch, constant, cosine, warmed_up
 
 
 def test_constant_changes_nothing() -> None:
@@ -57,3 +57,25 @@ def test_it_is_the_cosine_annealing_of_pytorch() -> None:
         assert cosine()(step, 20) == pytest.approx(theirs.get_last_lr()[0], abs=1e-12)
         optimizer.step()
         theirs.step()
+
+
+def test_infopro_s_is_that_of_its_code() -> None:
+    """160 epochs from 0.8, ten of them a warm-up from 0.01: the formula as it is published."""
+    lr, epochs, steps = 0.8, 160, 3
+    schedule = by_epoch(steps, 10, 0.01 / lr)
+    for epoch in range(1, epochs + 1):
+        expected = 0.5 * lr * (1 + math.cos(math.pi * epoch / epochs))
+        if epoch <= 10:
+            expected = expected * (epoch - 1) / 10 + 0.01 * (11 - epoch) / 10
+        for step in range(steps * (epoch - 1), steps * epoch):
+            got = lr * schedule(step, epochs * steps)
+            assert got == pytest.approx(expected, abs=1e-12)
+
+
+def test_infopro_s_needs_no_warm_up_and_its_last_epoch_may_be_cut_short() -> None:
+    factors = [by_epoch(4, 0, 0.1)(step, 10) for step in range(10)]
+    assert factors == [
+        *[pytest.approx(0.75)] * 4,
+        *[pytest.approx(0.25)] * 4,
+        *[pytest.approx(0.0)] * 2,
+    ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from functools import cache
 from pathlib import Path
@@ -10,8 +11,9 @@ import pytest
 import torch
 from commands import ROOT
 from torch import Tensor
+from worlds import Records, plan_quickly
 
-from pglpipe import models
+from pglpipe import models, run
 from pglpipe.config import RunConfig
 from pglpipe.config_file import resolve
 from pglpipe.data import Recipe
@@ -20,11 +22,21 @@ from pglpipe.heads import Site, build_head
 from pglpipe.ingredients import local_loss
 from pglpipe.layer import Layer
 from pglpipe.losses import published_lambdas
+from pglpipe.material import Material
 from pglpipe.partition import activations, analyse, choose_balance, slices
+from pglpipe.transport import World
 
 pytestmark = pytest.mark.together
 
 RECIPES = sorted((ROOT / "recipes").glob("*.toml"))
+# Those for other data than CIFAR-10 differ in little.
+ALL = [
+    pytest.param(
+        path,
+        marks=[] if "cifar10" in path.stem or "pgl" in path.stem else pytest.mark.slow,
+    )
+    for path in RECIPES
+]
 SIDES = {"cifar10": 32, "svhn": 32, "stl10": 96}
 NORMALIZED = Recipe((0.5,) * 3, (0.25,) * 3, 0, False)
 
@@ -63,7 +75,7 @@ def balance(config: RunConfig, layers: list[Layer], x: Tensor) -> list[int]:
     return choose_balance(config.balance, *costs, config.stages, model=config.model)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", ALL, ids=lambda path: path.stem)
 def test_a_recipe_can_be_cut_as_it_says_and_has_heads_everywhere(path: Path) -> None:
     named = cuts(path)
     default = resolve(path, {})
@@ -130,3 +142,33 @@ def test_the_readme_names_every_recipe() -> None:
     ]
     for path in RECIPES:
         assert any(re.fullmatch(pattern, path.stem) for pattern in patterns), path
+
+
+# Widths as narrow as a network may be; what else a recipe says is left as it is.
+NARROW = {"vit_s_16": 64}
+
+
+@pytest.mark.parametrize("path", ALL, ids=lambda path: path.stem)
+def test_a_recipe_takes_a_local_step_and_a_global_one(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan_quickly(monkeypatch, foretells=False)
+    model = resolve(path, {}).model
+    size = {"width": NARROW.get(model, 8), "batch_size": 8, "image_size": 0}
+    span = {"epochs": 0, "steps": 2, "guidance_unit": "step", "guidance_final": 1}
+    config = resolve(path, {**size, **span, "device": "cpu"})
+    images, labels = torch.rand(8, 3, 32, 32), torch.arange(8) % 10
+    images = images.to(memory_format=torch.channels_last)
+    batches = [(images, labels), (images.flip(0), labels.flip(0))]
+    material = Material(batches, batches, (3, 32, 32), 10, 2, NORMALIZED)
+    seen = Records()
+    trainer = run._trainer(config, material, World(), observer=seen)
+    summary = trainer.fit(batches, steps=2, evaluate=batches[:1])
+    trainer.close()
+    assert seen.kinds == "LG"
+    local, whole = seen.steps
+    assert len(local.losses) == config.stages
+    assert all(math.isfinite(loss) for loss in local.losses)
+    assert math.isfinite(whole.losses[-1]) and len(summary.exit_accuracy) == len(
+        local.losses
+    )

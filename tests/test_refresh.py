@@ -173,6 +173,7 @@ def test_no_period_and_no_queue_leaves_anything_on_the_edges(every: int) -> None
     assert same(alone.body, apart.body)
 
 
+@pytest.mark.filterwarnings("ignore:borrowed layers are never")
 def test_without_renewal_a_head_keeps_its_first_copies() -> None:
     never, often = run(1, "thin-3", every=100), run(1, "thin-3", every=1)
     weight = "0.copy.conv1.weight"
@@ -182,6 +183,7 @@ def test_without_renewal_a_head_keeps_its_first_copies() -> None:
     )
 
 
+@pytest.mark.filterwarnings("ignore:borrowed layers are never")
 @pytest.mark.parametrize("size", [1, 4])
 def test_the_first_copies_are_the_layers_of_the_run_before_its_first_step(
     size: int,

@@ -131,6 +131,7 @@ def test_no_two_kinds_and_no_two_methods_are_the_same() -> None:
     assert len(methods) == len(METHODS) - 1, "ce with 1c2f stands there twice"
 
 
+@pytest.mark.filterwarnings("ignore:borrowed layers are never")
 @pytest.mark.parametrize("head", BORROWING)
 def test_heads_that_borrow_are_handed_layers_before_a_run_ends(head: str) -> None:
     first, often = method(head), method(**METHODS[f"head {head}"])

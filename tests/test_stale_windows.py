@@ -186,6 +186,7 @@ def test_workers_and_queues_change_no_bit(kind: str) -> None:
         assert all(same(alone.heads[i], other.heads[i]) for i in alone.heads)
 
 
+@pytest.mark.filterwarnings("ignore:no stale gradient")
 @pytest.mark.parametrize("delay", [1, 2, 5])
 @pytest.mark.parametrize("steps", [1, 2, 7])
 def test_an_end_at_any_moment_leaves_nothing_on_the_edges(

@@ -15,8 +15,9 @@ import dataclasses
 import sys
 import threading
 import traceback
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, TypeVar
 
 import pytest
@@ -28,7 +29,8 @@ from pglpipe import EvaluationRecord, StepRecord, Summary, Trainer
 from pglpipe.blueprint import Blueprint
 from pglpipe.layer import Layer
 from pglpipe.models import build
-from pglpipe.partition import activations, analyse
+from pglpipe.partition import HeadBuilder, activations, analyse
+from pglpipe.placing import head_builder, head_skeletons
 from pglpipe.transport import World
 
 T = TypeVar("T")
@@ -221,6 +223,10 @@ def plan_quickly(patch: pytest.MonkeyPatch, *, foretells: bool = True) -> None:
     patch.setattr("pglpipe.plan.activations", remembered(activations))
     if not foretells:
         patch.setattr("pglpipe.plan._foretold", nothing_foretold)
+        # Where nothing is worked out with them, they are looked at alone.
+        patch.setattr("pglpipe.plan.head_builder", named_builder)
+        patch.setattr("pglpipe.plan.head_skeletons", remembered_heads)
+        patch.setattr(Layer, "skeleton", remembered_skeleton)
 
 
 def remembered(compute: Callable[..., Any]) -> Callable[..., Any]:
@@ -234,6 +240,46 @@ def remembered(compute: Callable[..., Any]) -> Callable[..., Any]:
         return _analysed[key]
 
     return look_up
+
+
+def named_builder(
+    blueprint: Blueprint, sample: Any, output: Tensor, balance: Sequence[int] = ()
+) -> HeadBuilder:
+    """The usual one, and what its heads depend on but for their places."""
+    build = head_builder(blueprint, sample, output, balance)
+    names = tuple(layer.name for layer in blueprint.layers)
+    loss = blueprint.learning.local_loss
+    trained = type(loss), repr(vars(loss))
+    key = names, blueprint.head, trained, tuple(sample.x.shape[1:]), tuple(balance)
+    build.key = key  # type: ignore[attr-defined]
+    return build
+
+
+def remembered_heads(
+    head: Any, balance: Sequence[int], outputs: Sequence[Tensor]
+) -> list[nn.Module]:
+    """The skeletons of the same heads."""
+    shapes = tuple((o.shape[1:], o.dtype) for o in outputs)
+    key = "heads", head.key, tuple(balance), shapes
+    if key not in _analysed:
+        _analysed[key] = head_skeletons(head, balance, outputs)
+    found: list[nn.Module] = _analysed[key]
+    return found
+
+
+def remembered_skeleton(layer: Layer) -> nn.Module:
+    """The skeleton of the same layer, if it says what it is made of."""
+    build = layer.build
+    if not isinstance(build, partial):
+        return _skeleton(layer)
+    key = "layer", build.func, build.args, *build.keywords.items()
+    if key not in _analysed:
+        _analysed[key] = _skeleton(layer)
+    found: nn.Module = _analysed[key]
+    return found
+
+
+_skeleton = Layer.skeleton
 
 
 def nothing_foretold(
