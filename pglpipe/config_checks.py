@@ -19,8 +19,9 @@ def check_fields(config: Config) -> None:
     find_head(config.head)
     _check_head(config)
     _check_span(config)
-    _check_guidance(config)
-    _check_global(config)
+    _check_windows(config)
+    _check_guided(config)
+    _check_kinds(config)
     _check_comparison(config)
     check_together(
         MemorySettings(
@@ -61,8 +62,8 @@ def _check_span(config: Config) -> None:
             )
 
 
-def _check_guidance(config: Config) -> None:
-    """What belongs to guided steps, or to one reach, is not given where it would do nothing."""
+def _check_windows(config: Config) -> None:
+    """What is said of windows, and of the steps before and after them, has some."""
     if config.guidance_warmup_kind != "local" and not config.guidance_warmup:
         raise ConfigError(
             f"expected a warm-up for --guidance-warmup-kind {config.guidance_warmup_kind}, got "
@@ -72,6 +73,11 @@ def _check_guidance(config: Config) -> None:
         raise ConfigError(
             f"expected a --guidance-final of at least 0, or -1 to leave it open, got {config.guidance_final:g}"
         )
+    if not config.guidance_period and config.guidance_duration > 0:
+        raise ConfigError(
+            f"expected a --guidance-period for {_flag(config, 'guidance_duration')}, got none; say how many "
+            f"{config.guidance_unit}s are from one window to the next"
+        )
     told = config.guidance()
     waits = config.guidance_warmup and config.guidance_warmup_kind == "local"
     if waits and not config.guidance_period:
@@ -79,16 +85,16 @@ def _check_guidance(config: Config) -> None:
             f"expected a --guidance-period for {_flag(config, 'guidance_warmup')}, which are local steps before "
             "the first window, got none; give one, or drop the warm-up"
         )
-    if not config.guidance_period and told.duration:
-        raise ConfigError(
-            f"expected a --guidance-period for --guidance-duration {told.duration}, got none; say how many "
-            f"{told.unit}s are from one window to the next"
-        )
     if not told.duration and told.reach != "global":
         raise ConfigError(
             f"expected a --guidance-period, and a --guidance-duration above 0, for --guidance-reach {told.reach}, "
             "which is that of windows, got no window; give them, or drop the reach"
         )
+
+
+def _check_guided(config: Config) -> None:
+    """What belongs to guided steps, or to one reach, is not given where it would do nothing."""
+    told = config.guidance()
     for name in _GUIDED:
         if told.kinds == ("local",) and _is_given(config, name):
             raise ConfigError(
@@ -106,12 +112,12 @@ def _check_guidance(config: Config) -> None:
             )
 
 
-def _check_global(config: Config) -> None:
+def _check_kinds(config: Config) -> None:
     """What belongs to steps of a kind is not given where there are none of them."""
-    kinds = {*config.guidance().kinds}
+    kinds = config.guidance().kinds
     for name, needed in _NEEDED:
         asked = _is_given(config, name) and getattr(config, name)
-        if asked and not kinds & {*needed}:
+        if asked and not {*kinds} & {*needed}:
             raise ConfigError(
                 f"expected {' or '.join(needed)} steps for {_flag(config, name)}, got {' and '.join(kinds)} ones "
                 "alone; drop one"

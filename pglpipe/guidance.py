@@ -51,8 +51,8 @@ class Guidance:
         warmup: units before the first window.
         unit: ``"step"`` or ``"epoch"``.
         warmup_kind: of the steps before the first window, ``"local"`` or ``"global"``.
-        final: units at the end of the run that are global; below 1 a share of the run, rounded, and
-            one unit at least.
+        final: units at the end of the run that are global; below 1 a share of the run, rounded: one unit
+            at least, and never all.
         reach: how far the gradient gets in a guided step, one of :data:`REACHES`.
         window: stages that a gradient crosses, if the reach is a window; 1 is a local step.
         delay: steps between two stages, if the gradient is stale; with ``stale``, 0 is a global step of
@@ -142,7 +142,9 @@ class Guidance:
         """
         if not 0 < self.final < 1:
             return int(self.final)
-        return 0 if math.isinf(total) else max(1, round(self.final * total))
+        if math.isinf(total):
+            return 0
+        return min(max(1, round(self.final * total)), int(total) - 1)
 
     def kind(
         self,

@@ -59,6 +59,7 @@ def drawn(
         (Guidance(period=1, duration=0, final=0.4), "LLLLLLLGGGGG"),
         (Guidance(period=1, duration=0, final=0.4, unit="epoch"), "LLLLLLGGGGGG"),
         (Guidance(period=1, duration=0, final=0.1, unit="epoch"), "LLLLLLLLLGGG"),
+        (Guidance(period=1, duration=0, final=0.99), "LGGGGGGGGGGG"),
         # it outlasts the warm-up that it meets
         (Guidance(period=5, duration=0, warmup=10, final=6), "LLLLLLGGGGGG"),
         # other reaches

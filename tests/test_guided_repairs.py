@@ -39,6 +39,7 @@ def vectors(*layers: nn.Module) -> nn.Sequential:
     return nn.Sequential(nn.Flatten(), nn.Linear(192, 6), *layers)
 
 
+@pytest.mark.filterwarnings("ignore:no window of guidance opens")
 def test_a_weight_of_guided_steps_does_nothing_in_local_ones() -> None:
     half = Guided(weight=0.5)
     not_yet = Guidance(period=1, reach="stale-window", warmup=99)

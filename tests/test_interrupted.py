@@ -108,9 +108,10 @@ def kill_once(command: list[str], folder: Path, count: int, cwd: Path) -> None:
 SLOWLY = pytest.mark.slow
 
 
+@SLOWLY
 @pytest.mark.parametrize(
     ("first", "then"),
-    [(2, 1), pytest.param(1, 1, marks=SLOWLY), pytest.param(1, 2, marks=SLOWLY)],
+    [(2, 1), (1, 1), (1, 2)],
 )
 def test_a_run_that_was_killed_goes_on_by_the_same_command(
     first: int, then: int, images: Path, whole: dict[str, Any], tmp_path: Path

@@ -167,7 +167,6 @@ def cases(workers: int) -> list[Case]:
 
 
 ALWAYS_RUN = [
-    Case("stop", "local", 1, 2),
     Case("kill", "evaluate", 0, 2),
     Case("exit", "global", 1, 2),
 ]

@@ -10,7 +10,15 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from worlds import Batch, image_batches, outcomes, sgd, small_resnet, trainer
+from worlds import (
+    Batch,
+    image_batches,
+    outcomes,
+    plan_quickly,
+    sgd,
+    small_resnet,
+    trainer,
+)
 
 from pglpipe import ALWAYS, NEVER, Guidance, UserError, WorkerError
 from pglpipe.layer import Layer
@@ -19,6 +27,11 @@ from pglpipe.transport import World
 TIMEOUT = 4.0  # seconds, of the edges
 # Where nobody may have to wait for the edges: far less than their time-out.
 LONG_TIMEOUT, SOON = 15.0, 6.0
+
+
+@pytest.fixture(autouse=True)
+def planned_quickly(monkeypatch: pytest.MonkeyPatch) -> None:
+    plan_quickly(monkeypatch, foretells=False)
 
 
 class Bomb(nn.Module):

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from worlds import Trained, image_batches, small_resnet, train
+from worlds import Trained, image_batches, plan_quickly, small_resnet, train
 
 from pglpipe import ALWAYS, NEVER, Guidance
 from pglpipe.errors import ConfigError, PartitionError
@@ -27,6 +27,11 @@ SETTINGS: list[dict[str, Any]] = [
     {"microbatches": 5, "timetable": "gpipe", "recompute": True},
     {"local_microbatches": 3},
 ]
+
+
+@pytest.fixture(autouse=True)
+def analysed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    plan_quickly(monkeypatch)
 
 
 def kept(trained: Trained, which: str = "peak") -> list[dict[str, int]]:
@@ -120,7 +125,12 @@ def test_residual_networks_that_ask_heads_keep_what_is_foretold(asking: str) -> 
     "way",
     [
         {},
-        *({"guided": TRAINED} | way for way in WAYS),
+        *(
+            pytest.param(
+                {"guided": TRAINED} | way, marks=[pytest.mark.slow] if way else []
+            )
+            for way in WAYS
+        ),
         {"local_microbatches": 3, "edge_dtype": "int8"},
     ],
     ids=str,
