@@ -219,7 +219,7 @@ MANIFESTS = st.fixed_dictionaries(
 
 
 @pytest.mark.parametrize(
-    "examples", [300, pytest.param(10_000, marks=pytest.mark.slow)]
+    "examples", [100, pytest.param(10_000, marks=pytest.mark.slow)]
 )
 def test_whatever_a_manifest_says_it_is_read_or_refused(
     examples: int, tmp_path: Path

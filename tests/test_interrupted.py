@@ -184,10 +184,21 @@ def killed(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[P
     ("more", "words"),
     [
         (["--lr", "0.2"], "--lr 0.2 (it was 0.05)"),
-        (["--seed", "1", "--head", "0c1f"], "--head 0c1f (it was 1c2f); --seed 1"),
-        (["--guidance-duration", "1"], "--guidance-duration 1 (it was 2)"),
         (["--resume", "never"], "already holds a run; choose another --run-dir"),
-        (["--resume", "elsewhere"], "already holds a run; choose another --run-dir"),
+        *(
+            pytest.param(*each, marks=SLOWLY)
+            for each in (
+                (
+                    ["--seed", "1", "--head", "0c1f"],
+                    "--head 0c1f (it was 1c2f); --seed 1",
+                ),
+                (["--guidance-duration", "1"], "--guidance-duration 1 (it was 2)"),
+                (
+                    ["--resume", "elsewhere"],
+                    "already holds a run; choose another --run-dir",
+                ),
+            )
+        ),
     ],
 )
 def test_other_options_than_the_run_began_with_are_refused(

@@ -446,8 +446,15 @@ time.sleep(60)
 
 
 @pytest.mark.dist
-@pytest.mark.parametrize("end", ["kill", "raise"])
-@pytest.mark.parametrize("doing", ["get", "put"])
+@pytest.mark.parametrize(
+    ("doing", "end"),
+    [
+        ("get", "kill"),
+        ("put", "raise"),
+        pytest.param("get", "raise", marks=pytest.mark.slow),
+        pytest.param("put", "kill", marks=pytest.mark.slow),
+    ],
+)
 def test_a_dead_neighbour_is_named_at_once(
     tmp_path: Path, doing: str, end: str
 ) -> None:
