@@ -106,7 +106,7 @@ class Trainer:
         num_stages: int,
         loss: Loss,
         optimizer: OptimizerFactory,
-        head: str | Callable[[tuple[int, ...]], nn.Module] = "0c1f",
+        head: str | Callable[[tuple[int, ...]], nn.Module] = "1c2f",
         local_loss: Loss | LocalLoss | None = None,
         local_weight: LocalWeight = LocalWeight(),
         guidance: Guidance = LAST_TENTH,

@@ -31,10 +31,11 @@ def test_every_option_of_a_benchmark_is_one_of_the_command_line(
 def test_the_demo_reports_what_guidance_does_not_buy() -> None:
     found = {
         name: summary(accuracy)
-        for name, accuracy in zip(demo.WAYS, (0.8, 0.75, 0.9), strict=True)
+        for name, accuracy in zip(demo.WAYS, (0.8, 0.75, 0.85, 0.9), strict=True)
     }
     text = demo.verdict(found)
-    assert "+10.0 points from local only, guidance -5.0" in text
+    assert "+10.0 points from local only, a guided tenth -5.0 at the end" in text
+    assert "+5.0 one by one" in text
     console = Console(width=120, record=True, file=io.StringIO())
     console.print(demo.table(found))
     shown = console.export_text()

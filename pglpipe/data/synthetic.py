@@ -21,7 +21,7 @@ Test accuracy in %, resnet14 of width 8, one run each (2026-11-23, one CPU threa
     end to end                      98.8
 
     pglpipe train --model resnet14 --width 8 --train-limit 8000 --epochs 8 --batch-size 64 \
-        --lr 0.1 --warmup-epochs 1 --threads 1 --stages K --head H --guidance-duration D
+        --lr 0.1 --warmup-epochs 1 --threads 1 --stages K --head H --guidance-period P --guidance-duration D
 
 More epochs narrow the gap without closing it: with ``--train-limit 6000 --epochs 24``, local only
 with 4 stages and head 0c1f ends at 78.5. Single runs of greedy stages differ by several points,
