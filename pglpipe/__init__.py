@@ -5,7 +5,7 @@ from pglpipe.errors import PglpipeError, UserError, WorkerError
 from pglpipe.guidance import ALWAYS, LAST_TENTH, NEVER, Guidance
 from pglpipe.guided import Guided, LocalWeight
 from pglpipe.layer import Layer
-from pglpipe.learning_rate import constant, cosine
+from pglpipe.learning_rate import anew, constant, cosine
 from pglpipe.losses import LocalLoss
 from pglpipe.metrics import EvaluationRecord, StepRecord, Summary
 from pglpipe.observers import Observer
@@ -31,6 +31,7 @@ __all__ = [
     "UserError",
     "WorkerError",
     "__version__",
+    "anew",
     "constant",
     "cosine",
 ]

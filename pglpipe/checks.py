@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 from pglpipe.errors import ConfigError, nearest
 from pglpipe.guidance import Guidance
@@ -99,20 +99,26 @@ def check_together(
 
 def idle(
     guidance: Guidance,
+    num_stages: int,
+    refresh_every: int,
+    compare_every: int,
     total_steps: int,
     total_epochs: int,
-    refresh_every: int | None,
+    borrowing: Sequence[set[int]],
 ) -> Iterator[str]:
     """What is asked for and never happens in a run as long as this.
 
     Args:
+        refresh_every: steps from one renewal of borrowed layers to the next.
+        compare_every: global steps from one comparison of gradients to the next; 0 for none.
         total_steps, total_epochs: of the run.
-        refresh_every: steps from one renewal of borrowed layers to the next; None if no head borrows.
+        borrowing: the layers that each stage's head borrows.
     """
     unit, total = guidance.unit, total_steps
     if unit == "epoch":
         total = total_epochs
     final = guidance.final_units(total)
+    first = guidance.warmup * total_steps // total  # step of a window, at the earliest
     if final >= total:
         yield (
             f"the final phase of guidance ({final} {unit}s) is as long as the run, so every step is global; "
@@ -123,12 +129,20 @@ def idle(
             f"no window of guidance opens: its warm-up ({guidance.warmup} {unit}s) lasts until the end of "
             f"{total - final}; lower --guidance-warmup"
         )
-    elif guidance.is_stale and guidance.duration and guidance.delay >= total_steps:
+    elif "stale" in guidance.kinds and first + guidance.delay >= total_steps:
+        if num_stages > 1:
+            yield (
+                f"no stale gradient arrives: the first takes {guidance.delay} steps to the next stage, from step "
+                f"{first + 1} of {total_steps} on; lower --guidance-delay"
+            )
+    if guidance.final and not final and unit == "epoch":
         yield (
-            f"no stale gradient arrives: it takes {guidance.delay} steps from stage to stage, and the run has "
-            f"{total_steps}; lower --guidance-delay"
+            f"there is no final phase: {guidance.final:g} of one epoch is no whole one; choose "
+            "--guidance-unit step"
         )
-    if refresh_every is not None and refresh_every >= total_steps:
+    if compare_every and "global" not in guidance.kinds:
+        yield "no gradients are compared: no step is global; drop --compare-every"
+    if any(borrowing) and refresh_every >= total_steps:
         yield (
             f"borrowed layers are never renewed: that takes {refresh_every} steps, and the run has {total_steps}; "
             "lower --refresh-every"

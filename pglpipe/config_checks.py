@@ -188,12 +188,11 @@ def _flag(config: Config, name: str) -> str:
 
 # What does something in steps of these kinds alone.
 _NEEDED = (
-    ("compare_every", ("global",)),
     ("recompute", ("global", "window")),
     ("microbatches", ("global", "window")),
 )
 # What is said of guided steps alone.
 _GUIDED = (
-    *("guided_weight", "guided_local_weight", "guided_heads"),
+    *("guidance_unit", "guided_weight", "guided_local_weight", "guided_heads"),
     *("guided_optimizer", "guided_lr_scale", "guided_shrink"),
 )

@@ -45,6 +45,8 @@ WARMUPS = ("local", "global")
 class Guidance:
     """Opens a window of ``duration`` guided steps (or epochs) every ``period`` of them.
 
+    Where nothing else is said, that is one step in ten; without windows the duration is 0.
+
     Attributes:
         period: units from the start of one window to the start of the next, at least 1.
         duration: guided units in a window; 0 is never, ``period`` is always.

@@ -8,6 +8,7 @@ import torch
 
 from pglpipe.config import COMPARE_EVERY, RunConfig
 from pglpipe.data import Recipe
+from pglpipe.errors import ConfigError
 from pglpipe.learning import OptimizerFactory
 from pglpipe.learning_rate import (
     LearningRate,
@@ -67,15 +68,14 @@ def learning_rate(config: RunConfig, steps_per_epoch: int) -> LearningRate:
     """The factor on ``--lr``, over the run."""
 
     def schedule(warmup_epochs: float) -> LearningRate:
-        if config.lr_schedule == "infopro":
-            least = _INFOPRO_LR / config.lr if config.lr else 0.0
-            return by_epoch(steps_per_epoch, round(warmup_epochs), least)
         warmup_steps = round(warmup_epochs * steps_per_epoch)
         if config.lr_schedule == "constant":
             return warmed_up(warmup_steps, constant)
         return cosine(warmup_steps)
 
     whole, guidance = schedule(config.warmup_epochs), config.guidance()
+    if config.lr_schedule == "infopro":
+        whole = _infopro(config, steps_per_epoch)
     if not (config.final_lr and guidance.final):
         return whole
 
@@ -88,3 +88,15 @@ def learning_rate(config: RunConfig, steps_per_epoch: int) -> LearningRate:
 
     again = schedule(config.final_warmup_epochs)
     return anew(whole, begins, config.final_lr, again)
+
+
+def _infopro(config: RunConfig, steps_per_epoch: int) -> LearningRate:
+    """Its code's schedule, which knows no final phase; a plain cosine is that phase's."""
+    steps = config.steps or config.epochs * steps_per_epoch
+    if steps <= steps_per_epoch:
+        raise ConfigError(
+            "expected a run of several epochs for --lr-schedule infopro, whose last one has the learning "
+            "rate 0, got one; choose cosine"
+        )
+    least = _INFOPRO_LR / config.lr if config.lr else 0.0
+    return by_epoch(steps_per_epoch, round(config.warmup_epochs), least)

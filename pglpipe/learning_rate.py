@@ -63,8 +63,8 @@ def by_epoch(steps_per_epoch: int, warmup_epochs: int, least: float) -> Learning
     Args:
         least: the factor of the first epoch, if there is a warm-up.
 
-    Source: the code published with InfoPro (Wang et al. 2021, arXiv 2101.10832), which DGL's and
-    AugLocal's rows of its tables share; there W is 10 and the first learning rate 0.01.
+    Source: the code published with InfoPro (Wang et al. 2021, arXiv 2101.10832), with which its tables' rows
+    of greedy learning and DGL were made, too, and AugLocal's; there W is 10 and the first rate 0.01.
 
     >>> schedule = by_epoch(steps_per_epoch=1, warmup_epochs=2, least=0.1)
     >>> [round(schedule(step, 4), 3) for step in range(4)]
@@ -95,6 +95,9 @@ def anew(
         before: until then; it still counts the steps of the whole run.
         begins: the first of them, from how many steps the run has.
         factor: on what ``again``, counted from their first, says.
+
+    For :data:`pglpipe.LAST_TENTH` on the command line's terms: ``anew(cosine(), lambda total: total -
+    LAST_TENTH.final_units(total), 1.0, again=cosine())``.
 
     >>> schedule = anew(constant, lambda total: total - 3, 0.5, again=cosine(warmup_steps=1))
     >>> [round(schedule(step, 5), 3) for step in range(5)]

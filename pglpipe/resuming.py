@@ -27,8 +27,6 @@ CHOSEN = {
     "device": ("auto",),
     "threads": (0,),
     "compare_every": (-1,),
-    "guidance_duration": (-1,),
-    "guidance_final": (-1,),
 }
 FITTED = ("recompute", "microbatches", "local_microbatches")  # to a memory budget
 
@@ -107,8 +105,16 @@ def start(asked: RunConfig, folder: Path, *, restarted: bool = False) -> Start:
     return Start(config, folder, found, is_new=False)
 
 
+def settled(config: RunConfig) -> RunConfig:
+    """The same, with what it leaves open about guidance written out."""
+    told = config.guidance()
+    return dataclasses.replace(
+        config, guidance_duration=told.duration, guidance_final=told.final
+    )
+
+
 def _differences(asked: RunConfig, known: RunConfig) -> list[str]:
-    found = []
+    found, asked, known = list[str](), settled(asked), settled(known)
     for field in dataclasses.fields(RunConfig):
         name, before = field.name, getattr(known, field.name)
         now = getattr(asked, name)

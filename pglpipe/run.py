@@ -32,7 +32,7 @@ from pglpipe.memory import as_text
 from pglpipe.metrics import Summary
 from pglpipe.observers import Observer, Observers
 from pglpipe.plan import Plan
-from pglpipe.resuming import Start
+from pglpipe.resuming import Start, settled
 from pglpipe.resuming import start as start_of
 from pglpipe.run_directory import RunDirectory, default_path, versions
 from pglpipe.saving import Checkpoints
@@ -103,13 +103,11 @@ def _train(asked: RunConfig, world: World) -> Summary:
     plan = trainer.prepare(material.train, material.test)
     # What was chosen here, so that config.toml repeats the run to the bit.
     config = dataclasses.replace(
-        config,
+        settled(config),
         balance=",".join(map(str, plan.balance)),
         threads=torch.get_num_threads(),
         device=devices.pick(config.device, world.local_rank).type,
         compare_every=compare_every(config, local_loss(config, material.recipe)),
-        guidance_duration=config.guidance().duration,
-        guidance_final=config.guidance().final,
         **dataclasses.asdict(plan.memory),
     )
     if leads and not start.is_new:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from torch import nn
@@ -63,7 +64,7 @@ class Trainer:
         compare_every: global steps from one to the next in which every stage compares its own
             gradient with the true one; 0 for none. Not in microbatches where that loss compares samples.
         refresh_every: steps between renewals of the layers that heads borrow; each cut adds as many.
-        learning_rate: ``(step, total_steps) -> factor`` on the optimizer's learning rates.
+        learning_rate: ``(step, total_steps) -> factor``; see :func:`pglpipe.anew` for a final phase.
         balance: where to cut: ``flops``, ``params``, ``memory``, ``time``, ``published``, or the
             numbers of layers, ``"2,3,3"``.
         microbatches: into how many parts a global step's batch is cut, at most.
@@ -106,7 +107,7 @@ class Trainer:
         num_stages: int,
         loss: Loss,
         optimizer: OptimizerFactory,
-        head: str | Callable[[tuple[int, ...]], nn.Module] = "1c2f",
+        head: str | Callable[[tuple[int, ...]], nn.Module] = "0c1f",
         local_loss: Loss | LocalLoss | None = None,
         local_weight: LocalWeight = LocalWeight(),
         guidance: Guidance = LAST_TENTH,
@@ -193,8 +194,8 @@ class Trainer:
             refresh_every=refresh_every,
         )
         self._session = Session(world, blueprint, observer or Observers())
-        self._guidance, self._refresh_every = guidance, refresh_every
-        self._fitted = False
+        self._idle = partial(idle, guidance, num_stages, refresh_every, compare_every)
+        self._guidance, self._fitted = guidance, False
 
     # -- what a user calls, on every worker alike -------------------------------------
 
@@ -249,8 +250,7 @@ class Trainer:
             lambda: span_of(train, epochs, steps, self._guidance)
         )
         if self._session.leads:
-            refresh = self._refresh_every if any(plan.loans.borrowing) else None
-            for told in idle(self._guidance, total_steps, length, refresh):
+            for told in self._idle(total_steps, length, plan.loans.borrowing):
                 warn(told)
         span = Span(length, total_steps, evaluate_every)
         self._session.build().set_total_steps(total_steps)

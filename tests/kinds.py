@@ -32,6 +32,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "warm-up and end": dict(
         guidance=Guidance(period=9, duration=0, warmup=2, warmup_kind="global", final=2)
     ),
+    "a share at the end": dict(guidance=Guidance(period=1, duration=0, final=0.4)),
     "epochs": dict(guidance=Guidance(period=2, final=1, unit="epoch")),
     "compared": dict(guidance=Guidance(period=2), compare_every=2),
     "weighted": dict(guidance=Guidance(period=2), guided=Guided(weight=0.3)),

@@ -2,10 +2,21 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
-from pglpipe.checks import idle
+from pglpipe import checks
 from pglpipe.guidance import ALWAYS, LAST_TENTH, NEVER, Guidance
+
+
+def idle(guidance: Guidance, steps: int, epochs: int, **told: Any) -> list[str]:
+    """What is said of a run of four stages."""
+    told = (
+        dict(num_stages=4, refresh_every=20, compare_every=0, borrowing=[set()]) | told
+    )
+    found = checks.idle(guidance, total_steps=steps, total_epochs=epochs, **told)
+    return list(found)
 
 
 def kinds(guidance: Guidance, steps: int, epochs: int) -> set[str]:
@@ -14,8 +25,11 @@ def kinds(guidance: Guidance, steps: int, epochs: int) -> set[str]:
     return {guidance.kind(s, s // length, steps, epochs) for s in range(steps)}
 
 
+@pytest.mark.parametrize("epochs", [1, 9])
 @pytest.mark.parametrize("unit", ["step", "epoch"])
-def test_guidance_is_told_of_where_a_part_of_it_has_no_step(unit: str) -> None:
+def test_guidance_is_told_of_where_a_part_of_it_has_no_step(
+    unit: str, epochs: int
+) -> None:
     for final in (0, 0.1, 2, 9):
         for warmup in range(12):
             for duration in (0, 1):
@@ -27,30 +41,49 @@ def test_guidance_is_told_of_where_a_part_of_it_has_no_step(unit: str) -> None:
                     unit=unit,
                     reach="window",
                 )
-                told = list(idle(guidance, 18, 9, None))
-                seen = kinds(guidance, 18, 9)
-                assert bool(told) == (
-                    seen == {"global"} or (duration > 0 and "window" not in seen)
+                seen = kinds(guidance, 18, epochs)
+                assert bool(idle(guidance, 18, epochs)) == (
+                    seen == {"global"}
+                    or (duration > 0 and "window" not in seen)
+                    or (final > 0 and "global" not in seen)
                 )
 
 
+@pytest.mark.parametrize("num_stages", [1, 2, 4])
+@pytest.mark.parametrize("delay", range(8))
+@pytest.mark.parametrize("warmup", range(4))
+def test_a_stale_gradient_is_told_of_where_none_can_arrive(
+    num_stages: int, delay: int, warmup: int
+) -> None:
+    guidance = Guidance(period=100, reach="stale", warmup=warmup, delay=delay)
+    (first,) = [s for s in range(6) if guidance.kind(s, 0, 6, 1) == "stale"]
+    arrives = num_stages == 1 or first + delay < 6
+    assert bool(idle(guidance, 6, 1, num_stages=num_stages)) == (not arrives)
+
+
 @pytest.mark.parametrize(
-    ("guidance", "refresh_every", "words"),
+    ("guidance", "told", "words"),
     [
-        (Guidance(final=12), None, "final phase of guidance (12 steps) is as long"),
-        (Guidance(warmup=12), None, "no window of guidance opens: its warm-up (12"),
-        (Guidance(warmup=9, final=3), None, "lasts until the end of 9"),
-        (Guidance(reach="stale", delay=12), None, "12 steps from stage to stage"),
-        (LAST_TENTH, 12, "borrowed layers are never renewed: that takes 12 steps"),
+        (Guidance(final=12), {}, "final phase of guidance (12 steps) is as long"),
+        (Guidance(warmup=12), {}, "no window of guidance opens: its warm-up (12"),
+        (Guidance(warmup=9, final=3), {}, "lasts until the end of 9"),
+        (Guidance(reach="stale", delay=12), {}, "takes 12 steps to the next stage"),
+        (
+            LAST_TENTH,
+            {"borrowing": [{3}], "refresh_every": 12},
+            "borrowed layers are never renewed: that takes 12 steps",
+        ),
+        (NEVER, {"compare_every": 3}, "no gradients are compared"),
     ],
 )
-def test_it_says_what_and_how_long_the_run_is(
-    guidance: Guidance, refresh_every: int | None, words: str
+def test_it_says_what_and_what_to_do(
+    guidance: Guidance, told: dict[str, Any], words: str
 ) -> None:
-    (told,) = idle(guidance, 12, 3, refresh_every)
-    assert words in told and "lower --" in told
+    (said,) = idle(guidance, 12, 3, **told)
+    assert words in said and ("lower --" in said or "drop --" in said)
 
 
 @pytest.mark.parametrize("guidance", [ALWAYS, NEVER, LAST_TENTH, Guidance()])
 def test_nothing_is_said_of_what_happens(guidance: Guidance) -> None:
-    assert not list(idle(guidance, 12, 3, refresh_every=11))
+    assert not idle(guidance, 12, 3, borrowing=[{3}], refresh_every=11)
+    assert not idle(guidance, 12, 3, borrowing=[set()], refresh_every=12)

@@ -73,7 +73,6 @@ def test_optimizers_are_told_apart_where_there_are_two_kinds_of_steps() -> None:
 @pytest.mark.parametrize(
     ("name", "value", "needed"),
     [
-        ("compare_every", 3, {"global"}),
         ("microbatches", 2, {"global", "window"}),
         ("recompute", True, {"global", "window"}),
     ],

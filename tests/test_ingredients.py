@@ -58,14 +58,17 @@ def test_every_learning_rate_warms_up_and_again_in_the_final_phase(name: str) ->
 
 
 def test_infopro_s_learning_rate_begins_at_a_hundredth_and_falls_in_stairs() -> None:
-    config = RunConfig(
-        lr_schedule="infopro", lr=0.8, warmup_epochs=2.0, guidance_duration=0, steps=40
-    )
+    infopro: dict[str, Any] = dict(lr_schedule="infopro", lr=0.8, warmup_epochs=2.0)
+    config = RunConfig(**infopro, guidance_duration=0, steps=40)
     rate = learning_rate(config, steps_per_epoch=8)
     factors = [rate(step, 40) for step in range(40)]
     assert factors[:8] == pytest.approx([0.01 / 0.8] * 8)
     assert all(len({*factors[i : i + 8]}) == 1 for i in range(0, 40, 8))
     assert factors[16:] == sorted(factors[16:], reverse=True)
+    # A final phase, which that code does not know, has a cosine of its own.
+    rate = learning_rate(RunConfig(**infopro, steps=40), steps_per_epoch=8)
+    assert [rate(step, 40) for step in range(36)] == factors[:36]
+    assert [rate(step, 40) for step in (36, 38)] == pytest.approx([1.0, 0.5])
 
 
 def test_left_open_the_last_tenth_begins_with_the_whole_learning_rate() -> None:

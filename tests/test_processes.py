@@ -92,8 +92,7 @@ def test_four_workers_end_with_the_bits_of_one(images: Path, tmp_path: Path) -> 
     check_same_numbers(images, tmp_path, 4, 4, *options)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("workers", [2, 4])
+@pytest.mark.parametrize("workers", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_workers_over_rpc_end_with_the_bits_of_one(
     workers: int, images: Path, tmp_path: Path
 ) -> None:

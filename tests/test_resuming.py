@@ -11,7 +11,7 @@ import pytest
 from pglpipe.checkpoint import commit, write_stage
 from pglpipe.config import RunConfig
 from pglpipe.errors import ConfigError
-from pglpipe.resuming import start
+from pglpipe.resuming import settled, start
 from pglpipe.snapshot import Snapshot
 
 
@@ -21,6 +21,8 @@ from pglpipe.snapshot import Snapshot
         ({"balance": "time"}, {"balance": "2,1,1,1"}),
         ({"threads": 0}, {"threads": 3}),
         ({"compare_every": -1}, {"compare_every": 10}),
+        ({}, {"guidance_duration": 0, "guidance_final": 0.1}),
+        ({"guidance_period": 4}, {"guidance_period": 4, "guidance_duration": 1}),
         ({"memory_budget": "9MiB"}, {"memory_budget": "9MiB", "compare_every": 0}),
     ],
 )
@@ -38,6 +40,27 @@ def test_what_is_asked_for_otherwise_is_refused(tmp_path: Path) -> None:
     )
     with pytest.raises(ConfigError, match=r"--compare-every 3 \(it was 10\)"):
         start(RunConfig(steps=9, compare_every=3), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("began", "asked", "words"),
+    [
+        ({}, {"guidance_duration": 0}, r"--guidance-final 0\b.* \(it was 0.1\)"),
+        ({"guidance_duration": 0}, {}, r"--guidance-final 0.1 \(it was 0"),
+        (
+            {"guidance_period": 9, "guidance_duration": 5},
+            {"guidance_period": 9},
+            r"--guidance-duration 1 \(it was 5\)",
+        ),
+    ],
+)
+def test_what_is_left_open_about_guidance_is_asked_for_all_the_same(
+    began: dict[str, Any], asked: dict[str, Any], words: str, tmp_path: Path
+) -> None:
+    text = settled(RunConfig(steps=9, **began)).to_toml()
+    (tmp_path / "config.toml").write_text(text)
+    with pytest.raises(ConfigError, match=words):
+        start(RunConfig(steps=9, **asked), tmp_path)
 
 
 def begin(folder: Path, resume: str) -> Path:

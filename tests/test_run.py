@@ -100,6 +100,7 @@ def test_a_run_leaves_four_files(finished: Path) -> None:
 def test_what_was_left_open_is_written_down(finished: Path) -> None:
     config = summary_of(finished)["config"]
     assert config["compare_every"] == 10 and config["threads"] > 0
+    assert (config["guidance_duration"], config["guidance_final"]) == (1, 0.0)
     assert config["device"] != "auto" and config["balance"] != "flops"
 
 

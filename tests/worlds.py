@@ -221,20 +221,21 @@ def plan_quickly(patch: pytest.MonkeyPatch, *, foretells: bool = True) -> None:
     """
     patch.setattr("pglpipe.plan.analyse", remembered(analyse))
     patch.setattr("pglpipe.plan.activations", remembered(activations))
+    patch.setattr("pglpipe.plan.head_builder", named_builder)
     if not foretells:
         patch.setattr("pglpipe.plan._foretold", nothing_foretold)
         # Where nothing is worked out with them, they are looked at alone.
-        patch.setattr("pglpipe.plan.head_builder", named_builder)
         patch.setattr("pglpipe.plan.head_skeletons", remembered_heads)
         patch.setattr(Layer, "skeleton", remembered_skeleton)
 
 
 def remembered(compute: Callable[..., Any]) -> Callable[..., Any]:
-    """The same function for layers, a batch and a head, told apart by their names and shapes."""
+    """The same function for layers, a batch and a head, told apart by names, shapes and what heads say."""
 
     def look_up(layers: list[Layer], sample: Tensor, *head: Any) -> Any:
         names = tuple(layer.name for layer in layers)
-        key = (compute.__name__, names, sample.shape, sample.dtype)
+        told = [getattr(each, "key", None) for each in head]
+        key = (compute.__name__, names, sample.shape, sample.dtype, *told)
         if key not in _analysed:
             _analysed[key] = compute(layers, sample, *head)
         return _analysed[key]
