@@ -261,9 +261,12 @@ def rows(scale: Scale) -> list[Row]:
     found += _at((*OTHERS, *VARIANTS), PLACES[:2])
     found += [Row("pgl-10", k, "mlp-sr") for k in (16, 8)]
     found += [Row("pgl-10", k, "1c2f", "infopro") for k in (16, 8)]
-    found += _at((*CLAIMS, "final-lr-1"), ((4, "1c2f"), (2, "1c2f")))
+    found += _at((*CLAIMS, "final-anew"), ((4, "1c2f"), (2, "1c2f")))
     found += [Row("local", k, "auglocal-1") for k in (4, 2)]
-    found += _at(("final-lr-1",), ((8, "1c2f"), (8, "auglocal-1"), (4, "auglocal-1")))
+    found += _at(
+        ("final-lr-1",),
+        ((8, "1c2f"), (4, "1c2f"), (8, "auglocal-1"), (4, "auglocal-1")),
+    )
     found += [Row("local", 16, h) for h in ("auglocal-2", "thin-3", "man", "solo")]
     found += _at((*SHAPES, *OTHERS), PLACES[2:])
     return [row for row in found if row.stages in (1, *scale.stages)]

@@ -181,7 +181,7 @@ class RunConfig:
     lr_schedule: str = option("cosine", "learning rate over the run", LR_SCHEDULES)
     warmup_epochs: float = option(0.0, "epochs of linear warm-up", at_least=0.0)
     final_lr: float = option(
-        1.0,
+        0.5,
         "factor on --lr with which the final phase of guidance begins anew; 0 to go on",
         at_least=0.0,
     )

@@ -97,7 +97,7 @@ def anew(
         factor: on what ``again``, counted from their first, says.
 
     For :data:`pglpipe.LAST_TENTH` on the command line's terms: ``anew(cosine(), lambda total: total -
-    LAST_TENTH.final_units(total), 1.0, again=cosine())``.
+    LAST_TENTH.final_units(total), 0.5, again=cosine())``.
 
     >>> schedule = anew(constant, lambda total: total - 3, 0.5, again=cosine(warmup_steps=1))
     >>> [round(schedule(step, 5), 3) for step in range(5)]

@@ -68,7 +68,7 @@ VALUES: dict[str, tuple[Any, Any]] = {
     "weight_decay": (0.25, 0.0),
     "lr_schedule": ("constant", "cosine"),
     "warmup_epochs": (1.5, 2.0),
-    "final_lr": (0.5, 0.1),
+    "final_lr": (0.25, 0.1),
     "final_warmup_epochs": (0.5, 1.0),
     "clip_norm": (1.0, 2.0),
     "on_nonfinite": ("skip", "stop"),

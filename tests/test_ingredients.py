@@ -68,12 +68,12 @@ def test_infopro_s_learning_rate_begins_at_a_hundredth_and_falls_in_stairs() -> 
     # A final phase, which that code does not know, has a cosine of its own.
     rate = learning_rate(RunConfig(**infopro, steps=40), steps_per_epoch=8)
     assert [rate(step, 40) for step in range(36)] == factors[:36]
-    assert [rate(step, 40) for step in (36, 38)] == pytest.approx([1.0, 0.5])
+    assert [rate(step, 40) for step in (36, 38)] == pytest.approx([0.5, 0.25])
 
 
-def test_left_open_the_last_tenth_begins_with_the_whole_learning_rate() -> None:
+def test_left_open_the_last_tenth_begins_with_half_the_learning_rate() -> None:
     rate = learning_rate(RunConfig(steps=40), steps_per_epoch=8)
     factors = [rate(step, 40) for step in range(40)]
-    assert factors[35] < 0.05 and factors[36] == 1.0
+    assert factors[35] < 0.05 and factors[36] == 0.5
     alone = learning_rate(RunConfig(steps=40, guidance_duration=0), steps_per_epoch=8)
     assert alone(36, 40) < 0.05
