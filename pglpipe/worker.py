@@ -232,8 +232,6 @@ class Worker:
     def _stop(self, command: Stop) -> None:
         self._refresh.forget(self._links)
         self._links.outbox.put(Message(command))
-        if self._writer:
-            self._writer.finish()
         peaks = {kind: saved.peak for kind, saved in self._saved.items()}
         if self._overlap:
             peaks["local"] = max(peaks["local"], self._overlap.saved_bytes)

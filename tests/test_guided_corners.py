@@ -267,6 +267,7 @@ def test_comparing_gradients_changes_no_bit(size: int, options: dict[str, Any]) 
     assert expected.summary.gradient_cosine == [None] * 4
 
 
+@pytest.mark.filterwarnings("ignore:no gradients are compared")
 def test_only_global_steps_compare() -> None:
     for guidance in (NEVER, every(1, reach="window"), every(1, reach="stale")):
         got = run(guidance, compare_every=1)
@@ -275,6 +276,7 @@ def test_only_global_steps_compare() -> None:
         assert alike(got, run(guidance))
 
 
+@pytest.mark.filterwarnings("ignore:no gradients are compared")
 def test_a_stage_without_parameters_compares_nothing_and_hinders_nobody() -> None:
     layers = [nn.Flatten(), nn.Linear(192, 12), nn.Tanh(), nn.Linear(12, 10)]
     for guided in (Guided(), Guided(local_weight=0.5, heads="trained")):

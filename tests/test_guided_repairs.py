@@ -144,6 +144,7 @@ def test_a_loss_that_compares_samples_is_given_whole_batches(
         run(1, Guidance(period=1, reach="window"), **options)
 
 
+@pytest.mark.filterwarnings("ignore:no gradients are compared")
 @pytest.mark.parametrize("name", ["supcon", "sim", "predsim"])
 def test_gradients_of_a_loss_that_compares_samples_are_those_of_whole_batches(
     name: str,
