@@ -64,10 +64,8 @@ class Scale:
 
 # The published recipe, and the same with the learning rate of a smaller batch.
 _CPU = {"lr": 0.1, "warmup-epochs": 1, "threads": 1, "device": "cpu"}
-_GPU = {
-    **{"lr": 0.8, "warmup-epochs": 10, "lr-schedule": "infopro"},
-    "device": "cuda",
-}
+_RECIPE = {"lr": 0.8, "warmup-epochs": 10, "lr-schedule": "infopro"}
+_GPU = {**_RECIPE, "device": "cuda"}
 
 # A thin network and small images: minutes on one core.
 _SMALL = Scale(
