@@ -23,7 +23,13 @@ from pglpipe import run, tables
 from pglpipe.config import RunConfig
 from pglpipe.config_file import resolve
 from pglpipe.doctor import examine
-from pglpipe.errors import PglpipeWarning, Stopped, UserError, WorkerError
+from pglpipe.errors import (
+    PglpipeWarning,
+    Stopped,
+    UserError,
+    WorkerError,
+    command_line_style,
+)
 
 # Some versions of typer build on click, others on a copy of their own; in both of them the
 # errors that a command line can have are siblings of this one.
@@ -124,8 +130,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     warnings.formatwarning = _format_warning
     try:
         # Some versions of typer return the status of an interruption, others raise it.
-        if status := app(arguments, standalone_mode=False):
-            _leave(status)
+        with command_line_style():
+            if status := app(arguments, standalone_mode=False):
+                _leave(status)
     except UsageError as error:
         _complain(" ".join(error.format_message().split()), told=not _leads())
         _leave(2)

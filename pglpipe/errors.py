@@ -23,7 +23,8 @@ from __future__ import annotations
 
 import difflib
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 
 class PglpipeError(Exception):
@@ -117,6 +118,67 @@ class PglpipeWarning(UserWarning):
 def warn(text: str) -> None:
     """Warns of something in one line, where the caller was called."""
     warnings.warn(text, PglpipeWarning, stacklevel=3)
+
+
+# How settings are written in messages: as arguments of Python calls, or as command-line options.
+_style = "python"
+
+# Settings whose name in Python is not their name on the command line.
+_IN_PYTHON = {
+    "stages": "num_stages",
+    "checkpoint_every": "Checkpoints(every=)",
+    "checkpoint_minutes": "Checkpoints(minutes=)",
+    "keep_checkpoints": "Checkpoints(keep=)",
+    "drop_last": "DataLoader(drop_last=True)",
+    "batch_size": "the loader's batch size",
+    "lr": "the optimizer's lr",
+}
+# Settings that are fields of an object in Python, by the beginning of their name.
+_OBJECTS = {
+    "guidance": "Guidance",
+    "guided": "Guided",
+    "local_weight": "LocalWeight",
+}
+
+
+@contextmanager
+def command_line_style() -> Iterator[None]:
+    """Has messages name settings as options of the command line."""
+    global _style
+    before, _style = _style, "command line"
+    try:
+        yield
+    finally:
+        _style = before
+
+
+def setting(name: str, value: object = None) -> str:
+    """A setting, and its value if there is one, in the words of whoever set it.
+
+    Args:
+        name: the option's name with underscores, such as ``"guidance_period"``.
+        value: what it is set to.
+
+    >>> setting("queue_depth"), setting("queue_depth", 2), setting("guidance_period", 3)
+    ('queue_depth', 'queue_depth=2', 'Guidance(period=3)')
+    >>> with command_line_style():
+    ...     setting("queue_depth", 2), setting("guidance_period"), setting("compile")
+    ('--queue-depth 2', '--guidance-period', '--compile')
+    """
+    if _style == "command line":
+        flag = f"--{name.replace('_', '-')}"
+        if isinstance(value, bool):
+            return flag if value else f"--no-{name.replace('_', '-')}"
+        return flag if value is None else f"{flag} {value}"
+    if known := _IN_PYTHON.get(name):
+        if "=)" in known and value is not None:
+            return known.replace("=)", f"={value!r})")
+        return known if value is None or "'" in known else f"{known}={value!r}"
+    for prefix, owner in _OBJECTS.items():
+        if name.startswith(f"{prefix}_"):
+            field = name.removeprefix(f"{prefix}_")
+            return f"{owner}({field}={'' if value is None else repr(value)})"
+    return name if value is None else f"{name}={value!r}"
 
 
 def nearest(word: str, valid: Iterable[str]) -> str:
