@@ -24,10 +24,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from pglpipe.errors import ConfigError
-from pglpipe.modules import starts_in_place
+from pglpipe.errors import ConfigError, setting
+from pglpipe.losses.state import foreign_leaf, name_of, untrained
 from pglpipe.saved_bytes import Held
-from pglpipe.seeding import derive, seeded
+from pglpipe.seeding import Draws, derive, seeded
 from pglpipe.transport import is_dense
 
 # Buffers of some modules as they were: module, name, value.
@@ -40,7 +40,7 @@ class Kept(NamedTuple):
     Attributes:
         input, output: of the layers; no output where it is to be computed again.
         step, microbatch: what random numbers are keyed by.
-        share: its share of the step's batch.
+        share: what its loss counts for in that of the step's batch.
         image: the network's input as a local loss wants it.
         buffers: copies from before the run, where there will be a second one.
     """
@@ -58,9 +58,12 @@ class Kept(NamedTuple):
 class Body:
     """The layers of one stage, and the batches whose backward is to come, in their order.
 
+    Attributes:
+        checks: whether runs are looked at closely, see :mod:`pglpipe.sanity_check`.
+
     Args:
         layers: those whose buffers must not move twice.
-        run: runs them as one.
+        run: runs them as one, and leaves its input as it is.
         index: the stage's.
         seed: where the run's randomness starts.
     """
@@ -68,11 +71,12 @@ class Body:
     def __init__(
         self, layers: nn.Module, run: Callable[[Tensor], Tensor], index: int, seed: int
     ) -> None:
+        self.checks = False
         self._layers = layers
         self._forward = run
         self._index = index
         self._seed = seed
-        self._copies_input = starts_in_place(layers)
+        self._draws = Draws(layers)
         self._kept: deque[Kept] = deque()
 
     def forward(
@@ -86,17 +90,17 @@ class Body:
         share: float = 1.0,
         image: Tensor | None = None,
     ) -> Tensor:
-        """Runs the layers on ``x`` ``[B, ...]`` and keeps what backward will need.
-
-        Raises:
-            ConfigError: the layers change their input, from which they are to be run again.
-        """
+        """Runs the layers on ``x`` ``[B, ...]`` and keeps what backward will need."""
         buffers = _copies(self._layers) if recompute else []
         if recompute:
             output, kept = self._run_without_graph(x, step, microbatch), None
+            if self.checks:
+                self._check_repeats(x, output, step, microbatch)
         else:
             output = self._run(x, step, microbatch)
             kept = Held(output)
+            if self.checks:
+                self._check_owners(output, x)
         held = Held(x), kept, Held(targets)
         seen = None if image is None else Held(image)
         self._kept.append(Kept(*held, step, microbatch, share, buffers, seen))
@@ -117,28 +121,46 @@ class Body:
         """Runs the layers on a batch ``[B, ...]`` from which nothing is learned now."""
         return self._run_without_graph(x, step, 0)
 
-    def replay(self, x: Tensor, step: int) -> Tensor:
+    def replay(self, x: Tensor, step: int, microbatch: int = 0) -> Tensor:
         """Runs the layers as they are now on the batch of an earlier step, with a graph.
 
         The buffers have met this batch before and stay as they are.
         """
         with unmoved(self._layers):
-            return self._run(x, step, 0)
+            return self._run(x, step, microbatch)
+
+    def _check_owners(self, output: Tensor, x: Tensor) -> None:
+        """Refuses layers that depend on parameters of others."""
+        own = {id(parameter) for parameter in self._layers.parameters()}
+        if (leaf := foreign_leaf(output, own, x)) is not None:
+            raise untrained(f"{name_of(leaf, None)} in stage {self._index}")
+
+    def _check_repeats(
+        self, x: Tensor, output: Tensor, step: int, microbatch: int
+    ) -> None:
+        """Refuses layers whose second run gives other numbers."""
+        again = self.replay(x, step, microbatch).detach()
+        if not torch.allclose(again, output, rtol=1e-2, atol=1e-4, equal_nan=True):
+            raise ConfigError(
+                f"expected stage {self._index} to give the same numbers when it is run again, but it does not: its "
+                "layers draw from a generator that is not theirs, or count their calls; keep the generator "
+                f"as an attribute of the layer, or drop {setting('recompute')} and stale guidance"
+            )
+
+    @torch.no_grad()
+    def evaluate(self, x: Tensor) -> Tensor:
+        """Runs the layers on a test batch ``[B, ...]``."""
+        with seeded(derive(self._seed, "evaluate", self._index)):
+            return self._forward(x)
 
     def _run(self, x: Tensor, step: int, microbatch: int) -> Tensor:
-        with seeded(derive(self._seed, "body", self._index, step, microbatch)):
-            return self._forward(x.clone() if self._copies_input else x)
+        seed = derive(self._seed, "body", self._index, step, microbatch)
+        with self._draws.seeded(seed):
+            return self._forward(x)
 
     @torch.no_grad()
     def _run_without_graph(self, x: Tensor, step: int, microbatch: int) -> Tensor:
-        version = x._version
-        output = self._run(x, step, microbatch)
-        if x._version != version:
-            raise ConfigError(
-                f"expected stage {self._index} to leave its input as it is, but it changes it in "
-                "place; use an operation that does not, or drop --recompute and stale guidance"
-            )
-        return output
+        return self._run(x, step, microbatch)
 
 
 @contextmanager

@@ -6,13 +6,14 @@ barrier. A command is a handful of whole numbers; the tensors beside it make a m
 
     LocalStep            activation, targets     and image, scales, where they are needed
     StaleStep            the same                its true gradient rises while others follow
-    GlobalStep           -                       then Microbatch x M, and Clip if norms count
-    WindowStep           -                       then Microbatch x M
+    GlobalStep           shares, or -            then Microbatch x M, and Clip if norms count
+    WindowStep           shares, or -            then Microbatch x M
     Microbatch           activation, targets     and image, scales
     Clip                 total gradient norm
     Evaluate             activation, targets     and scales
     Conclude             -                       the end of an evaluation
     Checkpoint           -                       every worker writes its stages to disk
+    SanityCheck          -                       what follows is only tried, until the next one
     Collect              -                       every worker hands its weights up
     Stop                 -
 
@@ -126,6 +127,13 @@ class Weights:
 
 
 @dataclass(frozen=True, slots=True)
+class SanityCheck:
+    """What follows is tried without learning, until one comes with ``begins`` 0."""
+
+    begins: int
+
+
+@dataclass(frozen=True, slots=True)
 class Stop:
     """This run through the pipeline is over."""
 
@@ -144,6 +152,7 @@ Command = (
     | WindowStep
     | Weights
     | Checkpoint
+    | SanityCheck
 )
 TrainStep = LocalStep | StaleStep | GlobalStep | WindowStep
 
@@ -162,6 +171,7 @@ COMMANDS: tuple[type[Command], ...] = (
     WindowStep,
     Weights,
     Checkpoint,
+    SanityCheck,
 )
 
 
@@ -188,6 +198,8 @@ def noun_of(command: Command) -> str:
             return f"the end of the evaluation after {command.step} steps"
         case Checkpoint():
             return f"the checkpoint after {command.step} steps"
+        case SanityCheck():
+            return "the sanity check"
         case Collect():
             return "the collection of the weights"
         case Stop():

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from functools import partial
 from typing import Any
@@ -31,6 +31,7 @@ from pglpipe.commands import (
     LocalStep,
     Message,
     Microbatch,
+    SanityCheck,
     StaleStep,
     Stop,
     WindowStep,
@@ -53,6 +54,9 @@ from pglpipe.timetable import parts_of
 from pglpipe.transport import Mailbox
 
 _POLL_SECONDS = 0.01
+
+# From the targets of the parts of a batch to a tensor [2, parts].
+Shares = Callable[[Sequence[Tensor]], Tensor | None]
 
 
 class Coordinator:
@@ -104,18 +108,41 @@ class Coordinator:
         self._at = Position()
         self._ledger: Ledger | None = None
         self._fits = self._stopping = self._breaks_off = self.ended_early = False
+        self._check_seconds = 0.0
         self._began = time.perf_counter()
 
-    def cut(self, microbatches: int, batch: int) -> None:
-        """Says into how many parts a global step's batch of ``batch`` samples is cut."""
+    def cut(
+        self, microbatches: int, batch: int, shares: Shares = lambda targets: None
+    ) -> None:
+        """Says into how many parts a global step's batch of ``batch`` samples is cut.
+
+        Args:
+            shares: what the losses of parts with these targets count for, see
+                :class:`~pglpipe.global_pass.GlobalPass`; None if their samples.
+        """
         self._parts = partial(parts_of, most=microbatches, batch=batch)
+        self._shares = shares
 
     # -- what the pipeline is to do ---------------------------------------------------
 
-    def fit(self, loader: Loader, span: Span, test: Loader | None) -> Source:
-        """Trains for the span and evaluates as often as it says."""
+    def fit(
+        self,
+        loader: Loader,
+        span: Span,
+        test: Loader | None,
+        checked: Sequence[Batch] = (),
+        tested: Sequence[Batch] = (),
+    ) -> Source:
+        """Trains for the span and evaluates as often as it says.
+
+        Args:
+            checked: batches with which every kind of step is tried before.
+            tested: those with which an evaluation is.
+        """
         self._begin(fits=True)
-        return self._source(self._fit(loader, span, test))
+        training = self._fit(loader, span, test)
+        check = self._check(checked, tested) if checked else iter(())
+        return self._source(itertools.chain(check, training))
 
     def keep(self, ledger: Ledger) -> None:
         """Has checkpoints made when the ledger says so."""
@@ -142,6 +169,26 @@ class Coordinator:
         self._fits, self._evaluation = fits, None
         self._stopping = self._breaks_off = False
         self.ended_early &= not fits
+
+    def _check(
+        self, batches: Sequence[Batch], tested: Sequence[Batch]
+    ) -> Iterator[Message]:
+        """Has steps of every kind, and an evaluation, tried without learning from them."""
+        began, step = time.perf_counter(), itertools.count()
+        yield Message(SanityCheck(1))
+        for kind in self._guidance.kinds:
+            for x, targets in batches:
+                yield from self._step_of(kind, next(step), 0, x, targets, True)
+                self._listen()
+            if kind == "stale":  # until the gradient of the last one has risen to the first stage
+                for _ in range(self._guidance.delay * (self._num_stages - 1)):
+                    yield Message(LocalStep(next(step), 0), batches[0])
+        for batch in tested:
+            yield Message(Evaluate(0, 0), batch)
+        if tested:
+            yield Message(Conclude(0, 0))
+        yield Message(SanityCheck(0))
+        self._check_seconds = time.perf_counter() - began
 
     def _fit(
         self, loader: Loader, span: Span, test: Loader | None
@@ -187,20 +234,36 @@ class Coordinator:
         self._at.step += 1
         kind = self._guidance.kind(step, epoch, span.total_steps, span.epochs)
         self._at.guided_steps += kind != "local"
+        compares = False
+        if kind == "global":
+            compares = self._at.global_steps % max(1, self._compare_every) == 0
+            self._at.global_steps += 1
+        yield from self._step_of(kind, step, epoch, x, targets, compares)
+
+    def _step_of(
+        self,
+        kind: str,
+        step: int,
+        epoch: int,
+        x: Tensor,
+        targets: Tensor,
+        compares: bool,
+    ) -> Iterator[Message]:
+        """A step of a kind; ``compares`` if gradients are compared in it, should they ever be."""
         if kind in ("local", "stale"):
             locally = LocalStep if kind == "local" else StaleStep
             yield Message(locally(step, epoch), (x, targets))
             return
-        parts = self._parts(len(targets))
+        samples, parts = len(targets), self._parts(len(targets))
+        each = targets.tensor_split(parts)
+        shares = self._shares(each) if parts > 1 else None
+        beside = () if shares is None else (shares,)
         if kind == "window":
-            yield Message(WindowStep(step, epoch, len(targets), parts))
+            yield Message(WindowStep(step, epoch, samples, parts), beside)
         else:
-            due = (
-                self._compare_every and self._at.global_steps % self._compare_every == 0
-            )
-            self._at.global_steps += 1
-            yield Message(GlobalStep(step, epoch, len(targets), parts, int(bool(due))))
-        chunks = zip(x.tensor_split(parts), targets.tensor_split(parts), strict=True)
+            due = int(compares and self._compare_every > 0)
+            yield Message(GlobalStep(step, epoch, samples, parts, due), beside)
+        chunks = zip(x.tensor_split(parts), each, strict=True)
         for index, chunk in enumerate(chunks):
             yield Message(Microbatch(step, index), chunk)
 
@@ -295,6 +358,7 @@ class Coordinator:
             steps=self._at.step,
             global_steps=self._at.guided_steps,
             wall_seconds=time.perf_counter() - self._began,
+            check_seconds=self._check_seconds,
             cosines=self._merger.cosines,
             skipped=self._merger.skipped,
         )

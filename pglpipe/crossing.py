@@ -54,7 +54,7 @@ class Crossing:
             The gradient for the stage before ``[B, ...]``, and the microbatch's part of the loss.
         """
         x, output, kept = self._runs.take()
-        loss = self._exit.loss(output, kept) * kept.share
+        loss = self._exit.loss(output, kept)
         weighted(loss, self._guided.weight).backward()  # type: ignore[no-untyped-call]
         return self._gradient_of(x), loss.detach()
 
@@ -221,7 +221,7 @@ class Crossing:
         leaf, head = output.detach().requires_grad_(), self._exit.head
         # A head that is frozen keeps its statistics, too.
         with unmoved(head) if head and heads == "frozen" else nullcontext():
-            loss = self._exit.loss(leaf, kept) * kept.share
+            loss = self._exit.loss(leaf, kept)
         total = weighted(loss, weight)
         if heads == "trained":
             total.backward()  # type: ignore[no-untyped-call]

@@ -6,21 +6,24 @@ and its loss is the true one.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from pglpipe.body import Kept
+from pglpipe.errors import ConfigError, setting
+from pglpipe.in_place import KeepsInputs
 from pglpipe.learning import Learning, compiled
 from pglpipe.losses import Beside
-from pglpipe.metrics import add_counts, count_correct
-from pglpipe.modules import starts_in_place
-from pglpipe.reports import (
-    ExitCount,
-)
-from pglpipe.seeding import derive, seeded
+from pglpipe.losses.accuracy import count_correct
+from pglpipe.losses.parts import is_sum, shares, weight_of
+from pglpipe.losses.state import Remembered, foreign_leaf, name_of, untrained
+from pglpipe.reports import ExitCount
+from pglpipe.seeding import Draws, derive
+
+_NOTHING = ExitCount(0, 0, 0.0, 0.0)
 
 
 class Exit:
@@ -28,6 +31,7 @@ class Exit:
 
     Args:
         index: the stage's.
+        body: of the stage.
         head: its auxiliary module; None for the last stage.
         learning: how it learns.
         device: of the stage.
@@ -35,11 +39,13 @@ class Exit:
 
     Attributes:
         total_steps: steps of the whole run, which the loss's weight depends on.
+        checks: whether the loss is looked at closely, see :mod:`pglpipe.sanity_check`.
     """
 
     def __init__(
         self,
         index: int,
+        body: nn.Module,
         head: nn.Module | None,
         learning: Learning,
         device: torch.device,
@@ -47,40 +53,71 @@ class Exit:
     ) -> None:
         self.head = head
         self.total_steps = 1
+        self.checks = False
         self._index = index
+        self._body = body
         self._learning = learning
         self._device = device
         self._place = place
         self._run: Callable[[Tensor], Any] | None = None
-        self._copies = False
+        # What is minimized, what an evaluation reports, and what the latter is made of.
+        self._loss: Callable[..., Tensor] = learning.loss
+        self._evaluate, self._evaluated = learning.loss, learning.loss
+        self._classifies = True
+        self._option = "loss"
         if head is not None:
+            local = learning.local_loss
             made = compiled if learning.compile else _as_it_is
-            self._run = made(head)
+            name = f"the head of stage {index}"
+            self._run = KeepsInputs(made(head), name, head)
             alone = head.exit if isinstance(head, Beside) else head
-            self._classify = self._run if alone is head else made(alone)
-            self._copies = starts_in_place(head)
-        self._counted = ExitCount(0, 0, 0.0)
+            self._classify = self._run
+            if alone is not head:
+                self._classify = KeepsInputs(made(alone), name, head)
+            self._loss = local
+            self._evaluate, self._evaluated = local.evaluate, local.evaluated
+            self._classifies = local.classifies
+            self._option = "local_loss"
+        self._loss = KeepsInputs(self._loss, f"the {setting(self._option)}")
+        self._evaluate = KeepsInputs(self._evaluate, f"the {setting(self._option)}")
+        self._draws = Draws(head, always=head is not None)
+        self._parts: Sequence[Tensor] = ()
+        self._shares: list[float] = []
+        self._counted = _NOTHING
+
+    # -- what is learned from ---------------------------------------------------------
+
+    def begin_parts(self, targets: Sequence[Tensor]) -> None:
+        """Has the next losses be those of the parts of one batch, with these targets ``[B, ...]``."""
+        self._parts, self._shares = targets, []
 
     def loss(self, output: Tensor, kept: Kept) -> Tensor:
-        """What a local step minimizes, without its weight: a scalar with its graph.
+        """What a step minimizes, without its weight: a scalar with its graph.
 
         Args:
             output: of the body, ``[B, ...]``.
-        """
-        targets = kept.targets.tensor
-        if self._run is None:
-            return self.true_loss(output, targets)
-        names = "head", self._index, kept.step, kept.microbatch
-        seed = derive(self._learning.seed, *names)
-        with seeded(seed), self._learning.autocast(self._device):
-            said = self._run(output.clone() if self._copies else output)
-            image = kept.image.tensor if kept.image is not None else None
-            return self._learning.local_loss(said, targets, image, self._place)
 
-    def true_loss(self, output: Tensor, targets: Tensor) -> Tensor:
-        """The loss of the whole network, ``[B, ...]`` each; a scalar."""
-        with self._learning.autocast(self._device):
-            return self._learning.loss(output, targets)
+        Returns:
+            The loss, or what that of a part of the batch adds to the loss of the whole.
+        """
+        seed = derive(
+            self._learning.seed, "head", self._index, kept.step, kept.microbatch
+        )
+        said, loss = self._compute(output, kept, seed)
+        if self.checks:
+            remembered = Remembered(self._learned_loss)
+            said, loss = self._compute(output, kept, seed)
+            remembered.check(setting(self._option))
+            self._check_owners(loss, output)
+        share = kept.share
+        if self._parts:
+            if not self._shares:
+                shape = _first(said).shape[1:]
+                self._shares = self._shares_of(self._parts, shape)
+            share = self._shares[kept.microbatch]
+        if share == 0:
+            return output.sum() * 0.0  # of targets that are all ignored the mean is not a number
+        return loss if share == 1 else loss * share
 
     def weight(self, step: int) -> float:
         """Of the exit's loss at a step."""
@@ -88,33 +125,96 @@ class Exit:
             return 1.0
         return self._learning.local_weight(step, self.total_steps, self._place)
 
+    # -- evaluation -------------------------------------------------------------------
+
     def count(self, output: Tensor, targets: Tensor) -> None:
         """Adds a batch ``[B, ...]`` to what is known of this exit."""
+        logits = output
         with self._learning.autocast(self._device):
-            if self.head is None:
-                logits, loss = output, self._learning.loss(output, targets)
-                correct = count_correct(logits, targets)
-            else:
-                local = self._learning.local_loss
-                logits = self._classify(output.clone() if self._copies else output)
-                loss = local.evaluate(logits, targets)
-                correct = count_correct(logits, targets) if local.classifies else None
-        samples, known = len(targets), self._counted
+            if self.head is not None:
+                logits = self._classify(output)
+            loss = float(self._scalar(self._evaluate(logits, targets)))
+            right = None
+            if self._classifies:
+                right = count_correct(self._evaluated, logits, targets)
+        correct, classified = right or (None, 0)
+        known, weight = self._counted, self._weight_of(targets)
+        if known.correct is None:
+            correct = None
         self._counted = ExitCount(
-            samples=known.samples + samples,
-            correct=add_counts(known.correct, correct),
-            loss_sum=known.loss_sum + float(loss) * samples,
+            classified=known.classified + classified,
+            correct=None if correct is None else known.correct + correct,
+            loss_sum=known.loss_sum + (loss if weight is None else _times(loss, weight)),
+            weight=None if weight is None else (known.weight or 0.0) + weight,
         )
 
     def conclude(self) -> ExitCount:
         """Returns the counts of the evaluation and forgets them."""
-        counted, self._counted = self._counted, ExitCount(0, 0, 0.0)
+        counted, self._counted = self._counted, _NOTHING
         return counted
+
+    # -- private ----------------------------------------------------------------------
+
+    @property
+    def _learned_loss(self) -> Any:
+        """As the user gave it."""
+        own = self._learning
+        return own.loss if self.head is None else own.local_loss
+
+    def _compute(self, output: Tensor, kept: Kept, seed: int) -> tuple[Any, Tensor]:
+        """What the loss was computed of, and the loss of all samples that are there."""
+        targets = kept.targets.tensor
+        with self._draws.seeded(seed), self._learning.autocast(self._device):
+            if self._run is None:
+                return output, self._scalar(self._loss(output, targets))
+            said = self._run(output)
+            image = kept.image.tensor if kept.image is not None else None
+            return said, self._scalar(self._loss(said, targets, image, self._place))
+
+    def _shares_of(self, parts: Sequence[Tensor], shape: Sequence[int]) -> list[float]:
+        option = setting("local_microbatches")
+        if self.head is None:
+            return shares(self._learning.loss, parts, shape, option)
+        return self._learning.local_loss.shares(parts, shape, option)
+
+    def _weight_of(self, targets: Tensor) -> float | None:
+        if is_sum(self._evaluated):
+            return None
+        weight = weight_of(self._evaluated, targets)
+        return float(len(targets)) if weight is None else weight
+
+    def _scalar(self, loss: Any) -> Tensor:
+        if not isinstance(loss, Tensor) or loss.numel() != 1:
+            shape = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss)
+            raise ConfigError(
+                f"expected one number from {setting(self._option)}, got {shape}; average over the batch, as with "
+                'reduction="mean"'
+            )
+        return loss
+
+    def _check_owners(self, loss: Tensor, output: Tensor) -> None:
+        """Refuses a loss that depends on parameters which no stage trains."""
+        modules = [self._body] if self.head is None else [self._body, self.head]
+        own = {id(p) for module in modules for p in module.parameters()}
+        if (leaf := foreign_leaf(loss, own, output)) is not None:
+            name = name_of(leaf, self._learned_loss)
+            raise untrained(f"{name} in {setting(self._option)} of stage {self._index}")
 
 
 def weighted(loss: Tensor, weight: float) -> Tensor:
     """The loss times its weight; no operation where that is 1."""
     return loss if weight == 1 else loss * weight
+
+
+def _first(said: Any) -> Tensor:
+    """The head's own output, which comes first where there are several."""
+    found: Tensor = said[0] if isinstance(said, tuple) else said
+    return found
+
+
+def _times(loss: float, weight: float) -> float:
+    """Nothing for a batch that counts nothing, whose mean is not a number."""
+    return loss * weight if weight else 0.0
 
 
 def _as_it_is(module: Callable[[Tensor], Any]) -> Callable[[Tensor], Any]:

@@ -76,13 +76,24 @@ class GlobalPass:
         self._wire = wire
         self._recompute = recompute
 
-    def run(self, command: GlobalStep | WindowStep, links: Links) -> Figures:
-        """Does one step; returns the losses, and what was compared, of the stages that know."""
+    def run(
+        self,
+        command: GlobalStep | WindowStep,
+        links: Links,
+        shares: Sequence[Tensor] = (),
+    ) -> Figures:
+        """Does one step; returns the losses, and what was compared, of the stages that know.
+
+        Args:
+            shares: what the loss of each microbatch counts for, ``[2, M]``: the true loss, and the
+                local losses. Their samples if there is none.
+        """
         self._links = links
         self._command = command
+        self._shares = [row.tolist() for row in shares[0]] if shares else []
         self._compares = isinstance(command, GlobalStep) and bool(command.compares)
         self._losses: dict[int, list[Tensor]] = defaultdict(list)
-        links.outbox.put(Message(command))
+        links.outbox.put(Message(command, tuple(shares)))
         for stage in self._stages:
             stage.zero_grad()
         row = self._row(command.microbatches)
@@ -115,12 +126,18 @@ class GlobalPass:
                 expected.step,
                 image=packet.image,
                 microbatch=expected.index,
-                share=len(packet.targets) / self._command.samples,
+                share=self._share(stage, expected.index, len(packet.targets)),
                 crossing=True,
                 recompute=self._recompute and not (turns and stage is self._stages[-1]),
             )
             packet = packet.then(self._wire.pack(y, ends=stage.is_last))
         self._links.outbox.put(Message(expected, packet.tensors))
+
+    def _share(self, stage: Stage, microbatch: int, samples: int) -> float:
+        if not self._shares:
+            return samples / self._command.samples
+        share: float = self._shares[0 if stage.is_last else 1][microbatch]
+        return share
 
     def _backward(self, expected: Microbatch) -> Tensor | None:
         """Takes one gradient back through all stages here; it begins at the true loss.
@@ -157,7 +174,7 @@ class GlobalPass:
     def _look(self, figures: Figures) -> list[bool]:
         """Whether each stage's loss and gradients are finite; those nearest to the loss are asked first."""
         found = [
-            stage.watch.passes(
+            stage.is_sound(
                 self._command.step, figures.get(("losses", stage.index)), rising=True
             )
             for stage in reversed(self._stages)
@@ -171,7 +188,7 @@ class GlobalPass:
         )
         if total is not None and self._skips and not isfinite(total):
             for stage in self._stages:
-                stage.watch.skip()
+                stage.skip()
             return
         for stage in self._stages:
             if total is not None and self._clips:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pglpipe.errors import ConfigError, nearest
+from pglpipe.errors import ConfigError, nearest, setting
 from pglpipe.guided import Guided, LocalWeight
 from pglpipe.learning_rate import LearningRate
 from pglpipe.losses import LocalLoss, Loss, Supervised
+from pglpipe.losses.parts import shares
 
 PRECISIONS = ("fp32", "bf16")
 ON_NONFINITE = ("stop", "skip")
@@ -69,6 +70,31 @@ class Learning:
     def image(self) -> Callable[[Tensor], Tensor] | None:
         """From the network's input ``[B, ...]`` to what local losses want to see of it, if anything."""
         return self.local_loss.image
+
+    def shares(self, parts: Sequence[Tensor], *, shape: Sequence[int]) -> Tensor | None:
+        """What the losses of a batch's microbatches count for in that of the batch.
+
+        Args:
+            parts: their targets, ``[B, ...]``.
+            shape: of the network's output for one sample.
+
+        Returns:
+            ``[2, parts]``, float64: for the true loss, and for the local losses. None if that is what they
+            have of the batch's samples.
+
+        Raises:
+            ConfigError: the loss of the batch is no such sum.
+        """
+        option = setting("microbatches")
+        found = [shares(self.loss, parts, shape, option)]
+        if isinstance(self.local_loss, Supervised) and self.local_loss.loss is self.loss:
+            found *= 2
+        else:
+            found.append(self.local_loss.shares(parts, shape, option))
+        total = sum(map(len, parts))
+        if all(row == [len(part) / total for part in parts] for row in found):
+            return None
+        return torch.tensor(found, dtype=torch.float64)
 
     def autocast(self, device: torch.device) -> AbstractContextManager[object]:
         """Lets PyTorch choose the precision of each operation, where that is asked for."""

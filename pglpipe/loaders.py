@@ -10,7 +10,7 @@ import torch
 from pglpipe.blueprint import Sample
 from pglpipe.errors import ConfigError, DataError
 from pglpipe.guidance import Guidance
-from pglpipe.source import Loader
+from pglpipe.source import Batch, Loader
 
 
 def largest_batch(loaders: Sequence[Loader]) -> Sample:
@@ -18,6 +18,13 @@ def largest_batch(loaders: Sequence[Loader]) -> Sample:
     first, *others = map(_first_batch, loaders)
     largest = max([first, *others], key=lambda sample: len(sample.x))
     return dataclasses.replace(largest, trained=len(first.x))
+
+
+def first_batch(loader: Loader) -> Batch:
+    """The first batch."""
+    for x, targets in loader:
+        return torch.as_tensor(x), torch.as_tensor(targets)
+    raise DataError("expected at least one batch, got an empty loader")
 
 
 def _first_batch(loader: Loader) -> Sample:

@@ -13,8 +13,6 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import Tensor
-
 from pglpipe.reports import (
     EvaluationReport,
     FinalReport,
@@ -168,8 +166,8 @@ class Merger:
         return EvaluationRecord(
             report.step,
             report.epoch,
-            [count.loss_sum / count.samples for count in exits],
-            [None if c.correct is None else c.correct / c.samples for c in exits],
+            [count.loss for count in exits],
+            [count.accuracy for count in exits],
         )
 
     def _step_record(self, parts: dict[int, StepReport]) -> StepRecord:
@@ -211,6 +209,7 @@ class Summary:
         steps, global_steps: optimizer steps in all, and those among them that guidance opened: global,
             windowed, or with a stale gradient.
         wall_seconds: from the first step to the last report, evaluations included.
+        sanity_check_seconds: before that, in which every kind of step was tried.
         train_seconds: training steps after warm-up, of the slowest worker.
         samples_per_second: training only, after warm-up.
         step_seconds: median seconds of a step, by kind.
@@ -228,6 +227,7 @@ class Summary:
     steps: int
     global_steps: int
     wall_seconds: float
+    sanity_check_seconds: float
     train_seconds: float
     samples_per_second: float
     step_seconds: dict[str, float]
@@ -248,6 +248,7 @@ def summarize(
     steps: int,
     global_steps: int,
     wall_seconds: float,
+    check_seconds: float,
     cosines: list[float | None],
     skipped: list[int],
 ) -> Summary:
@@ -259,6 +260,7 @@ def summarize(
         steps=steps,
         global_steps=global_steps,
         wall_seconds=wall_seconds,
+        sanity_check_seconds=check_seconds,
         train_seconds=slowest.train_seconds,
         samples_per_second=(
             slowest.samples / slowest.train_seconds if slowest.train_seconds else 0.0
@@ -287,14 +289,3 @@ def _worker_summary(final: FinalReport) -> dict[str, Any]:
         "bytes_sent_backward": final.bytes_sent_backward,
     }
 
-
-def count_correct(logits: Tensor, targets: Tensor) -> int | None:
-    """How many rows of ``[B, N]`` have their largest value at the target; None if not classes."""
-    if logits.ndim != 2 or targets.ndim != 1 or targets.is_floating_point():
-        return None
-    return int((logits.argmax(dim=1) == targets).sum())
-
-
-def add_counts(total: int | None, more: int | None) -> int | None:
-    """The sum, or None if there is nothing to count."""
-    return None if total is None or more is None else total + more

@@ -51,16 +51,6 @@ def pointwise(inputs: int, outputs: int, stride: int = 1) -> nn.Conv2d:
     )
 
 
-def starts_in_place(layers: nn.Module) -> bool:
-    """Whether the first operation would overwrite its input.
-
-    In one piece with the layer before this is fine; beside others that read the same tensor
-    it would destroy what they still need, so it then works on a copy.
-    """
-    leaves = (module for module in layers.modules() if not list(module.children()))
-    return bool(getattr(next(leaves, None), "inplace", False))
-
-
 class Fronted(nn.Sequential):
     """A head in two parts: a front, and a classifier of what the front puts out.
 

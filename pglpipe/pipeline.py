@@ -158,6 +158,10 @@ def _edge_plan(
     # Beside gradients, the norms of all parameters travel up.
     parameters = sum(len(layout.body) + 1 for layout in plan.layouts)
     norms = torch.empty(parameters, dtype=torch.float64, device="meta")
+    # Before a batch in microbatches come the shares of their losses.
+    shares = torch.empty(
+        2, plan.memory.microbatches, dtype=torch.float64, device="meta"
+    )
     # Where gradients cross windows, those of several losses travel together.
     num_stages, window = len(plan.balance), blueprint.guidance.window
     windowed = blueprint.guidance.reach in ("window", "stale-window")
@@ -174,7 +178,11 @@ def _edge_plan(
     return EdgePlan(
         names=world.names,
         down_bytes=[
-            payload_bytes([*wire.pack(activation), *beside]) for activation in crossings
+            max(
+                payload_bytes([*wire.pack(activation), *beside]),
+                payload_bytes([shares]),
+            )
+            for activation in crossings
         ],
         up_bytes=[
             max(

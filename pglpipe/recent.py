@@ -37,12 +37,14 @@ class Recent:
 
     Attributes:
         waits_for: the rank of the neighbour for whom it waits, if it does.
+        checks: whether steps are only tried.
     """
 
     def __init__(
         self, rank: int = 0, first: Callable[[bool], None] = lambda begins: None
     ) -> None:
         self.waits_for: int | None = None
+        self.checks = False
         self._rank = rank
         self._first = first
         self._ring: deque[tuple[float, Operation]] = deque(maxlen=LENGTH)
@@ -80,6 +82,8 @@ class Recent:
         last, pauses = self._last, self._pauses
         if isinstance(last, str):
             return f"while {last}"
+        if self.checks:
+            return f"in the sanity check, {kind_of(last)} step"
         if not pauses:
             return f"at {noun_of(last)}"
         what = "reading the next batch" if self._rank == 0 else "waiting for a command"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -51,11 +52,34 @@ class TrainReport:
 
 @dataclass(frozen=True, slots=True)
 class ExitCount:
-    """How one exit did in an evaluation; ``correct`` is None where accuracy has no meaning."""
+    """How one exit did in an evaluation.
 
-    samples: int
+    Attributes:
+        classified: samples that were classified, well or not.
+        correct: those classified well; None where accuracy has no meaning.
+        loss_sum: losses of the batches times their weights.
+        weight: of all batches, which are samples unless targets have weights of their own; None for a
+            loss that is a sum.
+    """
+
+    classified: int
     correct: int | None
     loss_sum: float
+    weight: float | None
+
+    @property
+    def accuracy(self) -> float | None:
+        """The share of samples that were classified well."""
+        if self.correct is None or not self.classified:
+            return None
+        return self.correct / self.classified
+
+    @property
+    def loss(self) -> float:
+        """That of all samples together; not a number if none of them counts."""
+        if self.weight is None:
+            return self.loss_sum
+        return self.loss_sum / self.weight if self.weight else math.nan
 
 
 @dataclass(frozen=True, slots=True)

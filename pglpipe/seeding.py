@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 
 # PyTorch's generator is one per process. Workers that run as threads (in tests, or in a
 # user's notebook) take turns, so their draws cannot mix.
@@ -58,6 +59,83 @@ def seeded(seed: int) -> Iterator[None]:
             yield
         finally:
             generator.set_state(before)
+
+
+class Draws:
+    """Has a function draw the same random numbers wherever, and however often, it is run.
+
+    Beside PyTorch's generator those of Python and NumPy are seeded, if the first run draws from them,
+    and those that a module holds as attributes.
+
+    Args:
+        module: what is run; None for a function.
+        always: whether PyTorch's generator is seeded even if the first run draws nothing.
+    """
+
+    def __init__(
+        self, module: nn.Module | None = None, *, always: bool = True
+    ) -> None:
+        parts = module.modules() if module is not None else ()
+        self._own = [
+            value
+            for part in parts
+            for value in vars(part).values()
+            if isinstance(value, _GENERATORS)
+        ]
+        self._always = always
+        self._python: bool | None = None
+        self._torch: bool | None = None
+
+    @contextmanager
+    def seeded(self, seed: int) -> Iterator[None]:
+        """Runs its block with all of them seeded; restores those of the process."""
+        if self._torch is False and self._python is False and not self._own:
+            yield
+            return
+        for generator in self._own:
+            _seed(generator, seed)
+        with seeded(seed):
+            if self._python is False:
+                yield
+                return
+            before = random.getstate(), np.random.get_state()
+            random.seed(seed)
+            np.random.seed(seed % 2**32)
+            began = _drawn() if self._python is None else None
+            try:
+                yield
+            finally:
+                if began is not None:
+                    now = _drawn()
+                    self._python = now[1:] != began[1:]
+                    self._torch = self._always or now[0] != began[0]
+                random.setstate(before[0])
+                np.random.set_state(before[1])
+
+
+_GENERATORS = (
+    torch.Generator,
+    np.random.Generator,
+    np.random.RandomState,
+    random.Random,
+)
+
+
+def _seed(generator: Any, seed: int) -> None:
+    if isinstance(generator, torch.Generator):
+        generator.manual_seed(seed)
+    elif isinstance(generator, np.random.Generator):
+        bits = generator.bit_generator
+        bits.state = type(bits)(seed).state
+    else:
+        generator.seed(seed % 2**32)
+
+
+def _drawn() -> tuple[object, ...]:
+    """The states of the process' generators, to be compared."""
+    kind, keys, *rest = np.random.get_state(legacy=True)
+    state = torch.default_generator.get_state().numpy().tobytes()
+    return state, random.getstate(), kind, keys.tobytes(), *rest
 
 
 def _is_recording() -> bool:

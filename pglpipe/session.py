@@ -12,6 +12,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,11 @@ class Session:
     def leads(self) -> bool:
         """Whether this is worker 0."""
         return self._world.rank == 0
+
+    @property
+    def num_workers(self) -> int:
+        """How many take part."""
+        return self._world.size
 
     def agree(self, compute: Callable[[], Any], *, timeout: float | None = None) -> Any:
         """What ``compute`` gives on worker 0 (anything JSON can hold), on every worker.
@@ -94,8 +100,12 @@ class Session:
         plan = draft(blueprint, self._sample, world, self.agree)
         world.name_stages([plan.name(rank) for rank in range(world.size)])
         if self._coordinator is not None:
-            parts = plan.memory.microbatches
-            self._coordinator.cut(parts, self._sample.trained)
+            shape = plan.activations[-1].shape[1:]
+            self._coordinator.cut(
+                plan.memory.microbatches,
+                self._sample.trained,
+                partial(blueprint.learning.shares, shape=shape),
+            )
         return plan
 
     def build(self, *, trains: bool = True) -> Pipeline:

@@ -29,10 +29,9 @@ from pglpipe.body import Body, dense
 from pglpipe.clipping import clip_alone, clip_with_others, norms_of
 from pglpipe.crossing import Crossing
 from pglpipe.exit import Exit, weighted
+from pglpipe.in_place import KeepsInputs
 from pglpipe.learning import Learning, compiled
-from pglpipe.reports import (
-    ExitCount,
-)
+from pglpipe.reports import ExitCount
 from pglpipe.snapshot import Snapshot, fill_module, module_snapshot
 from pglpipe.updates import Updates
 from pglpipe.watch import watch
@@ -77,10 +76,20 @@ class Stage:
             else body
         )
         self._parts = parts
-        self._runs = Body(body, self._forward_body, index, learning.seed)
-        self._exit = Exit(index, head, learning, self._device, place)
+        run = KeepsInputs(self._run_in_precision, f"stage {index}", body)
+        self._runs = Body(body, run, index, learning.seed)
+        self._exit = Exit(index, body, head, learning, self._device, place)
         self.crossing = Crossing(body, self._runs, self._exit, learning, index)
         self._learned: list[Tensor] = []
+
+    @property
+    def checks(self) -> bool:
+        """Whether steps are only tried: losses are looked at closely, and no parameter moves."""
+        return self._exit.checks
+
+    @checks.setter
+    def checks(self, value: bool) -> None:
+        self._exit.checks = self._runs.checks = value
 
     @property
     def total_steps(self) -> int:
@@ -109,6 +118,10 @@ class Stage:
     def parameters(self) -> list[nn.Parameter]:
         """What the optimizer learns, of the body and then of the head."""
         return [p for module in self._modules() for p in module.parameters()]
+
+    def modules(self) -> list[nn.Module]:
+        """All modules of the body and of the head."""
+        return [part for module in self._modules() for part in module.modules()]
 
     def tensors(self) -> list[Tensor]:
         """All parameters and buffers, of the body and then of the head."""
@@ -139,14 +152,14 @@ class Stage:
             targets: ``[B, ...]``.
             step: number of the step; with ``microbatch`` it keys what is random here.
             image: ``[B, ...]``, the network's input as the local loss wants it.
-            share: of the step's batch.
+            share: what its loss counts for in that of the step's batch.
             crossing: whether a gradient is to flow back to ``x``.
             recompute: whether to keep ``x`` instead of the graph; backward runs the body again.
 
         Returns:
             The activation ``[B, ...]`` for the next stage, detached and dense.
         """
-        self.watch.begin(step)
+        self._begin(step)
         x = x.detach()
         if crossing and self.index > 0:
             x.requires_grad_()
@@ -163,13 +176,26 @@ class Stage:
 
     def update(self, step: int, *, guided: bool = False) -> None:
         """One step of the optimizer, at the learning rate of this step."""
+        if self.checks:
+            return
         self._updates.apply(step, self.total_steps, guided=guided)
 
     def finish(self, step: int, loss: Tensor | None, *, guided: bool = False) -> None:
         """Clips this stage's gradient and updates, if that and its loss are finite."""
-        if self.watch.passes(step, loss):
+        if self.is_sound(step, loss):
             self.clip_alone()
             self.update(step, guided=guided)
+
+    def is_sound(
+        self, step: int, loss: Tensor | None, *, rising: bool = False
+    ) -> bool:
+        """Whether its loss and gradients are finite, see :meth:`~pglpipe.watch.Watch.passes`."""
+        return self.checks or self.watch.passes(step, loss, rising=rising)
+
+    def skip(self) -> None:
+        """Leaves the stage as it was before the step; its parameters have not moved yet."""
+        if not self.checks:
+            self.watch.skip()
 
     # -- local step -------------------------------------------------------------------
 
@@ -185,15 +211,14 @@ class Stage:
         self.zero_grad()
         outputs: list[Tensor] = []
         images = [None] * parts if image is None else image.tensor_split(parts)
-        pieces = zip(
-            x.tensor_split(parts), targets.tensor_split(parts), images, strict=True
-        )
+        each = targets.tensor_split(parts)
+        self._exit.begin_parts(each)
+        pieces = zip(x.tensor_split(parts), each, images, strict=True)
         for index, (x, part, seen) in enumerate(pieces):
             if outputs:
                 self._learned.append(self._learn_part())
-            share = len(part) / len(targets)
             batch = x, part, step, index
-            outputs.append(self._runs.forward(*batch, share=share, image=seen))
+            outputs.append(self._runs.forward(*batch, image=seen))
         return dense(torch.cat(outputs))
 
     def learn(self, step: int) -> Tensor:
@@ -212,6 +237,7 @@ class Stage:
             self.zero_grad()
         loss = sum(self._learned, self._learn_part())
         self._learned.clear()
+        self._exit.begin_parts(())
         return loss
 
     def clip_alone(self) -> None:
@@ -222,8 +248,6 @@ class Stage:
         """Adds the gradient of what was kept first; returns its share of the local loss."""
         _, output, kept = self._runs.take()
         loss = self._exit.loss(output, kept)
-        if kept.share < 1:
-            loss = loss * kept.share
         if loss.requires_grad:  # a last stage without parameters has nothing to learn
             weight = self._exit.weight(kept.step)
             weighted(loss, weight).backward()  # type: ignore[no-untyped-call]
@@ -231,7 +255,7 @@ class Stage:
 
     def pass_on(self, x: Tensor, step: int) -> Tensor:
         """Runs the body without learning from this batch; ``[B, ...]`` for the next stage."""
-        self.watch.begin(step)
+        self._begin(step)
         return dense(self._runs.pass_on(x.detach(), step))
 
     # -- guided step ------------------------------------------------------------------
@@ -266,15 +290,15 @@ class Stage:
 
     # -- evaluation -------------------------------------------------------------------
 
-    @torch.no_grad()
     def evaluate(self, x: Tensor, targets: Tensor) -> Tensor:
         """Adds a batch to this exit's counts.
 
         Returns:
             The activation ``[B, ...]`` for the next stage.
         """
-        output = self._forward_body(x)
-        self._exit.count(output, targets)
+        output = self._runs.evaluate(x)
+        with torch.no_grad():
+            self._exit.count(output, targets)
         return dense(output)
 
     def conclude(self) -> ExitCount:
@@ -283,7 +307,11 @@ class Stage:
 
     # -- private ----------------------------------------------------------------------
 
-    def _forward_body(self, x: Tensor) -> Tensor:
+    def _begin(self, step: int) -> None:
+        if not self.checks:
+            self.watch.begin(step)
+
+    def _run_in_precision(self, x: Tensor) -> Tensor:
         with self._learning.autocast(self._device):
             return self._run_body(x)
 

@@ -30,11 +30,13 @@ from pglpipe.learning import (
     placed_locally,
 )
 from pglpipe.learning_rate import LearningRate, constant
-from pglpipe.loaders import largest_batch, span_of
+from pglpipe.loaders import first_batch, largest_batch, span_of
 from pglpipe.losses import LocalLoss, Loss
+from pglpipe.losses.state import check_untrained
 from pglpipe.memory import MemorySettings
 from pglpipe.metrics import Summary
 from pglpipe.models import as_layers
+from pglpipe.models.chain import HeldModules
 from pglpipe.observers import Observer, Observers
 from pglpipe.overlap import check_device
 from pglpipe.plan import Plan
@@ -52,6 +54,7 @@ class Trainer:
     Args:
         layers: an ``nn.Sequential``, or a list of modules, of zero-argument builders (built
             only where they live, from a seed of their own) or of :class:`~pglpipe.layer.Layer`.
+            After :meth:`fit` modules hold the trained weights, on worker 0.
         num_stages: how many stages the chain is cut into.
         loss: the true loss, ``(outputs, targets) -> scalar``, a mean over the batch.
         optimizer: makes a stage's optimizer from its parameters.
@@ -88,6 +91,8 @@ class Trainer:
         overlap_stages: whether the stages of a worker learn at the same time, each in a CUDA
             stream and graphs of its own; for a GPU with room for all their activations. Nothing
             may draw random numbers then, neither layers and heads nor losses.
+        sanity_check: whether every kind of step that a run will take is tried once before, on the first
+            batch, without learning from it.
         edge_timeout: seconds after which a silent neighbour counts as lost; at least 300 while any
             worker does what it has not done before, as in the first step.
         observer: told of every step and evaluation, on worker 0.
@@ -131,6 +136,7 @@ class Trainer:
         precision: str = "fp32",
         compile: bool = False,
         overlap_stages: bool = False,
+        sanity_check: bool = True,
         edge_timeout: float = 60.0,
         observer: Observer | None = None,
         weights: Path | None = None,
@@ -149,6 +155,8 @@ class Trainer:
         on_device = devices.pick(device, world.local_rank)
         if overlap_stages:
             check_device(on_device)
+        check_untrained(loss, "loss")
+        check_untrained(local_loss, "local_loss")
         learning = Learning(
             loss=placed(loss, on_device),
             local_loss=placed_locally(local_loss or loss, on_device),
@@ -196,6 +204,8 @@ class Trainer:
         self._session = Session(world, blueprint, observer or Observers())
         self._idle = partial(idle, guidance, num_stages, refresh_every, compare_every)
         self._guidance, self._fitted = guidance, False
+        self._sanity_check = sanity_check
+        self._held = HeldModules(blueprint.layers)
 
     # -- what a user calls, on every worker alike -------------------------------------
 
@@ -256,9 +266,25 @@ class Trainer:
         self._session.build().set_total_steps(total_steps)
         self._session.keep(checkpoints, resume)
         self._fitted = True
-        return self._session.drive(
-            lambda coordinator: coordinator.fit(train, span, evaluate)
+        checked, tested = (
+            [first_batch(loader)]
+            if self._sanity_check and loader is not None and self._session.leads
+            else []
+            for loader in (train, evaluate)
         )
+        summary = self._session.drive(
+            lambda coordinator: coordinator.fit(train, span, evaluate, checked, tested)
+        )
+        self._fill_held_modules()
+        return summary
+
+    def _fill_held_modules(self) -> None:
+        """Leaves what was trained in the modules that the user handed in, on worker 0."""
+        if self._held and self._session.num_workers > 1:
+            body, _ = self.weights()
+            if self._session.leads:
+                self._held.fill(body)
+        self._held.restore_modes()
 
     def stop(self) -> None:
         """Asks :meth:`fit` to save a checkpoint and to end early, from any worker and thread."""

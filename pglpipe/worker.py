@@ -8,6 +8,7 @@ The whole control flow of training stands here, one line per command::
                         evaluate       count what every exit gets right
                         checkpoint     write the stages to disk, beside what follows
                         collect        hand the weights up
+                        sanity check   try what follows, and learn nothing
                         stop
 
 It asks nobody what to do next.
@@ -33,6 +34,7 @@ from pglpipe.commands import (
     GlobalStep,
     LocalStep,
     Message,
+    SanityCheck,
     StaleStep,
     Stop,
     TrainStep,
@@ -48,6 +50,7 @@ from pglpipe.recent import Recent
 from pglpipe.refresh import Refresh, Sorted
 from pglpipe.reporter import Reporter, samples_of, step_report
 from pglpipe.reports import Report, StopRequest
+from pglpipe.sanity_check import Trial
 from pglpipe.saved_bytes import SavedBytes
 from pglpipe.saving import Writer
 from pglpipe.stage import Stage
@@ -82,6 +85,8 @@ class Worker:
         self._counted: set[type[TrainStep]] = set()
         self._training: bool | None = None
         self._first_stale: int | None = None
+        self._trial: Trial | None = None
+        self._tried_bytes = 0, 0
         self._overlap: Overlap | None = None
         if duty.overlaps:
             lanes = lanes_on(duty.device, len(stages))
@@ -123,7 +128,8 @@ class Worker:
         if links.gradients_in is not None:
             links = replace(links, gradients_in=Sorted(links.gradients_in))
         self._links = links
-        self.recall.send(links)
+        # Whoever has the stages may have switched them since the last run.
+        self._training = None
         # A step lasts from the end of the command before it, so that all of them, telling
         # about them included, add up to the time on the wall.
         ended, waited = time.perf_counter(), self._waits()
@@ -138,6 +144,8 @@ class Worker:
             before, waited = waited, self._waits()
             match message.command:
                 case LocalStep() | StaleStep() | GlobalStep() | WindowStep() as step:
+                    if self._trial:
+                        continue
                     samples = samples_of(step, message.tensors)
                     report = step_report(step, samples, ended - began, before, waited)
                     with self._overlap.joined() if self._overlap else nullcontext():
@@ -151,11 +159,17 @@ class Worker:
         command, tensors = message
         if not isinstance(command, LocalStep):
             self._drain()
+        if not isinstance(command, SanityCheck) and not self._trial:
+            self.recall.send(self._links)
         if isinstance(command, (GlobalStep, WindowStep, Stop)):
             self._local_pass.forget(self._links)
         match command:
             case LocalStep() | StaleStep() | GlobalStep() | WindowStep():
                 self._train(True)
+                if self._trial:
+                    with self._trial.naming(command, samples_of(command, tensors)):
+                        self._step(command, tensors)
+                    return {}
                 figures = self._step(command, tensors)
                 for stage in self._stages:
                     if told := stage.watch.take_figures():
@@ -171,6 +185,9 @@ class Worker:
                 self._save(command)
             case Collect():
                 self._collecting.run(command, self._links)
+            case SanityCheck():
+                self._links.outbox.put(message)
+                self._try(bool(command.begins))
             case Stop():
                 self._stop(command)
             case _:
@@ -178,6 +195,23 @@ class Worker:
                     f"expected a command that begins something, got {command}"
                 )
         return {}
+
+    def _try(self, begins: bool) -> None:
+        """Begins to try steps without learning from them, or ends that."""
+        self.recent.checks = begins
+        if begins:
+            self._trial = Trial(self._stages)
+            # What rises with a delay in a run that goes on stays as it is.
+            self._tried_pass, self._local_pass = self._local_pass, local_pass(
+                self._duty, self._stages
+            )
+            return
+        assert self._trial is not None, "it has begun"
+        self._local_pass.forget(self._links)
+        self._local_pass = self._tried_pass
+        self._trial.end()
+        self._trial = None
+        self._tried_bytes = self._sent_bytes()
 
     # -- training ---------------------------------------------------------------------
 
@@ -187,12 +221,12 @@ class Worker:
         whole = isinstance(command, GlobalStep)
         run = self._global_pass.run if whole else self._window_pass.run
         with self._counting("global", command):
-            return run(command, self._links)
+            return run(command, self._links, tensors)
 
     def _local_step(
         self, command: LocalStep | StaleStep, tensors: tuple[Tensor, ...]
     ) -> Figures:
-        if self._overlap and self._overlap.takes(tensors):
+        if self._overlap and not self._trial and self._overlap.takes(tensors):
             put = self._links.outbox.put
             return self._overlap.step(
                 command.step, tensors, lambda output: put(Message(command, output))
@@ -215,6 +249,8 @@ class Worker:
     def _conclude(self, command: Conclude) -> None:
         self._links.outbox.put(Message(command))
         exits = {stage.index: stage.conclude() for stage in self._stages}
+        if self._trial:
+            return
         self._reporter.evaluated(command.step, command.epoch, exits)
 
     def _save(self, command: Checkpoint) -> None:
@@ -235,11 +271,12 @@ class Worker:
         peaks = {kind: saved.peak for kind, saved in self._saved.items()}
         if self._overlap:
             peaks["local"] = max(peaks["local"], self._overlap.saved_bytes)
+        forward, backward = self._sent_bytes()
         self._reporter.finished(
             {stage.index: digests(stage.body.state_dict()) for stage in self._stages},
             peaks,
-            sent_forward=self._links.outbox.sent_bytes,
-            sent_backward=self._links.gradients_out.sent_bytes,
+            sent_forward=forward - self._tried_bytes[0],
+            sent_backward=backward - self._tried_bytes[1],
         )
 
     # -- private ----------------------------------------------------------------------
@@ -262,6 +299,10 @@ class Worker:
             for stage in self._stages:
                 stage.train(mode)
 
+    def _sent_bytes(self) -> tuple[int, int]:
+        """Down and up the edges so far."""
+        return self._links.outbox.sent_bytes, self._links.gradients_out.sent_bytes
+
     def _waits(self) -> tuple[float, float]:
         """Seconds waited so far for messages, and for free slots."""
         links = self._links
@@ -279,12 +320,16 @@ class Worker:
         No later batch is larger, and the hooks that count are not free; ``more`` says that a
         later step may keep more all the same.
         """
+        if self._trial:
+            return nullcontext()
         known = type(command) in self._counted
         self._counted.add(type(command))
         return nullcontext() if known and not more else self._saved[kind]
 
     def _first_gradients_rise(self, command: LocalStep | StaleStep) -> bool:
         """Whether the first stale gradient is under way, and with it the most inputs wait."""
+        if self._trial:
+            return False
         if self._first_stale is None and isinstance(command, StaleStep):
             self._first_stale = command.step
         if self._first_stale is None:

@@ -29,7 +29,8 @@ from pglpipe.heads.conv import STRIDED_ABOVE, conv_head
 from pglpipe.heads.parts import convolution
 from pglpipe.heads.site import Site
 from pglpipe.layer import Layer
-from pglpipe.modules import Fronted, starts_in_place
+from pglpipe.in_place import changes_samples
+from pglpipe.modules import Fronted
 
 Shape = tuple[int, ...]  # of one sample
 
@@ -90,8 +91,8 @@ def man_head(site: Site) -> nn.Module:
     own = site.copy_of(first)
     classifier = conv_head(Site(after, site.num_outputs, first), convolutions=2)
     if len(after) < len(site.shape):
-        return nn.Sequential(_Sum(ahead, own), classifier)
-    return Fronted(_Sum(ahead, own), classifier, after)
+        return nn.Sequential(_Sum(ahead, own, site.shape), classifier)
+    return Fronted(_Sum(ahead, own, site.shape), classifier, after)
 
 
 def solo_head(site: Site) -> nn.Module:
@@ -132,11 +133,13 @@ def thin_head(site: Site, *, depth: int) -> nn.Module:
 class _Sum(nn.Module):
     """What the next block says, averaged over time, and what its trained twin adds."""
 
-    def __init__(self, ahead: Borrowed, own: nn.Module) -> None:
+    def __init__(
+        self, ahead: Borrowed, own: nn.Module, shape: tuple[int, ...]
+    ) -> None:
         super().__init__()
         self.ahead = ahead
         self.own = own
-        self._copies = starts_in_place(own)
+        self._copies = changes_samples(own, shape)
 
     def forward(self, h: Tensor) -> Tensor:
         """From ``[B, C, H, W]`` to the next block's shape."""

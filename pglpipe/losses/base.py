@@ -16,14 +16,16 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from pglpipe.modules import Fronted, starts_in_place
+from pglpipe.in_place import changes_samples
+from pglpipe.losses.parts import shares
+from pglpipe.modules import Fronted
 
 Shape = tuple[int, ...]  # of one sample
 
@@ -107,6 +109,24 @@ class LocalLoss(ABC):
         """What has weights of its own, to be where the activations are; empty for most."""
         return []
 
+    def shares(
+        self, parts: Sequence[Tensor], shape: Sequence[int], option: str
+    ) -> list[float]:
+        """What the losses of a batch's parts count for in the loss of the whole batch.
+
+        Args:
+            parts: the targets of each, ``[B, ...]``.
+            shape: of the head's output for one sample.
+            option: what asks for parts, for messages.
+        """
+        total = sum(map(len, parts))
+        return [len(part) / total for part in parts]
+
+    @property
+    def evaluated(self) -> Loss:
+        """The loss of the head's output alone that an evaluation reports, if the head classifies."""
+        return nn.functional.cross_entropy
+
     def evaluate(self, output: Tensor, targets: Tensor) -> Tensor:
         """What an evaluation reports of the head's output alone ``[B, N]``; a scalar.
 
@@ -139,6 +159,15 @@ class Supervised(LocalLoss):
     def modules(self) -> list[nn.Module]:
         return [self.loss] if isinstance(self.loss, nn.Module) else []
 
+    def shares(
+        self, parts: Sequence[Tensor], shape: Sequence[int], option: str
+    ) -> list[float]:
+        return shares(self.loss, parts, shape, option)
+
+    @property
+    def evaluated(self) -> Loss:
+        return self.loss
+
     def evaluate(self, output: Tensor, targets: Tensor) -> Tensor:
         return self.loss(output, targets)
 
@@ -146,20 +175,19 @@ class Supervised(LocalLoss):
 class Beside(nn.Module):
     """A head and a branch that both read the same activation, or what the head's front makes of it.
 
-    Neither disturbs what the other reads: a head whose first operation would overwrite its
-    input works on a copy.
+    Neither disturbs what the other reads: a head that would overwrite its input works on a copy.
 
     Args:
         head: what tells the classes.
         branch: what is trained beside it; it must leave its input as it is.
+        shape: of one sample of the activation.
     """
 
-    def __init__(self, head: nn.Module, branch: nn.Module) -> None:
+    def __init__(self, head: nn.Module, branch: nn.Module, shape: Shape) -> None:
         super().__init__()
-        # First, so that the module as a whole is not seen to start in place and copied again.
         self.branch = branch
         self.head = head
-        self._copies = starts_in_place(head)
+        self._copies = changes_samples(head, shape)
 
     def forward(self, h: Tensor) -> tuple[Tensor, Tensor]:
         """From the activation ``[B, ...]`` to the outputs of head and branch."""

@@ -68,7 +68,7 @@ class InfoPro(LocalLoss):
         return self.task.outputs(num_classes)
 
     def auxiliary(self, head: nn.Module, shape: Shape, image_shape: Shape) -> nn.Module:
-        shape = branch_shape(head, shape)
+        activation, shape = shape, branch_shape(head, shape)
         if len(shape) != 3 or len(image_shape) != 3:
             raise ConfigError(
                 "expected activations and images (C, H, W) for the local loss infopro, which rebuilds "
@@ -81,7 +81,7 @@ class InfoPro(LocalLoss):
                     f"expected one mean and std for all {image_shape[0]} channels of the images or "
                     f"one for each, got {len(values)}; give those of the data set"
                 )
-        return Beside(head, Decoder(shape[0], image_shape))
+        return Beside(head, Decoder(shape[0], image_shape), activation)
 
     @property
     def image(self) -> Callable[[Tensor], Tensor]:

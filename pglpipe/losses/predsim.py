@@ -49,7 +49,7 @@ class Similarity(LocalLoss):
     compares = True
 
     def auxiliary(self, head: nn.Module, shape: Shape, image_shape: Shape) -> nn.Module:
-        return Beside(head, projection(branch_shape(head, shape)))
+        return Beside(head, projection(branch_shape(head, shape)), shape)
 
     def __call__(
         self,

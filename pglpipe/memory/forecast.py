@@ -77,6 +77,7 @@ class Forecast:
         self._carry = carry
         self._overlaps = overlaps
         self._weights: dict[tuple[int, bool], list[StageBytes]] = {}
+        self._in_place: dict[nn.Module, bool] = {}
 
     @property
     def samples(self) -> int:
@@ -169,7 +170,9 @@ class Forecast:
                 self._true if head is None else partial(local, image=image, place=place)
             )
             try:
-                stage, output = weigh(body, head, loss, x, targets, image)
+                stage, output = weigh(
+                    body, head, loss, x, targets, image, self._in_place
+                )
                 x = self._carry(output)
             except Exception as error:
                 reason = (

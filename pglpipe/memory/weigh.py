@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pglpipe.modules import starts_in_place
+from pglpipe.in_place import changes_input
 from pglpipe.saved_bytes import SavedBytes
 from pglpipe.timetable import Action, Row
 
@@ -65,6 +65,7 @@ def weigh(
     x: Tensor,
     targets: Tensor,
     image: Tensor | None = None,
+    in_place: dict[nn.Module, bool] | None = None,
 ) -> tuple[StageBytes, Tensor]:
     """What a stage keeps, and its output ``[B, ...]``, all of it on the meta device.
 
@@ -72,21 +73,24 @@ def weigh(
         x: ``[B, ...]``; requires a gradient if one is to flow back to it.
         targets: ``[B, ...]``.
         image: what the loss, which holds it, sees of the network's input.
+        in_place: which modules overwrite their input, as far as it is known; filled here.
 
     A loss that cannot be computed on the meta device is taken to keep as much as its argument has.
     """
     modules = [body] if head is None else [body, head]
     own = [t for m in modules for t in m.state_dict(keep_vars=True).values()]
     seen = [] if image is None else [image]
+    known = {} if in_place is None else in_place
+    _given(body, x, known)  # found out before anything is counted
     with torch.enable_grad(), SavedBytes([*own, x, targets, *seen]) as saved:
-        y = body(x.clone() if starts_in_place(body) else x)
+        y = body(_given(body, x, known))
         shares = y.untyped_storage()._cdata == x.untyped_storage()._cdata
         if not shares:
             saved.hold(y)
         graph = saved.peak
         z: Any = y
         if head is not None:
-            z = head(y.clone() if starts_in_place(head) else y)
+            z = head(_given(head, y, known))
         try:
             end = loss(z, targets)
         except Exception:
@@ -105,6 +109,13 @@ def weigh(
         ),
         y.detach(),
     )
+
+
+def _given(module: nn.Module, x: Tensor, in_place: dict[nn.Module, bool]) -> Tensor:
+    """What a module is run on: a copy if it overwrites it."""
+    if module not in in_place:
+        in_place[module] = changes_input(module, x)
+    return x.clone() if in_place[module] else x
 
 
 def local_peak(whole: StageBytes, part: StageBytes) -> int:

@@ -15,10 +15,10 @@ is shared. A builder makes a layer of its own each time, so builders share nothi
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from torch import nn
+from torch import Tensor, nn
 
 from pglpipe.errors import ConfigError, PartitionError
 from pglpipe.layer import Layer
@@ -41,6 +41,45 @@ class Built:
 
     def __call__(self) -> nn.Module:
         return self.module
+
+
+class HeldModules:
+    """The modules of a chain that the user holds, too.
+
+    Args:
+        layers: of the chain.
+    """
+
+    def __init__(self, layers: Sequence[Layer]) -> None:
+        self._modules = {
+            layer.name: layer.build.module
+            for layer in layers
+            if isinstance(layer.build, Built)
+        }
+        self._training = {
+            part: part.training
+            for module in self._modules.values()
+            for part in module.modules()
+        }
+
+    def __bool__(self) -> bool:
+        return bool(self._modules)
+
+    def fill(self, tensors: Mapping[str, Tensor]) -> None:
+        """Copies the network's tensors, by name, into the modules."""
+        for name, module in self._modules.items():
+            prefix = f"{name}."
+            own = {
+                key.removeprefix(prefix): tensor
+                for key, tensor in tensors.items()
+                if key.startswith(prefix)
+            }
+            module.load_state_dict(own)
+
+    def restore_modes(self) -> None:
+        """Switches them to training or evaluation, as they were handed in."""
+        for part, mode in self._training.items():
+            part.training = mode
 
 
 def as_layers(chain: object) -> list[Layer]:

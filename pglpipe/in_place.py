@@ -1,0 +1,129 @@
+"""Modules and losses that overwrite what they are given.
+
+An activation, a batch's targets and the network's input have several readers: a stage's body and
+head, the next stage, the loss, and the user. A function that works in place, such as
+``F.relu(x, inplace=True)``, would change what the others read, and on several workers what it
+changes is a copy. So it is given copies: the same numbers everywhere.
+
+Which functions do so is found by running them: PyTorch counts the changes of every tensor in its
+version (``Tensor._version``).
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pglpipe.errors import ConfigError
+
+Arguments = tuple[Any, ...]
+
+
+class KeepsInputs:
+    """A function of tensors that leaves them as they are.
+
+    The first call in each mode (with or without gradients, in training or evaluation) is given copies.
+    From then on only those arguments are copied that it changed.
+
+    Args:
+        run: the function; its arguments are tensors, tuples of tensors, or anything else.
+        name: for messages.
+        module: the module that it runs, if its mode counts.
+    """
+
+    def __init__(
+        self, run: Callable[..., Any], name: str, module: nn.Module | None = None
+    ) -> None:
+        self._run = run
+        self._name = name
+        self._module = module
+        self._changes: dict[tuple[bool, bool], frozenset[int]] = {}
+
+    def __call__(self, *given: Any) -> Any:
+        training = self._module is not None and self._module.training
+        mode = torch.is_grad_enabled(), training
+        changes = self._changes.get(mode)
+        if changes is None:
+            return self._find(mode, given)
+        kept = given
+        if changes:
+            kept = tuple(a for index, a in enumerate(given) if index not in changes)
+            given = tuple(
+                _copied(argument) if index in changes else argument
+                for index, argument in enumerate(given)
+            )
+        before = _versions(kept)
+        output = self._run(*given)
+        if _versions(kept) != before:
+            raise ConfigError(
+                f"expected {self._name} to leave its input as it is, as in its first call, but now it changes it "
+                "in place; use an operation that does not"
+            )
+        return output
+
+    def _find(self, mode: tuple[bool, bool], given: Arguments) -> Any:
+        """Runs on copies, and remembers which of them were changed."""
+        copies = tuple(map(_copied, given))
+        before = [_versions([argument]) for argument in copies]
+        output = self._run(*copies)
+        self._changes[mode] = frozenset(
+            index
+            for index, (copied, version, original) in enumerate(
+                zip(copies, before, given, strict=True)
+            )
+            if _versions([copied]) != version or not _equal(copied, original)
+        )
+        return output
+
+
+@torch.no_grad()
+def changes_input(module: Callable[[Tensor], Any], x: Tensor) -> bool:
+    """Whether a module overwrites its input ``[B, ...]``, found by running it on a copy."""
+    copied = x.detach().clone()
+    before = copied._version
+    module(copied)
+    return copied._version != before
+
+
+def changes_samples(module: nn.Module, shape: tuple[int, ...]) -> bool:
+    """Whether a module overwrites its input ``[B, *shape]``; also if that cannot be found out.
+
+    The module itself is not run, but a copy without values.
+    """
+    try:
+        return changes_input(
+            copy.deepcopy(module).to("meta"), torch.empty(2, *shape, device="meta")
+        )
+    except Exception:  # whatever a user's module raises without values
+        return True
+
+
+def _tensors(arguments: Iterable[Any]) -> Iterator[Tensor]:
+    for argument in arguments:
+        if isinstance(argument, Tensor):
+            yield argument
+        elif isinstance(argument, tuple):
+            yield from _tensors(argument)
+
+
+def _versions(arguments: Iterable[Any]) -> list[int]:
+    return [tensor._version for tensor in _tensors(arguments)]
+
+
+def _copied(argument: Any) -> Any:
+    if isinstance(argument, Tensor):
+        return argument.clone()
+    if isinstance(argument, tuple):
+        return tuple(map(_copied, argument))
+    return argument
+
+
+@torch.no_grad()
+def _equal(copied: Any, original: Any) -> bool:
+    """Whether the values are the same: ``Tensor.data`` and NumPy change them without a new version."""
+    pairs = zip(_tensors([copied]), _tensors([original]), strict=True)
+    return all(mine.is_meta or torch.equal(mine, its) for mine, its in pairs)

@@ -1,0 +1,153 @@
+"""What the losses of a batch's parts count for in the loss of the whole batch.
+
+A batch that is taken in parts (microbatches, or the parts of a local step) has the loss
+
+    loss(batch) = sum over parts p of  share_p * loss(p)
+
+====================================== ==================================================
+loss                                   share of a part
+====================================== ==================================================
+a mean over samples or elements        its samples / the batch's
+a sum                                  1
+cross-entropy with class weights or    the weights of its targets / those of the batch's
+ignored targets
+any other function                     found by probing, see :func:`shares`
+====================================== ==================================================
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from pglpipe.errors import ConfigError
+
+_TOLERANCE = 1e-3  # of float32 gradients
+
+
+def shares(
+    loss: Any, parts: Sequence[Tensor], shape: Sequence[int], option: str
+) -> list[float]:
+    """The share of each part.
+
+    PyTorch's losses say what they are. Of any other function the gradients for random outputs are
+    compared: a part's must be those of the whole batch times one factor, whatever the outputs are.
+
+    Args:
+        loss: ``(outputs, targets) -> scalar``.
+        parts: the targets of each part, ``[B, ...]``.
+        shape: of one sample's output.
+        option: what asks for parts, for messages.
+
+    Raises:
+        ConfigError: the loss of the batch is no such sum, such as one that compares samples.
+    """
+    if len(parts) == 1:
+        return [1.0]
+    weights = [weight_of(loss, part) for part in parts]
+    if None not in weights:
+        known = [weight for weight in weights if weight is not None]
+        total = math.fsum(known)
+        return [weight / total if total else math.nan for weight in known]
+    if is_sum(loss):
+        return [1.0] * len(parts)
+    try:
+        first, second = (_probed(loss, parts, shape, even) for even in (True, False))
+    except Exception as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise _refusal(option, f"that of a part cannot be computed: {reason}") from None
+    for one, other in zip(first, second, strict=True):
+        if one is None or other is None or abs(one - other) > _TOLERANCE * abs(one):
+            raise _refusal(option, "those of its parts do not add up to it")
+    return [share for share in first if share is not None]
+
+
+def weight_of(loss: Any, targets: Tensor) -> float | None:
+    """What a batch counts for in the mean over many; None for a sum, and where it is not known.
+
+    Args:
+        loss: ``(outputs, targets) -> scalar``.
+        targets: ``[B, ...]``.
+    """
+    if is_sum(loss) or not is_known(loss):
+        return None
+    weighs = as_cross_entropy(loss)
+    if weighs is None or targets.is_floating_point():
+        return float(len(targets))
+    counted = targets[targets != weighs.ignore_index]
+    if weighs.weight is None:
+        return float(counted.numel())
+    return float(weighs.weight.to(counted.device)[counted].sum(dtype=torch.float64))
+
+
+def is_known(loss: Any) -> bool:
+    """Whether it is one of PyTorch's own losses, as a module or as a function."""
+    of_class = type(loss).__module__ == nn.modules.loss.__name__
+    return of_class or getattr(loss, "__module__", "") == F.__name__
+
+
+def is_sum(loss: Any) -> bool:
+    """Whether it is one of PyTorch's losses, and adds up samples instead of averaging them."""
+    return is_known(loss) and getattr(loss, "reduction", "mean") == "sum"
+
+
+def as_cross_entropy(loss: Any) -> nn.CrossEntropyLoss | nn.NLLLoss | None:
+    """The loss as a module, if it is PyTorch's cross-entropy in one of its forms."""
+    if loss is F.cross_entropy or loss is F.nll_loss:
+        return nn.CrossEntropyLoss()
+    is_own = is_known(loss) and isinstance(loss, (nn.CrossEntropyLoss, nn.NLLLoss))
+    return loss if is_own else None
+
+
+def _probed(
+    loss: Any, parts: Sequence[Tensor], shape: Sequence[int], even: bool
+) -> list[float | None]:
+    """Shares by the gradients for one set of outputs; None for a part that has none.
+
+    The outputs lie between 0 and 1, so that they may be probabilities as well.
+
+    Args:
+        even: whether the outputs of all parts are of the same size.
+    """
+    targets = torch.cat(list(parts))
+    generator = torch.Generator().manual_seed(0)
+    outputs = 0.25 + 0.5 * torch.rand(len(targets), *shape, generator=generator)
+    if not even:
+        ramp = torch.linspace(0.3, 1.0, len(targets))
+        outputs = outputs * ramp.reshape(-1, *[1] * len(shape))
+    outputs = outputs.to(targets.device)
+    whole = _gradient(loss, outputs, targets)
+    sizes = [len(part) for part in parts]
+    found: list[float | None] = []
+    for expected, piece, part in zip(
+        whole.split(sizes), outputs.split(sizes), parts, strict=True
+    ):
+        if not expected.any():
+            found.append(0.0)
+            continue
+        own = _gradient(loss, piece, part)
+        share = float((expected * own).sum() / (own * own).sum())
+        off = (expected - share * own).norm() / expected.norm()
+        found.append(share if off <= _TOLERANCE else None)
+    return found
+
+
+def _gradient(loss: Any, outputs: Tensor, targets: Tensor) -> Tensor:
+    leaf = outputs.detach().clone().requires_grad_()
+    with torch.enable_grad():
+        (found,) = torch.autograd.grad(
+            loss(leaf * 1, targets.clone()), leaf, materialize_grads=True
+        )
+    return found.double()
+
+
+def _refusal(option: str, reason: str) -> ConfigError:
+    return ConfigError(
+        f"expected a loss that is a mean or a sum over samples for {option} above 1, but of the loss of a "
+        f"batch, {reason}; use one of PyTorch's losses, or {option} of 1"
+    )

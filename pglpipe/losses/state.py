@@ -1,0 +1,161 @@
+"""What a loss remembers from one call to the next.
+
+Every stage calls its loss, on a worker of its own, and checkpoints hold the stages alone. So a loss
+must not learn, count or average: the numbers would depend on who calls it.
+"""
+
+from __future__ import annotations
+
+import itertools
+import types
+from collections.abc import Iterator, Mapping
+from functools import partial
+from typing import Any
+
+import numpy as np
+from torch import Tensor, nn
+
+from pglpipe.errors import ConfigError
+
+_DEPTH = 4  # of objects within objects
+_MOST = 10_000  # values that are looked at
+_LARGE = 2**20  # bytes of an array that is not compared by its values
+_SIMPLE = (int, float, complex, str, bytes, type(None))
+
+
+def check_untrained(loss: Any, option: str) -> None:
+    """Refuses a loss with parameters, which belong to no stage.
+
+    Args:
+        option: whose value the loss is, for messages.
+
+    Raises:
+        ConfigError: names the parameter.
+    """
+    if isinstance(loss, nn.Module):
+        for name, parameter in loss.named_parameters():
+            if parameter.requires_grad:
+                raise untrained(f"{name!r} of {option}")
+
+
+def untrained(what: str) -> ConfigError:
+    """The error for a parameter that belongs to no stage."""
+    return ConfigError(
+        f"expected every parameter to belong to a layer or a head, but {what} does not, and no stage would train "
+        "it; move it into a layer, or freeze it with requires_grad_(False)"
+    )
+
+
+class Remembered:
+    """What a loss remembers at a moment: numbers, and versions of tensors."""
+
+    def __init__(self, loss: Any) -> None:
+        self._loss = loss
+        # Held, so that no other tensor can be taken for one of these.
+        self._values = {name: _known(value) for name, value in _values(loss)}
+
+    def check(self, option: str) -> None:
+        """Refuses a loss that remembers something else now.
+
+        Raises:
+            ConfigError: names it.
+        """
+        now = dict(_values(self._loss))
+        for name, before in self._values.items():
+            if name not in now or not _same(before, _known(now[name])):
+                raise ConfigError(
+                    f"expected {option} to remember nothing from one call to the next, but its {name!r} changes: "
+                    "every stage calls it, and no checkpoint holds it; compute it from outputs and targets alone"
+                )
+
+
+def _known(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value, value._version
+    if isinstance(value, np.ndarray):
+        return value.tobytes() if value.nbytes <= _LARGE else id(value)
+    return value
+
+
+def _same(before: Any, now: Any) -> bool:
+    if isinstance(before, tuple) and isinstance(now, tuple):
+        return before[0] is now[0] and bool(before[1] == now[1])
+    return type(before) is type(now) and bool(before == now)
+
+
+def _values(loss: Any) -> Iterator[tuple[str, Any]]:
+    return itertools.islice(_walk(loss, "", _DEPTH), _MOST)
+
+
+def _walk(value: Any, name: str, depth: int) -> Iterator[tuple[str, Any]]:
+    """Tensors, arrays and simple values that can be reached, each with the name of its place."""
+    if isinstance(value, (Tensor, np.ndarray, *_SIMPLE)):
+        yield name or "value", value
+        return
+    if depth == 0 or isinstance(value, (type, types.ModuleType)):
+        return
+    for key, part in _parts(value).items():
+        yield from _walk(part, f"{name}.{key}" if name else key, depth - 1)
+
+
+def _parts(value: Any) -> dict[str, Any]:
+    if isinstance(value, nn.Module):
+        own = {k: v for k, v in vars(value).items() if not k.startswith("_")}
+        return {
+            **dict(value.named_parameters()),
+            **dict(value.named_buffers()),
+            **{name: part for name, part in value.named_children()},
+            **own,
+        }
+    if isinstance(value, partial):
+        return {"func": value.func, "args": value.args, "keywords": value.keywords}
+    if isinstance(value, types.MethodType):
+        return {"self": value.__self__}
+    if isinstance(value, types.FunctionType):
+        cells = zip(value.__code__.co_freevars, value.__closure__ or (), strict=True)
+        return {name: cell.cell_contents for name, cell in cells if _is_filled(cell)}
+    if isinstance(value, Mapping):
+        return {str(key): part for key, part in value.items()}
+    if isinstance(value, (list, tuple)):
+        return {str(index): part for index, part in enumerate(value)}
+    return dict(getattr(value, "__dict__", {}))
+
+
+def _is_filled(cell: types.CellType) -> bool:
+    try:
+        cell.cell_contents
+    except ValueError:
+        return False
+    return True
+
+
+def foreign_leaf(root: Tensor, own: set[int], stop: Tensor | None) -> Tensor | None:
+    """A tensor that would get a gradient and is none of a stage's own; None if there is none.
+
+    Args:
+        root: where backward begins.
+        own: the identities of the stage's parameters.
+        stop: beyond which nothing is looked at.
+    """
+    seen, waiting = set[Any](), [root.grad_fn]
+    end = None if stop is None else stop.grad_fn
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen or node is end:
+            continue
+        seen.add(node)
+        leaf = getattr(node, "variable", None)
+        if isinstance(leaf, Tensor) and leaf is not stop and id(leaf) not in own:
+            return leaf
+        waiting += [following for following, _ in node.next_functions]
+    return None
+
+
+def name_of(leaf: Tensor, loss: Any) -> str:
+    """What to call a tensor in messages."""
+    for name, value in _values(loss):
+        if value is leaf:
+            return repr(name)
+    shape = tuple(leaf.shape)
+    return f"a parameter of shape {shape}" if shape else "a scalar parameter"
+

@@ -1,0 +1,78 @@
+"""Before training, every kind of step that a run will take is tried once, on real batches.
+
+A run takes its rarest kind of step last: by default the last tenth is global. What cannot work in
+such a step should not be found out after nine tenths of the time. So the coordinator sends
+the first batch, and the smaller last batch of an epoch if its size is known, through a step of each kind and through
+an evaluation, between two commands :class:`~pglpipe.commands.SanityCheck`. In between
+
+* no parameter moves, and buffers and random number generators are put back afterwards,
+* nothing is reported, counted or clocked,
+* stages look closely at what they run: whether a loss remembers something, whether parameters belong to
+  nobody, whether a second run gives the same numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from pglpipe.commands import Command, kind_of
+from pglpipe.errors import ConfigError, PglpipeError, setting
+from pglpipe.seeding import generators, set_generators
+from pglpipe.stage import Stage
+
+
+class Trial:
+    """One worker's stages while steps are only tried; from the making of this to :meth:`end`."""
+
+    def __init__(self, stages: Sequence[Stage]) -> None:
+        self._stages = stages
+        self._most = 0
+        self._generators = generators()
+        self._on_gpu = (
+            torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None  # type: ignore[no-untyped-call]
+        )
+        self._buffers: list[tuple[nn.Module, str, Tensor, Tensor]] = []
+        for stage in stages:
+            stage.checks = True
+            self._buffers += [
+                (module, name, buffer, buffer.clone())
+                for module in stage.modules()
+                for name, buffer in module.named_buffers(recurse=False)
+            ]
+
+    @torch.no_grad()
+    def end(self) -> None:
+        """Leaves the stages as they were."""
+        for stage in self._stages:
+            stage.zero_grad()
+            stage.checks = False
+        for module, name, buffer, value in self._buffers:
+            buffer.copy_(value)
+            setattr(module, name, buffer)
+        set_generators(self._generators)
+        if self._on_gpu is not None:
+            torch.cuda.set_rng_state(self._on_gpu)
+
+    @contextmanager
+    def naming(self, command: Command, samples: int) -> Iterator[None]:
+        """Tells of what fails for the size of a batch of ``samples``.
+
+        Raises:
+            ConfigError: a batch fails that is smaller than one before.
+        """
+        self._most = max(self._most, samples)
+        try:
+            yield
+        except Exception as error:
+            if isinstance(error, PglpipeError) or samples == self._most:
+                raise
+            reason = (str(error).splitlines() or [""])[0]
+            raise ConfigError(
+                f"expected stages that can take the last batch of an epoch, but its size is {samples}, and a "
+                f"{kind_of(command)} step fails: {type(error).__name__}: {reason}; leave it out with "
+                f"{setting('drop_last')}, or choose another {setting('batch_size')}"
+            ) from error
