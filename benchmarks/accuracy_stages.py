@@ -82,7 +82,7 @@ def _place(scale: Scale, row: Row, device: str) -> Place:
     plan = _plan(config, layers, x)
     costs, heads = measure(layers, x, plan.head, device=device, repeats=REPEATS)
     parts = slices(plan.balance)
-    exits = [heads[part.stop - 1 : part.stop] for part in parts]
+    exits = [[c for c in heads[part.stop - 1 : part.stop] if c] for part in parts]
     return {
         "body": [_seconds(costs[part]) for part in parts],
         "head": [_seconds(found) for found in exits],

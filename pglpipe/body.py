@@ -16,22 +16,18 @@ agree to rounding: ``torch.compile`` makes other kernels where no graph is kept.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import NamedTuple, TypeGuard
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
+from pglpipe.buffers import Buffers, copies_of, holding, statistics_untold, unmoved
 from pglpipe.errors import ConfigError, setting
 from pglpipe.losses.state import foreign_leaf, name_of, untrained
 from pglpipe.saved_bytes import Held
 from pglpipe.seeding import Draws, derive, seeded
 from pglpipe.transport import is_dense
-
-# Buffers of some modules as they were: module, name, value.
-Buffers = list[tuple[nn.Module, str, Tensor]]
 
 
 class Kept(NamedTuple):
@@ -91,7 +87,7 @@ class Body:
         image: Tensor | None = None,
     ) -> Tensor:
         """Runs the layers on ``x`` ``[B, ...]`` and keeps what backward will need."""
-        buffers = _copies(self._layers) if recompute else []
+        buffers = copies_of(self._layers) if recompute else []
         if recompute:
             output, kept = self._run_without_graph(x, step, microbatch), None
             if self.checks:
@@ -111,7 +107,7 @@ class Body:
         kept = self._kept.popleft()
         x = kept.input.tensor
         if kept.output is None:
-            with _statistics_untold(self._layers), _holding(kept.buffers):
+            with statistics_untold(self._layers), holding(kept.buffers):
                 output = Held(self._run(x, kept.step, kept.microbatch))
             kept = kept._replace(output=output)
         assert kept.output is not None
@@ -161,53 +157,6 @@ class Body:
     @torch.no_grad()
     def _run_without_graph(self, x: Tensor, step: int, microbatch: int) -> Tensor:
         return self._run(x, step, microbatch)
-
-
-@contextmanager
-def unmoved(layers: nn.Module) -> Iterator[None]:
-    """Has runs of the layers leave their buffers as they are."""
-    with _statistics_untold(layers), _holding(_copies(layers)):
-        yield
-
-
-@contextmanager
-def _statistics_untold(layers: nn.Module) -> Iterator[None]:
-    """Has BatchNorm use the statistics of its batch without adding them to the running ones."""
-    norms = [module for module in layers.modules() if _knows_its_batch(module)]
-    for norm in norms:
-        norm.track_running_stats = False
-    try:
-        yield
-    finally:
-        for norm in norms:
-            norm.track_running_stats = True
-
-
-def _copies(layers: nn.Module) -> Buffers:
-    return [
-        (module, name, buffer.clone())
-        for module in layers.modules()
-        if not _knows_its_batch(module)
-        for name, buffer in module.named_buffers(recurse=False)
-    ]
-
-
-@contextmanager
-def _holding(buffers: Buffers) -> Iterator[None]:
-    """Exchanges buffers; a write in place would spoil graphs that have saved them."""
-    present = [(module, name, getattr(module, name)) for module, name, _ in buffers]
-    try:
-        for owner in buffers:
-            setattr(*owner)
-        yield
-    finally:
-        for owner in present:
-            setattr(*owner)
-
-
-def _knows_its_batch(module: nn.Module) -> TypeGuard[_BatchNorm]:
-    """Whether it is a BatchNorm, which in training does not read its running statistics."""
-    return isinstance(module, _BatchNorm) and module.track_running_stats
 
 
 def dense(tensor: Tensor) -> Tensor:

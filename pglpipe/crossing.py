@@ -15,7 +15,8 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor, nn
 
-from pglpipe.body import Body, Kept, unmoved
+from pglpipe.body import Body, Kept
+from pglpipe.buffers import unmoved
 from pglpipe.exit import Exit, weighted
 from pglpipe.learning import Learning
 

@@ -16,7 +16,7 @@ from pglpipe.body import Kept
 from pglpipe.errors import ConfigError, setting
 from pglpipe.in_place import KeepsInputs
 from pglpipe.learning import Learning, compiled
-from pglpipe.losses import Beside
+from pglpipe.losses import Beside, Supervised
 from pglpipe.losses.accuracy import count_correct
 from pglpipe.losses.parts import is_sum, shares, weight_of
 from pglpipe.losses.state import Remembered, foreign_leaf, name_of, untrained
@@ -69,15 +69,16 @@ class Exit:
             local = learning.local_loss
             made = compiled if learning.compile else _as_it_is
             name = f"the head of stage {index}"
-            self._run = KeepsInputs(made(head), name, head)
+            self._run = KeepsInputs(made(head), name, head, head)
             alone = head.exit if isinstance(head, Beside) else head
             self._classify = self._run
             if alone is not head:
-                self._classify = KeepsInputs(made(alone), name, head)
+                self._classify = KeepsInputs(made(alone), name, head, alone)
             self._loss = local
             self._evaluate, self._evaluated = local.evaluate, local.evaluated
             self._classifies = local.classifies
-            self._option = "local_loss"
+            own = isinstance(local, Supervised) and local.loss is learning.loss
+            self._option = "loss" if own else "local_loss"
         self._loss = KeepsInputs(self._loss, f"the {setting(self._option)}")
         self._evaluate = KeepsInputs(self._evaluate, f"the {setting(self._option)}")
         self._draws = Draws(head, always=head is not None)
@@ -139,11 +140,10 @@ class Exit:
                 right = count_correct(self._evaluated, logits, targets)
         correct, classified = right or (None, 0)
         known, weight = self._counted, self._weight_of(targets)
-        if known.correct is None:
-            correct = None
+        before = known.correct
         self._counted = ExitCount(
             classified=known.classified + classified,
-            correct=None if correct is None else known.correct + correct,
+            correct=None if before is None or correct is None else before + correct,
             loss_sum=known.loss_sum + (loss if weight is None else _times(loss, weight)),
             weight=None if weight is None else (known.weight or 0.0) + weight,
         )

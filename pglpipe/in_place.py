@@ -13,12 +13,15 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from pglpipe.buffers import unmoved
 from pglpipe.errors import ConfigError
+from pglpipe.seeding import generators_kept
 
 Arguments = tuple[Any, ...]
 
@@ -26,29 +29,34 @@ Arguments = tuple[Any, ...]
 class KeepsInputs:
     """A function of tensors that leaves them as they are.
 
-    The first call in each mode (with or without gradients, in training or evaluation) is given copies.
-    From then on only those arguments are copied that it changed.
+    Before its first call, in training and in evaluation, it is run on copies. From then on
+    those arguments are copied that it changed.
 
     Args:
         run: the function; its arguments are tensors, tuples of tensors, or anything else.
         name: for messages.
-        module: the module that it runs, if its mode counts.
+        module: the module that it runs, if any.
+        uncompiled: the same as ``run``, where that is compiled; None if it is not.
     """
 
     def __init__(
-        self, run: Callable[..., Any], name: str, module: nn.Module | None = None
+        self,
+        run: Callable[..., Any],
+        name: str,
+        module: nn.Module | None = None,
+        uncompiled: Callable[..., Any] | None = None,
     ) -> None:
         self._run = run
         self._name = name
         self._module = module
-        self._changes: dict[tuple[bool, bool], frozenset[int]] = {}
+        self._uncompiled = uncompiled or run
+        self._changes: dict[bool, frozenset[int]] = {}
 
     def __call__(self, *given: Any) -> Any:
-        training = self._module is not None and self._module.training
-        mode = torch.is_grad_enabled(), training
+        mode = self._module is not None and self._module.training
         changes = self._changes.get(mode)
         if changes is None:
-            return self._find(mode, given)
+            changes = self._changes[mode] = self._changed(given)
         kept = given
         if changes:
             kept = tuple(a for index, a in enumerate(given) if index not in changes)
@@ -65,19 +73,20 @@ class KeepsInputs:
             )
         return output
 
-    def _find(self, mode: tuple[bool, bool], given: Arguments) -> Any:
-        """Runs on copies, and remembers which of them were changed."""
+    def _changed(self, given: Arguments) -> frozenset[int]:
+        """Which arguments a run changes; it moves neither buffers nor random numbers."""
         copies = tuple(map(_copied, given))
         before = [_versions([argument]) for argument in copies]
-        output = self._run(*copies)
-        self._changes[mode] = frozenset(
+        still = unmoved(self._module) if self._module else nullcontext()
+        with torch.no_grad(), still, generators_kept():
+            self._uncompiled(*copies)
+        return frozenset(
             index
             for index, (copied, version, original) in enumerate(
                 zip(copies, before, given, strict=True)
             )
             if _versions([copied]) != version or not _equal(copied, original)
         )
-        return output
 
 
 @torch.no_grad()

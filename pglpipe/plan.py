@@ -22,12 +22,13 @@ from torch import Tensor, nn
 
 from pglpipe.blueprint import Blueprint, Sample
 from pglpipe.body import dense
-from pglpipe.errors import ConfigError
+from pglpipe.errors import ConfigError, warn
 from pglpipe.guidance import Guidance
 from pglpipe.heads import borrowed
 from pglpipe.layer import Layer
 from pglpipe.memory import Forecast, ForecastError, MemorySettings, fit
 from pglpipe.partition import (
+    Costs,
     HeadBuilder,
     StageRow,
     activations,
@@ -36,6 +37,7 @@ from pglpipe.partition import (
     check_draws_nothing,
     choose_balance,
     describe,
+    given_balance,
     group,
     measure,
     slices,
@@ -105,19 +107,25 @@ def draft(
     outputs = activations(layers, sample.x)
     timed = blueprint.balance == "time" and world.rank == 0
     weighed = partial(measure, device=blueprint.device) if timed else analyse
-    stand_in = head_builder(blueprint, sample, outputs[-1])
-    costs = weighed(layers, sample.x, stand_in)
-    balance = agree(
-        lambda: choose_balance(
-            blueprint.balance, *costs, blueprint.num_stages, model=blueprint.model
-        )
+    costs: Costs | None = None
+    stand_in: HeadBuilder | None = None
+    balance = given_balance(
+        blueprint.balance, len(layers), blueprint.num_stages, model=blueprint.model
     )
+    if balance is None:
+        stand_in = head_builder(blueprint, sample, outputs[-1])
+        costs = weighed(layers, sample.x, stand_in)
+        choose = partial(choose_balance, blueprint.balance, *costs)
+        balance = agree(lambda: choose(blueprint.num_stages))
     check_cut(layers, balance)
     head = head_builder(blueprint, sample, outputs[-1], balance)
-    heads = head_skeletons(head, balance, outputs)
     # What is shown and shared out are the costs of the heads that will be there.
-    if not alike(heads, head_skeletons(stand_in, balance, outputs)):
-        costs = weighed(layers, sample.x, head)
+    ends = [part.stop - 1 for part in slices(balance)]
+    if costs is None:
+        costs = weighed(layers, sample.x, head, ends)
+    heads = head_skeletons(head, balance, outputs)
+    if stand_in and not alike(heads, head_skeletons(stand_in, balance, outputs)):
+        costs = weighed(layers, sample.x, head, ends)
     if blueprint.overlap_stages:
         image = blueprint.image(sample.x)
         local = partial(blueprint.learning.local_loss, image=image)
@@ -201,6 +209,9 @@ def _foretold(
                     f"{error}; drop it, and set --recompute, --microbatches and "
                     "--local-microbatches yourself"
                 ) from error
+            warn(
+                f"what stages keep for backward is not foretold, since without values {error}"
+            )
     return asdict(blueprint.memory), [None] * len(stages_of)
 
 

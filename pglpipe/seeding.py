@@ -135,12 +135,29 @@ def _drawn() -> tuple[object, ...]:
     """The states of the process' generators, to be compared."""
     kind, keys, *rest = np.random.get_state(legacy=True)
     state = torch.default_generator.get_state().numpy().tobytes()
-    return state, random.getstate(), kind, keys.tobytes(), *rest
+    return state, random.getstate(), kind, np.asarray(keys).tobytes(), *rest
 
 
 def _is_recording() -> bool:
     """Whether a CUDA graph is being captured, which draws nothing and cannot be seeded."""
     return bool(torch.cuda.is_current_stream_capturing())
+
+
+@contextmanager
+def generators_kept() -> Iterator[None]:
+    """Puts the process' own generators back after its block."""
+    with _generator_lock:
+        before = torch.default_generator.get_state()
+        others = random.getstate(), np.random.get_state()
+        on_gpu = torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None  # type: ignore[no-untyped-call]
+        try:
+            yield
+        finally:
+            torch.default_generator.set_state(before)
+            random.setstate(others[0])
+            np.random.set_state(others[1])
+            if on_gpu is not None:
+                torch.cuda.set_rng_state(on_gpu)
 
 
 def generators() -> dict[str, Any]:

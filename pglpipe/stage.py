@@ -21,6 +21,7 @@ A local step may take its batch through in parts, of which one at a time has a g
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -76,7 +77,12 @@ class Stage:
             else body
         )
         self._parts = parts
-        run = KeepsInputs(self._run_in_precision, f"stage {index}", body)
+        run = KeepsInputs(
+            partial(self._in_precision, self._run_body),
+            f"stage {index}",
+            body,
+            uncompiled=partial(self._in_precision, body),
+        )
         self._runs = Body(body, run, index, learning.seed)
         self._exit = Exit(index, body, head, learning, self._device, place)
         self.crossing = Crossing(body, self._runs, self._exit, learning, index)
@@ -311,9 +317,9 @@ class Stage:
         if not self.checks:
             self.watch.begin(step)
 
-    def _run_in_precision(self, x: Tensor) -> Tensor:
+    def _in_precision(self, run: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         with self._learning.autocast(self._device):
-            return self._run_body(x)
+            return run(x)
 
     def _modules(self) -> list[nn.Module]:
         return [self.body] if self.head is None else [self.body, self.head]

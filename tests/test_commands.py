@@ -26,7 +26,7 @@ REPORTS: list[Report] = [
     TrainReport(1, [STEP, STEP], 123456),
     TrainReport(0, [], 0),
     EvaluationReport(
-        2, 40, 3, {4: ExitCount(100, 37, 12.5), 5: ExitCount(9, None, 0.1)}
+        2, 40, 3, {4: ExitCount(100, 37, 12.5, 100.0), 5: ExitCount(9, None, 0.1, 9.0)}
     ),
     FinalReport(
         rank=3,

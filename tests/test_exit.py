@@ -53,7 +53,7 @@ def made(
         seed=0,
     )
     learning = Learning(**(defaults | changes))
-    return Exit(1, head, learning, torch.device("cpu"), place)
+    return Exit(1, nn.Identity(), head, learning, torch.device("cpu"), place)
 
 
 def test_a_hidden_stage_loses_what_its_head_says_and_the_last_one_the_true_loss() -> (
@@ -82,8 +82,10 @@ def test_a_loss_is_told_image_and_place() -> None:
     exit = made(nn.Linear(4, 3), Curious(), place=0.25)
     exit.loss(OUTPUT, kept(image))
     exit.loss(OUTPUT, kept())
-    assert seen[0][0] is image and seen[1][0] is None
-    assert [place for _, place in seen] == [0.25, 0.25]
+    # The first time on copies, too, to see whether it changes them.
+    assert seen[1][0] is image and torch.equal(seen[0][0], image)
+    assert seen[2][0] is None
+    assert [place for _, place in seen] == [0.25] * 3
 
 
 def test_weights_are_for_heads_and_depend_on_step_and_place() -> None:
@@ -131,12 +133,12 @@ def test_counts_are_those_of_all_samples_however_they_come(parts: list[int]) -> 
             exit.count(output, targets)
     found = exit.conclude()
     logits = head(OUTPUT)
-    assert (found.samples, found.correct) == (
+    assert (found.classified, found.correct) == (
         6,
         int((logits.argmax(1) == TARGETS).sum()),
     )
     assert found.loss_sum / 6 == pytest.approx(float(CE(logits, TARGETS).detach()))
-    assert exit.conclude() == ExitCount(0, 0, 0.0)
+    assert exit.conclude() == ExitCount(0, 0, 0.0, 0.0)
 
 
 INFOPRO = (5, 0.05, 0.2, 0.5), (0.5,), (0.25,)

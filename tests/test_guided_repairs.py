@@ -84,7 +84,7 @@ def test_man_lets_a_block_that_starts_in_place_spoil_nothing() -> None:
     ahead = Borrowed(nn.ReLU(inplace=True), 1)
     own = nn.Sequential(nn.ReLU(inplace=True), nn.Linear(3, 3))
     h = torch.randn(2, 3, requires_grad=True)
-    _Sum(ahead, own)(h.clone()).sum().backward()
+    _Sum(ahead, own, (3,))(h.clone()).sum().backward()
     assert h.grad is not None
 
 

@@ -75,9 +75,9 @@ def test_skipped_steps_are_counted_by_stage() -> None:
 
 def test_an_evaluation_is_the_exact_mean_over_ragged_batches_and_workers() -> None:
     merger = Merger(num_stages=3, num_workers=2)
-    last = EvaluationReport(1, 40, 2, {2: ExitCount(10, 9, 2.5)})
+    last = EvaluationReport(1, 40, 2, {2: ExitCount(10, 9, 2.5, 10.0)})
     first = EvaluationReport(
-        0, 40, 2, {0: ExitCount(10, 3, 10.0), 1: ExitCount(10, None, 5.0)}
+        0, 40, 2, {0: ExitCount(10, 3, 10.0, 10.0), 1: ExitCount(10, None, 5.0, 10.0)}
     )
     assert merger.add_evaluation(last) is None
     assert merger.add_evaluation(first) == EvaluationRecord(
@@ -88,7 +88,7 @@ def test_an_evaluation_is_the_exact_mean_over_ragged_batches_and_workers() -> No
 def test_evaluations_of_the_same_step_do_not_mix() -> None:
     merger = Merger(1, 1)
     for correct in (1, 2):
-        report = EvaluationReport(0, 0, 0, {0: ExitCount(4, correct, 0.0)})
+        report = EvaluationReport(0, 0, 0, {0: ExitCount(4, correct, 0.0, 4.0)})
         record = merger.add_evaluation(report)
         assert record is not None and record.accuracies == [correct / 4]
 
@@ -132,6 +132,7 @@ def summary_of(finals: list[FinalReport], evaluation: EvaluationRecord | None) -
         steps=10,
         global_steps=1,
         wall_seconds=60.0,
+        check_seconds=0.5,
         cosines=[0.5, None],
         skipped=[2, 0],
     )

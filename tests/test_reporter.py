@@ -46,7 +46,7 @@ def test_steps_are_posted_together_and_none_is_lost() -> None:
             Timing(step(number), {("losses", 6): torch.tensor(number + 0.5)})
         )
     assert posted == []
-    exits = {6: ExitCount(4, 2, 1.0)}
+    exits = {6: ExitCount(4, 2, 1.0, 4.0)}
     reporter.evaluated(4, 0, exits)
     train, evaluation = posted
     assert isinstance(train, TrainReport) and train.rank == 3

@@ -125,7 +125,7 @@ def _probed(
     sizes = [len(part) for part in parts]
     found: list[float | None] = []
     for expected, piece, part in zip(
-        whole.split(sizes), outputs.split(sizes), parts, strict=True
+        torch.split(whole, sizes), torch.split(outputs, sizes), parts, strict=True
     ):
         if not expected.any():
             found.append(0.0)

@@ -112,8 +112,10 @@ def _parts(value: Any) -> dict[str, Any]:
     if isinstance(value, types.MethodType):
         return {"self": value.__self__}
     if isinstance(value, types.FunctionType):
-        cells = zip(value.__code__.co_freevars, value.__closure__ or (), strict=True)
-        return {name: cell.cell_contents for name, cell in cells if _is_filled(cell)}
+        code, beyond = value.__code__, value.__globals__
+        cells = zip(code.co_freevars, value.__closure__ or (), strict=True)
+        held = {name: cell.cell_contents for name, cell in cells if _is_filled(cell)}
+        return {name: beyond[name] for name in code.co_names if name in beyond} | held
     if isinstance(value, Mapping):
         return {str(key): part for key, part in value.items()}
     if isinstance(value, (list, tuple)):

@@ -9,7 +9,7 @@
 from __future__ import annotations
 
 from pglpipe.partition.balance import balance_by_cost, group
-from pglpipe.partition.choose import MEASURES, choose_balance
+from pglpipe.partition.choose import MEASURES, choose_balance, given_balance
 from pglpipe.partition.cost import Costs, HeadBuilder, LayerCost, activations, analyse
 from pglpipe.partition.published import published_balance
 from pglpipe.partition.randomness import check_draws_nothing
@@ -30,6 +30,7 @@ __all__ = [
     "check_sizes",
     "choose_balance",
     "describe",
+    "given_balance",
     "group",
     "measure",
     "published_balance",

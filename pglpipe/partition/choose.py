@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Sequence
 
@@ -21,10 +22,37 @@ MEASURES: dict[str, Callable[[LayerCost], float]] = {
 }
 
 
+def given_balance(
+    spec: str, num_layers: int, num_stages: int, *, model: str = ""
+) -> list[int] | None:
+    """The sizes of the stages, where ``spec`` says them.
+
+    Args:
+        spec: ``published``, or the sizes themselves, ``"2,3,3"``; or a measure, see :func:`choose_balance`.
+        num_layers: layers of the network.
+        num_stages: number of stages.
+        model: the network's name, for ``published``.
+
+    Returns:
+        The number of layers of each stage; None where they are to be chosen.
+
+    Raises:
+        ConfigError: ``spec`` is none of these.
+        PartitionError: the network cannot be cut so.
+    """
+    if spec in MEASURES:
+        return None
+    sizes = (
+        published_balance(model, num_stages) if spec == "published" else _parse(spec)
+    )
+    check_sizes(sizes, num_layers, num_stages)
+    return sizes
+
+
 def choose_balance(
     spec: str,
     layer_costs: Sequence[LayerCost],
-    head_costs: Sequence[LayerCost],
+    head_costs: Sequence[LayerCost | None],
     num_stages: int,
     *,
     model: str = "",
@@ -33,9 +61,9 @@ def choose_balance(
 
     Args:
         spec: ``flops``, ``params``, ``memory`` or ``time`` (the largest stage, with its head, has
-            as little as possible of it), ``published``, or the sizes themselves, ``"2,3,3"``.
+            as little as possible of it), or what :func:`given_balance` takes.
         layer_costs: of every layer; measured ones for ``time``.
-        head_costs: of the head after every layer but the last.
+        head_costs: of the head after every layer but the last; None where there can be none, and no cut.
         num_stages: number of stages.
         model: the network's name, for ``published``.
 
@@ -46,23 +74,18 @@ def choose_balance(
         ConfigError: ``spec`` is none of these.
         PartitionError: the network cannot be cut so.
     """
-    if spec in MEASURES:
-        return _balance_by(spec, layer_costs, head_costs, num_stages)
-    sizes = (
-        published_balance(model, num_stages) if spec == "published" else _parse(spec)
-    )
-    check_sizes(sizes, len(layer_costs), num_stages)
-    return sizes
+    sizes = given_balance(spec, len(layer_costs), num_stages, model=model)
+    return sizes or _balance_by(spec, layer_costs, head_costs, num_stages)
 
 
 def _balance_by(
     spec: str,
     layer_costs: Sequence[LayerCost],
-    head_costs: Sequence[LayerCost],
+    head_costs: Sequence[LayerCost | None],
     num_stages: int,
 ) -> list[int]:
     costs = [MEASURES[spec](cost) for cost in layer_costs]
-    exits = [MEASURES[spec](cost) for cost in head_costs]
+    exits = [math.inf if cost is None else MEASURES[spec](cost) for cost in head_costs]
     if spec == "time" and not any(costs):
         raise ValueError(
             "costs without seconds cannot be balanced by time: measure() them first"

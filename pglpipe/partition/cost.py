@@ -7,7 +7,7 @@ are measured elsewhere (:mod:`pglpipe.partition.timing`).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import chain
@@ -46,33 +46,51 @@ class LayerCost:
     seconds: float = 0.0
 
 
-Costs = tuple[list[LayerCost], list[LayerCost]]
+# Of the layers, and of the heads after all of them but the last; None where there is no head.
+Costs = tuple[list[LayerCost], list[LayerCost | None]]
 
 
-def analyse(layers: Sequence[Layer], sample: Tensor, head: HeadBuilder) -> Costs:
+def analyse(
+    layers: Sequence[Layer],
+    sample: Tensor,
+    head: HeadBuilder,
+    ends: Collection[int] | None = None,
+) -> Costs:
     """Costs of the layers, and of the head after each layer but the last.
 
     Args:
         layers: the network.
         sample: a batch ``[B, ...]`` of the network's input; only its shape and type count.
         head: makes the head for the shape of one sample's activation.
+        ends: the layers with a head; None for any layer after which a head can be made.
 
     Returns:
         One cost per layer, and one per head; there is one head less. ``seconds`` are 0.
 
     Raises:
-        PartitionError: a layer or a head fails on what it gets, or returns anything but one
-            tensor ``[B, ...]``.
+        PartitionError: a layer or a needed head fails on what it gets, or returns anything but one
+            tensor ``[B, ...]``; or no head can be made at all.
     """
     x, saved = sample.to("meta"), _Saved()
-    layer_costs, head_costs = [], []
+    layer_costs = list[LayerCost]()
+    head_costs, failures = list[LayerCost | None](), list[PartitionError]()
     for index, layer in enumerate(layers):
         x, cost = _analyse(layer, x, saved)
         layer_costs.append(cost)
-        if index < len(layers) - 1:
+        if index == len(layers) - 1:
+            break
+        exit_cost: LayerCost | None = None
+        if ends is None or index in ends:
             exit_layer = head_layer(layer, head, x, index)
-            _, cost = _analyse(exit_layer, x, saved.copy(), is_head=True)
-            head_costs.append(cost)
+            try:
+                _, exit_cost = _analyse(exit_layer, x, saved.copy(), is_head=True)
+            except PartitionError as error:
+                if ends is not None:
+                    raise
+                failures.append(error)
+        head_costs.append(exit_cost)
+    if failures and len(failures) == len(head_costs):
+        raise failures[0]
     return layer_costs, head_costs
 
 

@@ -122,18 +122,21 @@ class StageRow:
 def describe(
     balance: Sequence[int],
     layer_costs: Sequence[LayerCost],
-    head_costs: Sequence[LayerCost],
+    head_costs: Sequence[LayerCost | None],
 ) -> list[StageRow]:
     """One row per stage.
 
     Args:
         balance: the number of layers of each stage.
         layer_costs: of every layer.
-        head_costs: of the head after every layer but the last.
+        head_costs: of the head after every layer but the last; those of the stages are there.
     """
     timed = any(cost.seconds for cost in layer_costs)
     stages = [
-        (list(layer_costs[part]), list(head_costs[part.stop - 1 : part.stop]))
+        (
+            list(layer_costs[part]),
+            [cost for cost in head_costs[part.stop - 1 : part.stop] if cost],
+        )
         for part in slices(balance)
     ]
     loads = [

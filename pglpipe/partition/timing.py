@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -25,6 +25,7 @@ def measure(
     layers: Sequence[Layer],
     sample: Tensor,
     head: HeadBuilder,
+    ends: Collection[int] | None = None,
     *,
     device: torch.device | str = "cpu",
     repeats: int = 5,
@@ -41,6 +42,7 @@ def measure(
         sample: a batch ``[B, ...]`` of the network's input, of the size used in training; only
             its shape and type count.
         head: makes the head for the shape of one sample's activation.
+        ends: the layers with a head; None for any layer after which a head can be made.
         device: where to measure.
         repeats: timed runs of each module, after an untimed one; their median counts.
         budget: seconds for all modules together. A module that has used up its share is not
@@ -52,11 +54,11 @@ def measure(
     Raises:
         PartitionError: as :func:`analyse`.
     """
-    layer_costs, head_costs = analyse(layers, sample, head)
+    layer_costs, head_costs = analyse(layers, sample, head, ends)
     share = budget / (len(layer_costs) + len(head_costs))
     stopwatch = _Stopwatch(torch.device(device), repeats, share)
     timed_layers: list[LayerCost] = []
-    timed_heads: list[LayerCost] = []
+    timed_heads: list[LayerCost | None] = []
     with seeded(0), torch.enable_grad():
         x = _random(sample, stopwatch.device)
         for index, (layer, cost) in enumerate(zip(layers, layer_costs, strict=True)):
@@ -65,9 +67,11 @@ def measure(
             # All but the network's input carry a gradient.
             x = output.requires_grad_(output.is_floating_point())
             if index < len(head_costs):
-                exit_layer = head_layer(layer, head, x, index)
-                _, timed = stopwatch.time(exit_layer, head_costs[index], x)
-                timed_heads.append(timed)
+                exit_cost = head_costs[index]
+                if exit_cost is not None:
+                    exit_layer = head_layer(layer, head, x, index)
+                    _, exit_cost = stopwatch.time(exit_layer, exit_cost, x)
+                timed_heads.append(exit_cost)
     return timed_layers, timed_heads
 
 

@@ -11,7 +11,6 @@ from torch.nn import functional as F
 
 from pglpipe.errors import ConfigError
 from pglpipe.losses import LOSSES, Beside, LossSettings, Supervised, build_loss
-from pglpipe.modules import starts_in_place
 
 SETTINGS = LossSettings((5, 0.5, 0.5, 1), (0.5, 0.4, 0.3), (0.2, 0.3, 0.25))
 IMAGE = (3, 8, 6)
@@ -110,7 +109,7 @@ def test_a_head_that_starts_in_place_spoils_neither_branch_nor_activation(
     inplace: bool,
 ) -> None:
     head = nn.Sequential(nn.ReLU(inplace=inplace), nn.Linear(3, 2))
-    both = Beside(head, Scaled())
+    both = Beside(head, Scaled(), (3,))
     body = torch.randn(4, 3, requires_grad=True)
     h = body * 1
     before = h.detach().clone()
@@ -128,19 +127,12 @@ def test_the_exit_is_the_head_alone_and_leaves_the_activation() -> None:
     head = nn.Sequential(nn.ReLU(inplace=True), nn.Linear(3, 2))
     h = torch.randn(4, 3)
     before = h.clone()
-    torch.testing.assert_close(Beside(head, Scaled()).exit(h), head(before.clone()))
+    torch.testing.assert_close(Beside(head, Scaled(), (3,)).exit(h), head(before.clone()))
     assert torch.equal(h, before)
 
 
-def test_head_and_branch_together_do_not_start_in_place() -> None:
-    head = nn.Sequential(nn.ReLU(inplace=True), nn.Linear(3, 2))
-    assert starts_in_place(head)
-    assert not starts_in_place(Beside(head, Scaled()))
-    assert not starts_in_place(Beside(head, nn.Linear(3, 3)))
-
-
 def test_head_and_branch_can_be_copied() -> None:
-    both = Beside(nn.Linear(3, 2), nn.Linear(3, 3))
+    both = Beside(nn.Linear(3, 2), nn.Linear(3, 3), (3,))
     other = copy.deepcopy(both)
     assert list(both.state_dict()) == list(other.state_dict())
 

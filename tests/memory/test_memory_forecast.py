@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from worlds import Trained, image_batches, plan_quickly, small_resnet, train
 
 from pglpipe import ALWAYS, NEVER, Guidance
-from pglpipe.errors import ConfigError, PartitionError
+from pglpipe.errors import ConfigError, PartitionError, PglpipeWarning
 from pglpipe.guided import Guided
 from pglpipe.layer import Layer
 from pglpipe.losses import LossSettings, build_loss
@@ -243,7 +243,8 @@ class Scales(nn.Module):
 def test_a_forecast_that_fails_ends_no_run_unless_it_is_needed() -> None:
     layers = [Layer("scales", Scales), *small_resnet("resnet8")]
     options: dict[str, Any] = dict(precision="bf16", guidance=Guidance(period=2))
-    trained = train(2, layers, BATCHES, **options)
+    with pytest.warns(PglpipeWarning, match="not foretold, since without values stage"):
+        trained = train(2, layers, BATCHES, **options)
     assert kept(trained, "predicted") == [None, None]
     assert min(min(by.values()) for by in kept(trained)) > 0
     with pytest.raises(ConfigError, match="can be foretold for --memory-budget, but"):

@@ -24,7 +24,7 @@ def mailboxes(size: int, timeout: float = 1.0) -> list[Mailbox]:
 
 
 def report(rank: int, step: int) -> EvaluationReport:
-    return EvaluationReport(rank, step, 0, {rank: ExitCount(10, 3, 1.5)})
+    return EvaluationReport(rank, step, 0, {rank: ExitCount(10, 3, 1.5, 10.0)})
 
 
 def test_reports_come_in_per_worker_in_their_order_and_only_once() -> None:
