@@ -92,6 +92,11 @@ class Sample:
     targets: Tensor
     trained: int
 
+    @property
+    def nbytes(self) -> int:
+        """Of inputs and targets."""
+        return sum(t.numel() * t.element_size() for t in (self.x, self.targets))
+
     def to_json(self) -> list[Any]:
         """Shapes, strides and types, for the other workers."""
         tensors = [

@@ -47,6 +47,9 @@ class RunConfig:
         0, "resize an image folder to this side; 0 for as it is", at_least=0
     )
     augment: bool = option(True, "crop and flip the training images")
+    drop_last: bool = option(
+        False, "leave out the last batch of an epoch if it is smaller"
+    )
     # network
     model: str = option("resnet20", "network, or PACKAGE.MODULE:FUNCTION")
     width: int = option(0, "base width of the network; 0 for its own", at_least=0)
@@ -198,6 +201,10 @@ class RunConfig:
         "what a loss or gradient that is not finite does: stop the run, or have its stage (in a "
         "global step all stages) skip the step; to skip, a GPU's host waits for every step",
         ON_NONFINITE,
+    )
+    sanity_check: bool = option(
+        True,
+        "try every kind of step on the first batch before training, without learning from it",
     )
     seed: int = option(0, "where all randomness starts", at_least=0)
     # machine

@@ -36,11 +36,13 @@ from pglpipe.commands import (
     Stop,
     WindowStep,
 )
-from pglpipe.errors import DataError, EdgeTimeout
+from pglpipe.errors import ConfigError, DataError, EdgeTimeout, warn
 from pglpipe.guidance import Guidance
 from pglpipe.metrics import EvaluationRecord, Merger, Summary, summarize
 from pglpipe.observers import Observer
+from pglpipe.reader import Batch, BatchReader
 from pglpipe.reports import (
+    CheckedReport,
     EvaluationReport,
     FinalReport,
     SavedReport,
@@ -49,7 +51,7 @@ from pglpipe.reports import (
 )
 from pglpipe.saving import Ledger
 from pglpipe.seeding import generators, set_generators
-from pglpipe.source import Batch, Image, Loader, Position, Source, Span, epoch_of
+from pglpipe.source import Image, Position, Source, Span
 from pglpipe.timetable import parts_of
 from pglpipe.transport import Mailbox
 
@@ -108,7 +110,9 @@ class Coordinator:
         self._at = Position()
         self._ledger: Ledger | None = None
         self._fits = self._stopping = self._breaks_off = self.ended_early = False
-        self._check_seconds = 0.0
+        self._check_seconds, self._checked = 0.0, 0
+        self._is_told_of_length = False
+        self._room: Sequence[int] = ()
         self._began = time.perf_counter()
 
     def cut(
@@ -123,30 +127,38 @@ class Coordinator:
         self._parts = partial(parts_of, most=microbatches, batch=batch)
         self._shares = shares
 
+    def limit(self, room: Sequence[int]) -> None:
+        """Says how many bytes the inputs and the targets of a batch may have."""
+        self._room = room
+
     # -- what the pipeline is to do ---------------------------------------------------
 
     def fit(
         self,
-        loader: Loader,
+        reader: BatchReader,
         span: Span,
-        test: Loader | None,
-        checked: Sequence[Batch] = (),
-        tested: Sequence[Batch] = (),
+        test: BatchReader | None,
+        *,
+        checks: bool = True,
     ) -> Source:
         """Trains for the span and evaluates as often as it says.
 
         Args:
-            checked: batches with which every kind of step is tried before.
-            tested: those with which an evaluation is.
+            checks: whether every kind of step is tried before.
         """
         self._begin(fits=True)
-        training = self._fit(loader, span, test)
-        check = self._check(checked, tested) if checked else iter(())
+        training = self._fit(reader, span, test)
+        check = self._check(reader, test) if checks else iter(())
         return self._source(itertools.chain(check, training))
 
     def keep(self, ledger: Ledger) -> None:
         """Has checkpoints made when the ledger says so."""
         self._ledger = ledger
+
+    @property
+    def position(self) -> Position:
+        """Where the run is."""
+        return self._at
 
     def resume(self, manifest: dict[str, Any]) -> None:
         """Goes on from where a checkpoint was made."""
@@ -155,7 +167,7 @@ class Coordinator:
         if self._ledger:
             self._ledger.resumed(self._at.step)
 
-    def evaluate(self, test: Loader) -> Source:
+    def evaluate(self, test: BatchReader) -> Source:
         """Evaluates once."""
         self._begin(fits=False)
         return self._source(self._evaluate(test, epoch=0))
@@ -171,31 +183,45 @@ class Coordinator:
         self.ended_early &= not fits
 
     def _check(
-        self, batches: Sequence[Batch], tested: Sequence[Batch]
+        self, reader: BatchReader, test: BatchReader | None
     ) -> Iterator[Message]:
         """Has steps of every kind, and an evaluation, tried without learning from them."""
+        batches = [b for b in (reader.first(), reader.smaller()) if b is not None]
         began, step = time.perf_counter(), itertools.count()
         yield Message(SanityCheck(1))
         for kind in self._guidance.kinds:
             for x, targets in batches:
                 yield from self._step_of(kind, next(step), 0, x, targets, True)
                 self._listen()
-            if kind == "stale":  # until the gradient of the last one has risen to the first stage
+            if (
+                kind == "stale"
+            ):  # until the gradient of the last one has risen to the first stage
                 for _ in range(self._guidance.delay * (self._num_stages - 1)):
                     yield Message(LocalStep(next(step), 0), batches[0])
-        for batch in tested:
-            yield Message(Evaluate(0, 0), batch)
-        if tested:
+        if test is not None:
+            yield Message(Evaluate(0, 0), test.first())
             yield Message(Conclude(0, 0))
         yield Message(SanityCheck(0))
+        # Nothing is written or learned before all workers have come so far.
+        self._await(lambda: self._checked >= self._num_workers)
         self._check_seconds = time.perf_counter() - began
 
+    def _await(self, is_there: Callable[[], bool]) -> None:
+        deadline = time.monotonic() + self._timeout
+        while not is_there():
+            if time.monotonic() > deadline:
+                raise EdgeTimeout(f"no end of the sanity check in {self._timeout:g} s")
+            time.sleep(_POLL_SECONDS / 10)
+            self._listen()
+
     def _fit(
-        self, loader: Loader, span: Span, test: Loader | None
+        self, reader: BatchReader, span: Span, test: BatchReader | None
     ) -> Iterator[Message]:
+        if on_begin := getattr(self._observer, "on_begin", None):
+            on_begin(self._at.step, span.total_steps)
         self._began = time.perf_counter() - self._at.seconds
         for epoch in range(self._at.epoch, span.epochs):
-            for batch in self._batches_of(loader, epoch, span):
+            for batch in self._batches_of(reader, epoch, span):
                 yield from self._step(epoch, span, *batch)
                 self._listen()
                 self.ended_early = self._may_end()
@@ -207,25 +233,57 @@ class Coordinator:
                     f"expected batches in epoch {epoch + 1}, got none after {self._at.step} steps; "
                     "pass a loader that begins anew each time it is looped over"
                 )
+            self._tell_of_length(reader, span)
             # Counted in steps, for a loader without a length has as many epochs as it takes.
             is_last = self._at.step >= span.total_steps or epoch == span.epochs - 1
             if test is not None and (is_last or (epoch + 1) % span.evaluate_every == 0):
                 yield from self._evaluate(test, epoch)
             if is_last or self.ended_early:
                 break
-            self._at.batches = 0
+            self._at.batches = self._at.samples = 0
 
-    def _batches_of(self, loader: Loader, epoch: int, span: Span) -> Iterator[Batch]:
+    def _tell_of_length(self, reader: BatchReader, span: Span) -> None:
+        """Tells once of a loader whose length is not that of its epochs."""
+        found, said = self._at.batches, reader.length
+        is_cut = self._at.step >= span.total_steps
+        if said is None or found == said or (is_cut and found < said):
+            return
+        if not self._is_told_of_length:
+            self._is_told_of_length = True
+            warn(
+                f"the training loader says that it has {said} batches, and an epoch had {found}: learning rate and "
+                f"guidance count on {span.total_steps} steps; say how many there are with steps instead of epochs"
+            )
+
+    def _batches_of(
+        self, reader: BatchReader, epoch: int, span: Span
+    ) -> Iterator[Batch]:
         """What is left of an epoch."""
         if self._at.batches:
             set_generators(self._at.generators)  # the loader's order may come from them
         else:
             self._at.generators = generators()
-        self._at.epoch = epoch
-        left = span.total_steps - self._at.step
-        for batch in epoch_of(loader, epoch, left, self._at.batches):
-            self._at.batches += 1
+        at, left = self._at, span.total_steps - self._at.step
+        at.epoch, at.epoch_samples = epoch, reader.samples
+        if not at.batches:
+            at.samples = 0
+        for batch in reader.epoch(epoch, left, at.samples, at.batches):
+            at.batches += 1
+            if at.samples >= 0:
+                at.samples += len(batch[0])
+            self._check_size(batch)
             yield batch
+
+    def _check_size(self, batch: Batch) -> None:
+        """Refuses a batch that the edges have no room for."""
+        for name, tensor, most in zip(
+            ("x", "targets"), batch, self._room, strict=False
+        ):
+            if tensor.nbytes > most:
+                raise ConfigError(
+                    f"expected batches of at most {most} bytes in {name}, as the first ones, got one of shape "
+                    f"{tuple(tensor.shape)}; call prepare([batch]) with the largest batch before fit or evaluate"
+                )
 
     def _step(
         self, epoch: int, span: Span, x: Tensor, targets: Tensor
@@ -267,14 +325,22 @@ class Coordinator:
         for index, chunk in enumerate(chunks):
             yield Message(Microbatch(step, index), chunk)
 
-    def _evaluate(self, test: Loader, epoch: int) -> Iterator[Message]:
-        for x, targets in test:
+    def _evaluate(self, test: BatchReader, epoch: int) -> Iterator[Message]:
+        is_empty = True
+        for x, targets in test.once():
+            is_empty = False
+            self._check_size((x, targets))
             yield Message(Evaluate(self._at.step, epoch), (x, targets))
             self._listen()
             if self._may_end():
                 self._breaks_off = self.ended_early = True
                 yield from self._checkpoint()
                 break
+        if is_empty:
+            raise DataError(
+                f"expected batches to evaluate after {self._at.step} steps, got none; pass a loader that begins anew "
+                "each time it is looped over"
+            )
         yield Message(Conclude(self._at.step, epoch))
 
     def _may_end(self) -> bool:
@@ -345,6 +411,8 @@ class Coordinator:
                     assert self._ledger is not None, "nobody saves unasked"
                     known_until = self._merger.until
                     self._ledger.add(report, lambda step: {"merged": known_until(step)})
+                case CheckedReport():
+                    self._checked += 1
                 case StopRequest():
                     self._stopping = True
         if self._ledger:

@@ -70,6 +70,9 @@ class Blank:
     def __exit__(self, *_: object) -> None:
         pass
 
+    def on_begin(self, step: int, total_steps: int) -> None:
+        """Nothing to show."""
+
     def on_step(self, record: StepRecord) -> None:
         """Nothing to show."""
 
@@ -86,6 +89,11 @@ class Lines(Blank):
         self._guided_steps = 0
         self._first: int | None = None
         self._losses: list[float | None] = []
+
+    def on_begin(self, step: int, total_steps: int) -> None:
+        """Begins to count the time; a run that goes on may be longer than was thought."""
+        self._total = total_steps
+        self._began = self._last = time.monotonic()
 
     def on_step(self, record: StepRecord) -> None:
         """Prints a line when the last one is old."""
@@ -145,6 +153,10 @@ class LiveTable(Blank):
     def __exit__(self, *_: object) -> None:
         self._show()
         self._live.__exit__(None, None, None)
+
+    def on_begin(self, step: int, total_steps: int) -> None:
+        """Takes in the length of the run."""
+        self._progress.update(self._task, total=total_steps, completed=step)
 
     def on_step(self, record: StepRecord) -> None:
         """Takes in a step; redraws a few times a second."""

@@ -117,7 +117,9 @@ class Exit:
                 self._shares = self._shares_of(self._parts, shape)
             share = self._shares[kept.microbatch]
         if share == 0:
-            return output.sum() * 0.0  # of targets that are all ignored the mean is not a number
+            return (
+                output.sum() * 0.0
+            )  # of targets that are all ignored the mean is not a number
         return loss if share == 1 else loss * share
 
     def weight(self, step: int) -> float:
@@ -144,7 +146,8 @@ class Exit:
         self._counted = ExitCount(
             classified=known.classified + classified,
             correct=None if before is None or correct is None else before + correct,
-            loss_sum=known.loss_sum + (loss if weight is None else _times(loss, weight)),
+            loss_sum=known.loss_sum
+            + (loss if weight is None else _times(loss, weight)),
             weight=None if weight is None else (known.weight or 0.0) + weight,
         )
 

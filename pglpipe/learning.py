@@ -87,7 +87,10 @@ class Learning:
         """
         option = setting("microbatches")
         found = [shares(self.loss, parts, shape, option)]
-        if isinstance(self.local_loss, Supervised) and self.local_loss.loss is self.loss:
+        if (
+            isinstance(self.local_loss, Supervised)
+            and self.local_loss.loss is self.loss
+        ):
             found *= 2
         else:
             found.append(self.local_loss.shares(parts, shape, option))

@@ -2,45 +2,36 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Sequence, Sized
-
-import torch
+from collections.abc import Sequence
 
 from pglpipe.blueprint import Sample
 from pglpipe.errors import ConfigError, DataError
 from pglpipe.guidance import Guidance
-from pglpipe.source import Batch, Loader
+from pglpipe.reader import BatchReader
+from pglpipe.source import Position, Span
 
 
-def largest_batch(loaders: Sequence[Loader]) -> Sample:
-    """The largest of the loaders' first batches, as shapes; the first loader's is trained on."""
-    first, *others = map(_first_batch, loaders)
-    largest = max([first, *others], key=lambda sample: len(sample.x))
-    return dataclasses.replace(largest, trained=len(first.x))
-
-
-def first_batch(loader: Loader) -> Batch:
-    """The first batch."""
-    for x, targets in loader:
-        return torch.as_tensor(x), torch.as_tensor(targets)
-    raise DataError("expected at least one batch, got an empty loader")
-
-
-def _first_batch(loader: Loader) -> Sample:
-    for x, targets in loader:
-        x, targets = (torch.as_tensor(t).to("meta") for t in (x, targets))
-        return Sample(x, targets, len(x))
-    raise DataError("expected at least one batch, got an empty loader")
+def largest_batch(readers: Sequence[BatchReader]) -> Sample:
+    """The largest batch that is known of, as shapes; the first reader's is trained on."""
+    trained = len(readers[0].first()[0])
+    batches = [[t.to("meta") for t in reader.largest()] for reader in readers]
+    samples = [Sample(x, targets, trained) for x, targets in batches]
+    return max(samples, key=lambda sample: sample.nbytes)
 
 
 def span_of(
-    loader: Loader,
+    reader: BatchReader,
     epochs: int | None,
     steps: int | None,
     guidance: Guidance = Guidance(),
-) -> tuple[int, int]:
-    """How many epochs and steps a run has; the last epoch may be cut short.
+    at: Position = Position(),
+    evaluate_every: int = 1,
+) -> Span:
+    """How long a run is; the last epoch may be cut short.
+
+    Args:
+        at: where it goes on from. The batches may have another size now, so the steps that were done
+            and those that are left are added up.
 
     Raises:
         ConfigError: neither or both are given, or what guidance counts cannot be known.
@@ -49,7 +40,7 @@ def span_of(
         raise ConfigError(
             f"expected either epochs or steps, got epochs={epochs}, steps={steps}"
         )
-    length = len(loader) if isinstance(loader, Sized) else 0
+    length = reader.length
     if not length and guidance.final and guidance.unit == "epoch":
         raise ConfigError(
             "expected a loader with a length for a final phase in epochs, got none; count guidance in steps"
@@ -57,12 +48,84 @@ def span_of(
     if steps is not None:
         if steps < 1:
             raise ConfigError(f"expected at least 1 step, got {steps}")
-        return (-(-steps // length) if length else steps), steps
+        return Span(_epochs(steps, length, reader, at), steps, evaluate_every)
     assert epochs is not None
     if epochs < 1:
         raise ConfigError(f"expected at least 1 epoch, got {epochs}")
     if not length:
         raise ConfigError(
-            "expected a loader with a length, got none; say how many steps instead"
+            "expected a loader with a length, got none; say how many steps instead of epochs"
         )
-    return epochs, epochs * length
+    left = reader.left(at.samples, at.batches) or 0
+    more = max(0, epochs - at.epoch - 1) * length
+    total = at.step + more + (left if at.epoch < epochs else 0)
+    return Span(epochs, total, evaluate_every)
+
+
+def _epochs(steps: int, length: int | None, reader: BatchReader, at: Position) -> int:
+    """How many epochs so many steps take; at most one each where their length is not known."""
+    if not length:
+        return steps
+    passed = length - (reader.left(at.samples, at.batches) or 0)
+    return at.epoch + -(-max(0, steps - at.step + passed) // length)
+
+
+def check_start(
+    reader: BatchReader,
+    span: Span,
+    at: Position,
+    checkpoint: object,
+    *,
+    goes_on: bool,
+    asked: str,
+) -> None:
+    """Refuses a checkpoint from which nothing can be trained.
+
+    Args:
+        at: where the checkpoint was made.
+        checkpoint: its folder.
+        goes_on: whether it is the run's own, which may have come to its end already.
+        asked: how long the run shall be, for messages.
+
+    Raises:
+        ConfigError: it has done all steps.
+        DataError: it was made in the middle of an epoch of other data.
+    """
+    is_over = at.epoch >= span.epochs or at.step > span.total_steps
+    if is_over or (at.step == span.total_steps and not goes_on):
+        raise ConfigError(
+            f"expected a run of more steps than the checkpoint {checkpoint} has done, got {asked}, and it has done "
+            f"{at.step} steps in {at.epoch + 1} epochs; ask for more, or begin from other weights"
+        )
+    known, now = at.epoch_samples, reader.samples
+    if at.batches and None not in (known, now) and known != now:
+        raise DataError(
+            f"expected {known} training samples, as where the checkpoint {checkpoint} was made in the middle of an epoch, "
+            f"got {now}; use the same data, or a checkpoint from the end of an epoch"
+        )
+
+
+def check_passes(
+    train: BatchReader, test: BatchReader | None, span: Span, at: Position
+) -> None:
+    """Refuses a generator that would be looped over twice.
+
+    Raises:
+        ConfigError: says which.
+    """
+    if train.is_one_shot and train.length and span.epochs > 1:
+        raise ConfigError(
+            f"expected a training loader that begins anew for each of {span.epochs} epochs, got an iterator that can be "
+            "looped over once; pass a list, a DataLoader, or another object with __iter__"
+        )
+    if train.is_one_shot and at.batches:
+        raise ConfigError(
+            "expected a training loader that begins anew for a run that goes on in the middle of an epoch, got an iterator "
+            "that can be looped over once; pass a list, a DataLoader, or another object with __iter__"
+        )
+    passes_once = train.is_one_shot or span.epochs <= max(1, span.evaluate_every)
+    if test is not None and test.is_one_shot and not passes_once:
+        raise ConfigError(
+            "expected an evaluation loader that begins anew for each evaluation, got an iterator that can be looped over "
+            "once; pass a list, a DataLoader, or another object with __iter__"
+        )

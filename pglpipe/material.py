@@ -10,7 +10,7 @@ from pglpipe import data
 from pglpipe import device as devices
 from pglpipe.config import RunConfig
 from pglpipe.data import Recipe
-from pglpipe.source import Loader
+from pglpipe.reader import Loader
 from pglpipe.transport import World
 
 
@@ -51,6 +51,7 @@ def load(config: RunConfig, world: World) -> Material:
             seed=config.seed,
             train=images is found.train,
             augment=config.augment,
+            drop_last=config.drop_last,
         )
         for images in (found.train, found.test)
     )

@@ -288,4 +288,3 @@ def _worker_summary(final: FinalReport) -> dict[str, Any]:
         "bytes_sent_forward": final.bytes_sent_forward,
         "bytes_sent_backward": final.bytes_sent_backward,
     }
-

@@ -8,7 +8,11 @@ from pglpipe.metrics import EvaluationRecord, StepRecord
 
 
 class Observer(Protocol):
-    """Is told of every record of a run."""
+    """Is told of every record of a run.
+
+    A method ``on_begin(step, total_steps)``, if there is one, is called before the first step, when all that
+    could be checked has been: with the steps that were done before, and those of the whole run.
+    """
 
     def on_step(self, record: StepRecord) -> None:
         """A step is complete on every worker."""
@@ -22,6 +26,12 @@ class Observers:
 
     def __init__(self) -> None:
         self.members: list[Observer] = []
+
+    def on_begin(self, step: int, total_steps: int) -> None:
+        """Tells those that want to know."""
+        for member in self.members:
+            if on_begin := getattr(member, "on_begin", None):
+                on_begin(step, total_steps)
 
     def on_step(self, record: StepRecord) -> None:
         """Tells all of them."""

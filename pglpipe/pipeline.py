@@ -20,9 +20,7 @@ from pglpipe.guided import place_of
 from pglpipe.layer import initialize
 from pglpipe.partition import slices
 from pglpipe.plan import Plan
-from pglpipe.reports import (
-    Report,
-)
+from pglpipe.reports import Report
 from pglpipe.seeding import derive, seeded
 from pglpipe.snapshot import Snapshot, fill_module, module_snapshot
 from pglpipe.stage import Stage
@@ -74,7 +72,21 @@ class Pipeline:
         self.plan = plan
         self._stages = stages
         self.worker = Worker(duty, stages, post, world.recent)
-        self.edges = Edges(world, edge_plan, blueprint.device, backend, on_failure)
+        self._open = partial(
+            Edges,
+            world,
+            device=blueprint.device,
+            backend=backend,
+            on_failure=on_failure,
+        )
+        self._edge_plan = partial(_edge_plan, blueprint, world=world, wire=wire)
+        self.edges = self._open(edge_plan)
+
+    def open(self, plan: Plan, sample: Sample) -> None:
+        """Opens the edges anew, for larger batches."""
+        self.edges.close()
+        self.plan = plan
+        self.edges = self._open(self._edge_plan(plan, sample))
 
     def load(self, path: Path, manifest: Manifest) -> bool:
         """Goes on from a checkpoint; whether with all that it holds, or with the bodies alone.

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import chain
 from typing import Any
@@ -154,6 +154,13 @@ def draft(
         memory=MemorySettings(**memory),
         predicted=predicted,
     )
+
+
+def enlarged(plan: Plan, blueprint: Blueprint, sample: Sample) -> Plan:
+    """The same plan for larger batches."""
+    outputs = activations(blueprint.layers, sample.x)
+    ends = [part.stop - 1 for part in slices(plan.balance)]
+    return replace(plan, activations=[outputs[end] for end in ends])
 
 
 def _skeletons(

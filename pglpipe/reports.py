@@ -119,6 +119,13 @@ class FinalReport:
 
 
 @dataclass(frozen=True, slots=True)
+class CheckedReport:
+    """One worker has tried all kinds of steps."""
+
+    rank: int
+
+
+@dataclass(frozen=True, slots=True)
 class SavedReport:
     """One worker's part of a checkpoint.
 
@@ -142,7 +149,14 @@ class StopRequest:
     rank: int
 
 
-Report = TrainReport | EvaluationReport | FinalReport | SavedReport | StopRequest
+Report = (
+    TrainReport
+    | EvaluationReport
+    | FinalReport
+    | SavedReport
+    | StopRequest
+    | CheckedReport
+)
 _REPORTS: dict[str, type[Report]] = {
     report.__name__: report
     for report in (
@@ -151,6 +165,7 @@ _REPORTS: dict[str, type[Report]] = {
         FinalReport,
         SavedReport,
         StopRequest,
+        CheckedReport,
     )
 }
 

@@ -16,7 +16,7 @@ from pglpipe.saving import Checkpoints, chosen
 
 # What may differ between two parts of a run: how it is shown, kept and carried, and its cut.
 FREE = (
-    *("run_dir", "quiet", "data_root", "download"),
+    *("run_dir", "quiet", "data_root", "download", "sanity_check"),
     *("checkpoint_every", "checkpoint_minutes", "keep_checkpoints"),
     *("transport", "queue_depth", "edge_timeout", "evaluate_every"),
 )

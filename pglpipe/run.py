@@ -116,8 +116,8 @@ def _train(asked: RunConfig, world: World) -> Summary:
     screen = display.screen(plan, total_steps, quiet=config.quiet or not leads)
     observers.members.append(screen)
     if folder:
-        folder.open(config, start.step)
-        observers.members.append(folder)
+        folder.chosen = config
+        observers.members.insert(0, folder)
     # To the end: who asks to stop when all steps are done has the weights written all the same.
     with stopping(trainer.stop) as caught:
         with screen:
@@ -233,6 +233,7 @@ def _trainer(
         precision=config.precision,
         compile=config.compile,
         overlap_stages=config.overlap_stages,
+        sanity_check=config.sanity_check,
         edge_timeout=config.edge_timeout,
         observer=observer,
         weights=weights,

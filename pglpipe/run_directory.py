@@ -37,6 +37,9 @@ class RunDirectory:
     Args:
         path: the folder; made by :meth:`open`, claimed by :meth:`claim` before anything there is read.
 
+    Attributes:
+        chosen: the configuration of the run, before it begins.
+
     Raises:
         ConfigError: the folder cannot be written, or another run is writing there.
     """
@@ -48,6 +51,7 @@ class RunDirectory:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.chosen: RunConfig | None = None
         self._metrics: Journal | None = None
         self._is_claimed = False
         parent = next(p for p in (path, *path.absolute().parents) if p.exists())
@@ -69,6 +73,11 @@ class RunDirectory:
     def checkpoints(self) -> Path:
         """Where the checkpoints go."""
         return self.path / self.CHECKPOINTS
+
+    def on_begin(self, step: int, total_steps: int) -> None:
+        """Opens the folder, with the configuration that was :attr:`chosen`."""
+        assert self.chosen is not None, "a run has a configuration"
+        self.open(self.chosen, step)
 
     def open(self, config: RunConfig, step: int = 0) -> None:
         """Makes the folder and writes the configuration that repeats the run.

@@ -72,9 +72,7 @@ class Draws:
         always: whether PyTorch's generator is seeded even if the first run draws nothing.
     """
 
-    def __init__(
-        self, module: nn.Module | None = None, *, always: bool = True
-    ) -> None:
+    def __init__(self, module: nn.Module | None = None, *, always: bool = True) -> None:
         parts = module.modules() if module is not None else ()
         self._own = [
             value

@@ -24,9 +24,9 @@ from pglpipe.failing import declare, fail
 from pglpipe.metrics import Summary
 from pglpipe.observers import Observer
 from pglpipe.pipeline import Pipeline
-from pglpipe.plan import Plan, draft
+from pglpipe.plan import Plan, draft, enlarged
 from pglpipe.saving import Checkpoints, Ledger, chosen
-from pglpipe.source import Source
+from pglpipe.source import Position, Source
 from pglpipe.transport import FIRST_SECONDS, World, pick_backend
 
 
@@ -46,6 +46,7 @@ class Session:
         self._coordinator = self._make_coordinator(observer) if self.leads else None
         self._sample: Sample | None = None
         self._plan: Plan | None = None
+        self._trains = self._has_begun = False
         self.pipeline: Pipeline | None = None
         self.ended_early = self._asked_to_stop = False
 
@@ -76,51 +77,73 @@ class Session:
         return self._mailbox.share(value)
 
     def plan(self, largest_batch: Callable[[], Sample], *, trains: bool = True) -> Plan:
-        """Works out who holds what, once.
+        """Works out who holds what, and again where more is asked for than before.
 
         Args:
             largest_batch: asked on worker 0 only.
             trains: whether anything will be kept for backward.
         """
-        if self._plan is None:
-            try:
-                self._plan = self._draft(largest_batch, trains)
-            except Exception as error:
-                fail(self._world, error)
-                self._world.leave()
-                raise
-        return self._plan
+        try:
+            wanted = self.agree(lambda: self._wanted(largest_batch(), trains).to_json())
+            sample = Sample.from_json(wanted)
+            if self._plan is None or not self._has_begun:
+                known = self._sample.to_json() if self._sample and self._plan else None
+                if wanted != known or (trains and not self._trains):
+                    self._plan = self._draft(sample, trains)
+            elif self._sample is None or sample.nbytes > self._sample.nbytes:
+                self._grow(sample)
+            assert self._plan is not None
+            return self._plan
+        except Exception as error:
+            fail(self._world, error)
+            self._world.leave()
+            raise
 
-    def _draft(self, largest_batch: Callable[[], Sample], trains: bool) -> Plan:
+    def _wanted(self, sample: Sample, trains: bool) -> Sample:
+        """With what was asked for before: the larger batch, and the one that is trained on."""
+        before = self._sample
+        if before is None:
+            return sample
+        larger = sample if sample.nbytes > before.nbytes else before
+        trained = sample if trains else before
+        return dataclasses.replace(larger, trained=trained.trained)
+
+    def _draft(self, sample: Sample, trains: bool) -> Plan:
         world, blueprint = self._world, self._blueprint
+        if self.pipeline is not None:  # which has evaluated, and learned nothing
+            self.pipeline.edges.close()
+            self._forget_pipeline()
         world.recent.begin("planning the cut")
-        self._sample = Sample.from_json(self.agree(lambda: largest_batch().to_json()))
+        self._sample, self._trains = sample, trains
         if not trains:
             blueprint = dataclasses.replace(blueprint, trains=False)
-        plan = draft(blueprint, self._sample, world, self.agree)
+        plan = draft(blueprint, sample, world, self.agree)
         world.name_stages([plan.name(rank) for rank in range(world.size)])
         if self._coordinator is not None:
             shape = plan.activations[-1].shape[1:]
             self._coordinator.cut(
                 plan.memory.microbatches,
-                self._sample.trained,
+                sample.trained,
                 partial(blueprint.learning.shares, shape=shape),
             )
+            self._limit(sample)
         return plan
 
-    def build(self, *, trains: bool = True) -> Pipeline:
-        """Builds this worker's stages and opens its edges, once.
+    def _limit(self, sample: Sample) -> None:
+        if self._coordinator is not None and self._world.size > 1:
+            self._coordinator.limit([t.nbytes for t in (sample.x, sample.targets)])
 
-        Raises:
-            ConfigError: it is to train within a memory budget, but was planned without.
-        """
+    def _grow(self, sample: Sample) -> None:
+        """Opens the edges anew, for larger batches."""
+        assert self._plan is not None and self.pipeline is not None, "fit comes first"
+        self._sample = sample
+        self._plan = enlarged(self._plan, self._blueprint, sample)
+        self.pipeline.open(self._plan, sample)
+        self._limit(sample)
+
+    def build(self) -> Pipeline:
+        """Builds this worker's stages and opens its edges, once."""
         assert self._plan is not None and self._sample is not None, "plan comes first"
-        budgeted = self._blueprint.memory_budget is not None
-        if trains and budgeted and not all(self._plan.predicted):
-            raise ConfigError(
-                "expected fit before evaluate where there is a memory budget, got evaluate first; "
-                "make a new Trainer for fit"
-            )
         if self.pipeline is None:
             self._world.pulse.start()
             self._world.recent.begin("building its stages")
@@ -140,31 +163,51 @@ class Session:
             atexit.register(self.close)
         return self.pipeline
 
-    def keep(self, told: Checkpoints | None, resume: Path | str | None) -> None:
-        """Says where checkpoints go, and which one the run goes on from; both as worker 0 says.
+    def choose(
+        self, told: Checkpoints | None, resume: Path | str | None
+    ) -> tuple[Path | None, Path | None, Position]:
+        """Where checkpoints go, and which one the run goes on from, as worker 0 says.
 
         Args:
             resume: a checkpoint's folder, ``"auto"`` for the newest, or None to begin anew.
 
+        Returns:
+            The folder of all checkpoints, the folder of the one, and where it was made.
+
         Raises:
-            DataError: there are checkpoints, but none is whole; or the one is of another network.
+            DataError: there are checkpoints, but none is whole.
         """
-        assert self.pipeline is not None, "build comes first"
-        folder, found = self.agree(
-            lambda: [str(told.folder) if told else "", str(chosen(told, resume) or "")],
-            timeout=math.inf,  # all files are read for it
+
+        def choice() -> tuple[str, str, dict[str, Any]]:
+            found = chosen(told, resume)
+            at = checkpoint.read_manifest(found)["position"] if found else {}
+            return str(told.folder) if told else "", str(found or ""), at
+
+        # All files are read for it.
+        folder, found, at = self.agree(choice, timeout=math.inf)
+        return (
+            Path(folder) if folder else None,
+            Path(found) if found else None,
+            Position(**at),
         )
+
+    def keep(self, told: Checkpoints | None, folder: Path | None) -> None:
+        """Has checkpoints made; ``folder`` is that of all, as worker 0 says."""
+        assert self.pipeline is not None, "build comes first"
         if folder:
-            self.pipeline.worker.write_to(Path(folder))
-            self._world.recent.keep_in(Path(folder))
+            self.pipeline.worker.write_to(folder)
+            self._world.recent.keep_in(folder)
         if told and self._coordinator:
             about = {**told.about, "balance": self.pipeline.plan.balance}
             told = dataclasses.replace(told, about=about)
             self._coordinator.keep(Ledger(told, self._world.size))
-        if found:
-            self._resume(Path(found))
 
-    def _resume(self, path: Path) -> None:
+    def resume(self, path: Path) -> None:
+        """Goes on from a checkpoint.
+
+        Raises:
+            DataError: it is of another network.
+        """
         assert self.pipeline is not None, "build comes first"
         with self._naming_the_culprit():
             manifest = checkpoint.read_manifest(path)
@@ -177,6 +220,10 @@ class Session:
                     f"and there are now {self.pipeline.plan.balance}: the bodies go on, while heads, "
                     "optimizers and what was under way begin anew"
                 )
+
+    def begin(self) -> None:
+        """From now on the stages learn, and nothing is built anew."""
+        self._has_begun = True
 
     def drive(self, command: Callable[[Coordinator], Source]) -> Summary:
         """One run through the pipeline, to ``Stop``; its summary, the same on every worker.

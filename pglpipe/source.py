@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,8 +12,6 @@ from torch import Tensor
 from pglpipe.commands import LocalStep, Message, Microbatch, StaleStep
 from pglpipe.device import upload
 
-Batch = tuple[Tensor, Tensor]
-Loader = Iterable[Batch]
 Image = Callable[[Tensor], Tensor]
 
 
@@ -38,7 +36,9 @@ class Position:
 
     Attributes:
         step: how many have been done.
-        epoch, batches: the epoch, from 0, and how many of its batches have been trained on.
+        epoch: from 0.
+        batches, samples: how many of the epoch's have been trained on; -1 samples where that is not known.
+        epoch_samples: of the whole epoch, if that is known.
         guided_steps, global_steps: how many of the steps were.
         seconds: since the run began, the time between its parts not counted.
         generators: states of the process' own generators when the epoch began.
@@ -47,6 +47,8 @@ class Position:
     step: int = 0
     epoch: int = 0
     batches: int = 0
+    samples: int = -1
+    epoch_samples: int | None = None
     guided_steps: int = 0
     global_steps: int = 0
     seconds: float = 0.0
@@ -74,29 +76,10 @@ class Source:
     def get(self) -> Message:
         """The next message, on the worker's device."""
         command, tensors = next(self._messages)
+        if isinstance(command, StaleStep):
+            # Kept until its gradient comes, while a loader may fill the same memory again.
+            tensors = tuple(tensor.clone() for tensor in tensors)
         here = tuple(upload(t, self._device) for t in tensors)
         if self._image and isinstance(command, (LocalStep, StaleStep, Microbatch)):
             here = *here, self._image(here[0])
         return Message(command, here)
-
-
-def epoch_of(
-    loader: Loader, epoch: int, limit: int, passed: int = 0
-) -> Iterator[Batch]:
-    """At most ``limit`` batches of an epoch, after those that have ``passed`` before.
-
-    A loader that orders by epoch is told which (``set_epoch``, its own or its sampler's); one that
-    can begin later is told where (``begin_at``), and of any other the first batches are dropped.
-    """
-    for holder in (loader, getattr(loader, "sampler", None)):
-        if set_epoch := getattr(holder, "set_epoch", None):
-            set_epoch(epoch)
-    if passed and (begin_at := getattr(loader, "begin_at", None)):
-        begin_at(passed)
-        passed = 0
-    for index, (x, targets) in enumerate(loader):
-        if index < passed:
-            continue
-        if index - passed >= limit:
-            return
-        yield torch.as_tensor(x), torch.as_tensor(targets)

@@ -192,9 +192,7 @@ class Stage:
             self.clip_alone()
             self.update(step, guided=guided)
 
-    def is_sound(
-        self, step: int, loss: Tensor | None, *, rising: bool = False
-    ) -> bool:
+    def is_sound(self, step: int, loss: Tensor | None, *, rising: bool = False) -> bool:
         """Whether its loss and gradients are finite, see :meth:`~pglpipe.watch.Watch.passes`."""
         return self.checks or self.watch.passes(step, loss, rising=rising)
 

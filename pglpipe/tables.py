@@ -87,6 +87,10 @@ def show_exits(plan: Plan, summary: Summary, folder: Path | None = None) -> None
             f"{summary.steps} steps, {summary.global_steps} of them guided, at "
             f"{summary.samples_per_second:.0f} samples/s; {clock(summary.wall_seconds)} in all"
         )
+        if summary.sanity_check_seconds:
+            console.print(
+                f"Every kind of step was tried in {summary.sanity_check_seconds:.1f} s before"
+            )
     if any(summary.skipped_steps):
         counts = ", ".join(map(str, summary.skipped_steps))
         console.print(

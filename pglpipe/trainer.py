@@ -9,7 +9,7 @@ others before anything is built.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
@@ -19,7 +19,8 @@ from pglpipe import device as devices
 from pglpipe import state
 from pglpipe.blueprint import Blueprint
 from pglpipe.checks import check_choice, check_numbers, check_together, idle
-from pglpipe.errors import ConfigError, warn
+from pglpipe.coordinator import Coordinator
+from pglpipe.errors import ConfigError, setting, warn
 from pglpipe.guidance import LAST_TENTH, Guidance
 from pglpipe.guided import Guided, LocalWeight
 from pglpipe.learning import (
@@ -30,7 +31,7 @@ from pglpipe.learning import (
     placed_locally,
 )
 from pglpipe.learning_rate import LearningRate, constant
-from pglpipe.loaders import first_batch, largest_batch, span_of
+from pglpipe.loaders import check_passes, check_start, largest_batch, span_of
 from pglpipe.losses import LocalLoss, Loss
 from pglpipe.losses.state import check_untrained
 from pglpipe.memory import MemorySettings
@@ -40,9 +41,10 @@ from pglpipe.models.chain import HeldModules
 from pglpipe.observers import Observer, Observers
 from pglpipe.overlap import check_device
 from pglpipe.plan import Plan
+from pglpipe.reader import BatchReader, Loader
 from pglpipe.saving import Checkpoints
 from pglpipe.session import Session
-from pglpipe.source import Loader, Span
+from pglpipe.source import Source, Span
 from pglpipe.timetable import TIMETABLES
 from pglpipe.transport import TRANSPORTS, World, join
 from pglpipe.wire import WIRE_FORMATS
@@ -206,6 +208,7 @@ class Trainer:
         self._guidance, self._fitted = guidance, False
         self._sanity_check = sanity_check
         self._held = HeldModules(blueprint.layers)
+        self._readers: dict[int, BatchReader] = {}
 
     # -- what a user calls, on every worker alike -------------------------------------
 
@@ -216,7 +219,9 @@ class Trainer:
             loaders: of batches ``(x [B, ...], targets [B, ...])``; the largest of their first
                 batches is the largest that may ever come.
         """
-        return self._session.plan(lambda: largest_batch(loaders))
+        return self._session.plan(
+            lambda: largest_batch([self._read(each, "training") for each in loaders])
+        )
 
     def fit(
         self,
@@ -255,28 +260,51 @@ class Trainer:
             raise ConfigError(
                 "expected one call of fit, got a second; make a new Trainer"
             )
-        plan = self.prepare(train, *([] if evaluate is None else [evaluate]))
-        length, total_steps = self._session.agree(
-            lambda: span_of(train, epochs, steps, self._guidance)
-        )
+
+        def readers() -> Iterator[BatchReader]:
+            yield self._read(train, "training")
+            if evaluate is not None:
+                yield self._read(evaluate, "evaluation")
+
+        plan = self._session.plan(lambda: largest_batch(list(readers())))
+        folder, found, at = self._session.choose(checkpoints, resume)
+
+        def span_or_error() -> list[int]:
+            reader, *tests = readers()
+            span = span_of(reader, epochs, steps, self._guidance, at, evaluate_every)
+            check_passes(reader, tests[0] if tests else None, span, at)
+            if found:
+                asked = setting("steps", steps) if steps else setting("epochs", epochs)
+                goes_on = resume == "auto"
+                check_start(reader, span, at, found, goes_on=goes_on, asked=asked)
+            return [span.epochs, span.total_steps, span.evaluate_every]
+
+        span = Span(*self._session.agree(span_or_error))
         if self._session.leads:
-            for told in self._idle(total_steps, length, plan.loans.borrowing):
+            borrowing = plan.loans.borrowing
+            for told in self._idle(span.total_steps, span.epochs, borrowing):
                 warn(told)
-        span = Span(length, total_steps, evaluate_every)
-        self._session.build().set_total_steps(total_steps)
-        self._session.keep(checkpoints, resume)
+        self._session.build().set_total_steps(span.total_steps)
+        self._session.keep(checkpoints, folder)
+        if found:
+            self._session.resume(found)
         self._fitted = True
-        checked, tested = (
-            [first_batch(loader)]
-            if self._sanity_check and loader is not None and self._session.leads
-            else []
-            for loader in (train, evaluate)
-        )
-        summary = self._session.drive(
-            lambda coordinator: coordinator.fit(train, span, evaluate, checked, tested)
-        )
+        self._session.begin()
+
+        def begin(coordinator: Coordinator) -> Source:
+            reader, *tests = readers()
+            test = tests[0] if tests else None
+            return coordinator.fit(reader, span, test, checks=self._sanity_check)
+
+        summary = self._session.drive(begin)
         self._fill_held_modules()
         return summary
+
+    def _read(self, loader: Loader, option: str) -> BatchReader:
+        """The one reader of a loader, so that no batch of a generator is lost; on worker 0."""
+        if id(loader) not in self._readers:
+            self._readers[id(loader)] = BatchReader(loader, option)
+        return self._readers[id(loader)]
 
     def _fill_held_modules(self) -> None:
         """Leaves what was trained in the modules that the user handed in, on worker 0."""
@@ -297,9 +325,13 @@ class Trainer:
 
     def evaluate(self, test: Loader) -> Summary:
         """Evaluates every exit on ``test``; trains nothing."""
-        self._session.plan(lambda: largest_batch([test]), trains=False)
-        self._session.build(trains=False)
-        return self._session.drive(lambda coordinator: coordinator.evaluate(test))
+        self._session.plan(
+            lambda: largest_batch([self._read(test, "evaluation")]), trains=False
+        )
+        self._session.build()
+        return self._session.drive(
+            lambda coordinator: coordinator.evaluate(self._read(test, "evaluation"))
+        )
 
     def export(self, path: str | Path) -> None:
         """Writes the uncut network's ``state_dict`` under the model's own names.

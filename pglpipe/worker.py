@@ -49,7 +49,7 @@ from pglpipe.recall import Recall
 from pglpipe.recent import Recent
 from pglpipe.refresh import Refresh, Sorted
 from pglpipe.reporter import Reporter, samples_of, step_report
-from pglpipe.reports import Report, StopRequest
+from pglpipe.reports import CheckedReport, Report, StopRequest
 from pglpipe.sanity_check import Trial
 from pglpipe.saved_bytes import SavedBytes
 from pglpipe.saving import Writer
@@ -212,6 +212,7 @@ class Worker:
         self._trial.end()
         self._trial = None
         self._tried_bytes = self._sent_bytes()
+        self._post(CheckedReport(self._duty.rank))
 
     # -- training ---------------------------------------------------------------------
 

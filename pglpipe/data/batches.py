@@ -33,6 +33,7 @@ class Batches:
         seed: the run's seed.
         train: shuffled and augmented, or in order and as they are.
         augment: False turns the crops and flips of training off.
+        drop_last: whether training leaves out an epoch's last batch if it is smaller.
 
     Raises:
         DataError: the batch size is not positive, or the recipe does not fit the images.
@@ -47,10 +48,17 @@ class Batches:
         seed: int,
         train: bool,
         augment: bool = True,
+        drop_last: bool = False,
     ) -> None:
         _check(images, recipe, batch_size)
+        if drop_last and train and len(images) < batch_size:
+            raise DataError(
+                f"expected at least one batch of {batch_size} training images with --drop-last, got {len(images)}; "
+                "lower --batch-size"
+            )
         self._recipe = recipe
-        self._batch_size = batch_size
+        self.batch_size = batch_size
+        self.drop_last = drop_last and train
         self._seed = seed
         self._train = train
         self._augment = train and augment
@@ -64,25 +72,36 @@ class Batches:
         """Chooses the epoch whose order and augmentation the next loop sees."""
         self._epoch = epoch
 
-    def begin_at(self, batch: int) -> None:
-        """Has the next loop, and that one only, begin at a later batch."""
-        self._first = batch
+    def begin_at(self, samples: int) -> None:
+        """Has the next loop, and that one only, leave out so many samples at its beginning."""
+        self._first = samples
+
+    @property
+    def num_samples(self) -> int:
+        """Of an epoch, before any is left out."""
+        return len(self._labels)
 
     def __len__(self) -> int:
-        return -(-len(self._labels) // self._batch_size)
+        whole, more = divmod(len(self._labels), self.batch_size)
+        return whole + (more > 0 and not self.drop_last)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Yields float32 ``[B, C, H, W]`` in channels_last memory, and int64 ``[B]``."""
         # One epoch for the whole loop, even if the next is set before it ends.
         epoch = self._epoch
-        order = self._order(epoch)[self._passed() :]
-        for samples in torch.split(order, self._batch_size) if len(order) else ():
+        order = self._shown(epoch)
+        for samples in torch.split(order, self.batch_size) if len(order) else ():
             yield self._images(samples, epoch), self._labels[samples]
 
-    def _passed(self) -> int:
-        """Samples that this loop leaves out, at its beginning."""
-        passed, self._first = self._first * self._batch_size, 0
-        return passed
+    def _shown(self, epoch: int) -> Tensor:
+        """The samples of this loop, in their order."""
+        first, self._first = self._first, 0
+        order = self._order(epoch)[first:]
+        return (
+            order[: len(order) - len(order) % self.batch_size]
+            if self.drop_last
+            else order
+        )
 
     def _order(self, epoch: int) -> Tensor:
         if not self._train:

@@ -67,9 +67,16 @@ class ResidentBatches(Batches):
         seed: int,
         train: bool,
         augment: bool = True,
+        drop_last: bool = False,
     ) -> None:
         super().__init__(
-            images, recipe, batch_size, seed=seed, train=train, augment=augment
+            images,
+            recipe,
+            batch_size,
+            seed=seed,
+            train=train,
+            augment=augment,
+            drop_last=drop_last,
         )
         channels, _, _ = images.image_shape
         every_byte = torch.arange(256, dtype=torch.uint8)[:, None].expand(-1, channels)
@@ -86,7 +93,7 @@ class ResidentBatches(Batches):
         epoch = self._lay_out(self._epoch)
         if not len(epoch[0]):  # of which there would be one empty part
             return
-        parts = (torch.split(each, self._batch_size) for each in epoch)
+        parts = (torch.split(each, self.batch_size) for each in epoch)
         for starts, columns, labels in zip(*parts, strict=True):
             pixels = starts[:, :, None] + columns[:, None, :]
             seen = whole.index_select(0, pixels.flatten())
@@ -102,7 +109,7 @@ class ResidentBatches(Batches):
             Where in the set each row of an image begins, in pixels, int64 ``[N, H]``; which of
             its columns are seen, int64 ``[N, W]``; and the labels, int64 ``[N]``.
         """
-        order = self._order(epoch)[self._passed() :]
+        order = self._shown(epoch)
         views = self._views(order, epoch)
         packed = np.stack([order.numpy(), views.top, views.left, views.mirrored])
         there = upload(torch.from_numpy(packed), self._device)

@@ -28,8 +28,8 @@ from pglpipe.errors import ConfigError
 from pglpipe.heads.conv import STRIDED_ABOVE, conv_head
 from pglpipe.heads.parts import convolution
 from pglpipe.heads.site import Site
-from pglpipe.layer import Layer
 from pglpipe.in_place import changes_samples
+from pglpipe.layer import Layer
 from pglpipe.modules import Fronted
 
 Shape = tuple[int, ...]  # of one sample
@@ -133,9 +133,7 @@ def thin_head(site: Site, *, depth: int) -> nn.Module:
 class _Sum(nn.Module):
     """What the next block says, averaged over time, and what its trained twin adds."""
 
-    def __init__(
-        self, ahead: Borrowed, own: nn.Module, shape: tuple[int, ...]
-    ) -> None:
+    def __init__(self, ahead: Borrowed, own: nn.Module, shape: tuple[int, ...]) -> None:
         super().__init__()
         self.ahead = ahead
         self.own = own

@@ -160,4 +160,3 @@ def name_of(leaf: Tensor, loss: Any) -> str:
             return repr(name)
     shape = tuple(leaf.shape)
     return f"a parameter of shape {shape}" if shape else "a scalar parameter"
-

@@ -127,7 +127,9 @@ def test_the_exit_is_the_head_alone_and_leaves_the_activation() -> None:
     head = nn.Sequential(nn.ReLU(inplace=True), nn.Linear(3, 2))
     h = torch.randn(4, 3)
     before = h.clone()
-    torch.testing.assert_close(Beside(head, Scaled(), (3,)).exit(h), head(before.clone()))
+    torch.testing.assert_close(
+        Beside(head, Scaled(), (3,)).exit(h), head(before.clone())
+    )
     assert torch.equal(h, before)
 
 

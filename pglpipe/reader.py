@@ -1,0 +1,234 @@
+"""A user's loader, as worker 0 reads it: batches, how many there are, and how large.
+
+A loader is anything that can be looped over and yields batches: a ``DataLoader``, a list, a generator. A
+batch is a pair ``(x [B, ...], targets [B, ...])`` of tensors or arrays.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDataset
+
+from pglpipe.errors import ConfigError, DataError, warn
+
+Batch = tuple[Tensor, Tensor]
+Loader = Iterable[Any]
+
+_END = object()
+
+
+class BatchReader:
+    """Reads a loader.
+
+    Args:
+        loader: what a user passed.
+        option: as what it was passed, for messages.
+
+    Attributes:
+        is_one_shot: whether it can be looped over only once, as a generator.
+        length: batches of an epoch; None if the loader does not say.
+        samples: of an epoch, where they can be known.
+
+    Raises:
+        ConfigError: it is no loader.
+    """
+
+    def __init__(self, loader: Loader, option: str) -> None:
+        self._loader = loader
+        self._option = option
+        self._first: Batch | None = None
+        self._rest: Iterator[Any] | None = None
+        self._check()
+        self.is_one_shot = isinstance(loader, Iterator)
+        self.length = _length(loader)
+        self.samples, self._size, self._drops = self._sizes()
+
+    # -- what is known before -----------------------------------------------------------
+
+    def first(self) -> Batch:
+        """The first batch; it is not lost to the first epoch.
+
+        Raises:
+            DataError: there is none, or what the loader yields is no batch.
+        """
+        if self._first is None:
+            iterator = iter(self._loader)
+            item = next(iterator, _END)
+            if item is _END:
+                raise DataError(
+                    f"expected at least one batch from the {self._option} loader, got an empty one; pass data, or a "
+                    "loader that begins anew each time it is looped over"
+                )
+            self._first = as_batch(item, self._option)
+            if self.is_one_shot:
+                self._rest = itertools.chain([self._first], iterator)
+        return self._first
+
+    def largest(self) -> Batch:
+        """The largest batch that is known of: of a list's all, of any other loader's the first."""
+        return max(self._batches() or [self.first()], key=_bytes)
+
+    def smaller(self) -> Batch | None:
+        """The first batch cut to the size of an epoch's smallest one, if that is known and smaller."""
+        x, targets = self.first()
+        size = min((len(one) for one, _ in self._batches()), default=len(x))
+        if self.samples is not None and self._size and not self._drops:
+            size = self.samples % self._size
+        return (x[:size], targets[:size]) if 0 < size < len(x) else None
+
+    def left(self, samples: int, batches: int) -> int | None:
+        """Batches left of an epoch of which so much has been read; None if that is not known."""
+        if self.length is None or not batches:
+            return self.length
+        if self.samples is None or not self._size or samples < 0:
+            return max(0, self.length - batches)
+        whole, more = divmod(max(0, self.samples - samples), self._size)
+        return whole + (more > 0 and not self._drops)
+
+    # -- reading ------------------------------------------------------------------------
+
+    def epoch(
+        self, epoch: int, limit: int, samples: int = 0, batches: int = 0
+    ) -> Iterator[Batch]:
+        """At most ``limit`` batches of an epoch, after those that were read before.
+
+        A loader that orders by epoch is told which (``set_epoch``, its own or its sampler's); one that
+        can begin later is told where (``begin_at``), and of any other the first batches are dropped.
+
+        Args:
+            samples: read before; -1 if only the number of batches is known.
+            batches: in which they came.
+
+        Raises:
+            DataError: none of the loader's batches begins after so many samples.
+        """
+        for holder in (self._loader, getattr(self._loader, "sampler", None)):
+            if set_epoch := getattr(holder, "set_epoch", None):
+                set_epoch(epoch)
+        begin_at = getattr(self._loader, "begin_at", None)
+        if batches and begin_at and samples >= 0:
+            begin_at(samples)
+            samples = batches = 0
+        passed = passed_batches = taken = 0
+        for item in self._loader if self._rest is None else self._rest:
+            if taken >= limit:
+                return
+            x, targets = as_batch(item, self._option)
+            if passed < samples or (samples < 0 and passed_batches < batches):
+                passed, passed_batches = passed + len(x), passed_batches + 1
+                continue
+            if samples > 0 and passed != samples:
+                raise DataError(
+                    f"expected a batch that begins after {samples} samples of epoch {epoch + 1}, where the checkpoint "
+                    f"was made, got batches that end at {passed}; use the batch size that it was made with"
+                )
+            taken += 1
+            yield x, targets
+        if passed < samples:
+            raise DataError(
+                f"expected more than {samples} samples in epoch {epoch + 1}, as where the checkpoint was made, got "
+                f"{passed}; use the data that it was made with"
+            )
+
+    def once(self) -> Iterator[Batch]:
+        """All batches, in the loader's order as it is."""
+        for item in self._loader if self._rest is None else self._rest:
+            yield as_batch(item, self._option)
+
+    # -- private ------------------------------------------------------------------------
+
+    def _batches(self) -> list[Batch]:
+        """All of them, where they are in a list; else none."""
+        if not isinstance(self._loader, (list, tuple)):
+            return []
+        return [as_batch(item, self._option) for item in self._loader]
+
+    def _sizes(self) -> tuple[int | None, int | None, bool]:
+        """Samples of an epoch, and of a batch, and whether a smaller last batch is left out."""
+        loader = self._loader
+        if batches := self._batches():
+            return sum(len(x) for x, _ in batches), None, False
+        if isinstance(loader, DataLoader):
+            samples = None
+            with suppress(TypeError, NotImplementedError):
+                samples = len(loader.sampler)  # type: ignore[arg-type]
+            return samples, loader.batch_size, loader.drop_last
+        known = getattr(loader, "num_samples", None), getattr(
+            loader, "batch_size", None
+        )
+        samples, size = (each if isinstance(each, int) else None for each in known)
+        return samples, size, bool(getattr(loader, "drop_last", False))
+
+    def _check(self) -> None:
+        loader, option = self._loader, self._option
+        if isinstance(loader, Dataset) and not isinstance(loader, IterableDataset):
+            raise ConfigError(
+                f"expected a loader of batches for {option}, got a data set of samples "
+                f"({type(loader).__name__}); wrap it in a DataLoader"
+            )
+        if not isinstance(loader, Iterable) or isinstance(
+            loader, (str, Tensor, Mapping)
+        ):
+            is_function = callable(loader) and not isinstance(loader, Iterable)
+            remedy = (
+                "call it" if is_function else "pass a DataLoader or a list of pairs"
+            )
+            raise ConfigError(
+                f"expected a loader of batches for {option}, got {type(loader).__name__}; {remedy}"
+            )
+        for holder in (loader, getattr(loader, "batch_sampler", None)):
+            sampler = getattr(holder, "sampler", None)
+            if isinstance(sampler, DistributedSampler) and sampler.num_replicas > 1:
+                warn(
+                    f"the DistributedSampler of the {option} loader gives worker 0 one of {sampler.num_replicas} parts of "
+                    "the data, and no other worker reads any; use a sampler of all the data"
+                )
+                return
+
+
+def as_batch(item: Any, option: str) -> Batch:
+    """A batch from what a loader yields.
+
+    Raises:
+        DataError: it is none.
+    """
+    got = _described(item)
+    if isinstance(item, (tuple, list)) and len(item) == 2:
+        with suppress(TypeError, ValueError, RuntimeError):
+            x, targets = map(torch.as_tensor, item)
+            if x.ndim and targets.ndim and len(x) == len(targets) and len(x):
+                return x, targets
+            got = f"shapes {tuple(x.shape)} and {tuple(targets.shape)}"
+    raise DataError(
+        f"expected batches (x [B, ...], targets [B, ...]) from the {option} loader, got {got}; have it yield pairs of "
+        "tensors, for example with a collate_fn"
+    )
+
+
+def _described(item: Any) -> str:
+    if isinstance(item, Mapping):
+        return f"a {type(item).__name__} with the keys {', '.join(map(repr, item))}"
+    if isinstance(item, Tensor):
+        return f"one tensor of shape {tuple(item.shape)}"
+    if isinstance(item, (tuple, list)):
+        kinds = ", ".join(type(part).__name__ for part in item[:4])
+        return f"a {type(item).__name__} of {len(item)} ({kinds})"
+    return f"{type(item).__name__}"
+
+
+def _bytes(batch: Batch) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in batch)
+
+
+def _length(loader: Any) -> int | None:
+    """A ``DataLoader`` has a length only if its data set has one."""
+    try:
+        return len(loader) or None
+    except (TypeError, NotImplementedError):
+        return None
