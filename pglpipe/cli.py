@@ -30,6 +30,7 @@ from pglpipe.errors import (
     WorkerError,
     command_line_style,
 )
+from pglpipe.streams import lasting
 
 # Some versions of typer build on click, others on a copy of their own; in both of them the
 # errors that a command line can have are siblings of this one.
@@ -128,13 +129,24 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if not {"", os.getcwd()} & set(sys.path):
         sys.path.insert(0, "")
     warnings.formatwarning = _format_warning
+    with lasting():
+        _main(arguments)
+
+
+def _main(arguments: Sequence[str] | None) -> None:
     try:
         # Some versions of typer return the status of an interruption, others raise it.
         with command_line_style():
             if status := app(arguments, standalone_mode=False):
                 _leave(status)
     except UsageError as error:
-        _complain(" ".join(error.format_message().split()), told=not _leads())
+        text = " ".join(error.format_message().split())
+        if "--local-rank" in text or "--local_rank" in text:
+            text = (
+                "expected torchrun, got python -m torch.distributed.launch, which passes --local-rank; start "
+                "workers with torchrun --nproc_per_node=N -m pglpipe.train"
+            )
+        _complain(text, told=not _leads())
         _leave(2)
     except UserError as error:
         _complain(str(error), told=error.told)
@@ -147,7 +159,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if _leads():
             print(f"pglpipe: {stopped}", file=sys.stderr, flush=True)
         _leave(128 + stopped.signal)
-    except (KeyboardInterrupt, typer.Abort):
+    except (KeyboardInterrupt, typer.Abort) as error:
+        if isinstance(error.__cause__, EOFError):  # of a file, for nobody is asked here
+            raise error.__cause__ from None
         _leave(130)
 
 

@@ -46,6 +46,7 @@ from pglpipe.reports import (
     EvaluationReport,
     FinalReport,
     SavedReport,
+    SaveRequest,
     StopRequest,
     TrainReport,
 )
@@ -53,7 +54,7 @@ from pglpipe.saving import Ledger
 from pglpipe.seeding import generators, set_generators
 from pglpipe.source import Image, Position, Source, Span
 from pglpipe.timetable import parts_of
-from pglpipe.transport import Mailbox
+from pglpipe.transport import Mailbox, passed_since
 
 _POLL_SECONDS = 0.01
 
@@ -110,7 +111,8 @@ class Coordinator:
         self._at = Position()
         self._ledger: Ledger | None = None
         self._fits = self._stopping = self._breaks_off = self.ended_early = False
-        self._check_seconds, self._checked = 0.0, 0
+        self._check_seconds, self._checked = 0.0, set[int]()
+        self._saving = False
         self._is_told_of_length = False
         self._room: Sequence[int] = ()
         self._began = time.perf_counter()
@@ -203,16 +205,8 @@ class Coordinator:
             yield Message(Conclude(0, 0))
         yield Message(SanityCheck(0))
         # Nothing is written or learned before all workers have come so far.
-        self._await(lambda: self._checked >= self._num_workers)
+        self._await(lambda: self._checked, "end of the sanity check")
         self._check_seconds = time.perf_counter() - began
-
-    def _await(self, is_there: Callable[[], bool]) -> None:
-        deadline = time.monotonic() + self._timeout
-        while not is_there():
-            if time.monotonic() > deadline:
-                raise EdgeTimeout(f"no end of the sanity check in {self._timeout:g} s")
-            time.sleep(_POLL_SECONDS / 10)
-            self._listen()
 
     def _fit(
         self, reader: BatchReader, span: Span, test: BatchReader | None
@@ -351,8 +345,10 @@ class Coordinator:
     def _checkpoint(self) -> Iterator[Message]:
         """Has one made if it is due, or if it is the last chance."""
         ledger, step = self._ledger, self._at.step
-        if ledger is None or not ledger.due(step, is_last=self.ended_early):
+        now = self.ended_early or self._saving
+        if ledger is None or not ledger.due(step, is_last=now):
             return
+        self._saving = False
         self._at.seconds = time.perf_counter() - self._began
         manifest = {"position": asdict(self._at), "num_stages": self._num_stages}
         yield Message(ledger.begin(step, manifest))
@@ -371,19 +367,25 @@ class Coordinator:
         Raises:
             WorkerError: a worker failed, or is silent.
         """
-        deadline = time.monotonic() + self._timeout
+        self._await(lambda: {*self._finals}, "last report")
+        return self._summary()
+
+    def _await(self, heard: Callable[[], set[int]], what: str) -> None:
+        """Waits until all workers are among those that were heard."""
+        waited, last = 0.0, time.monotonic()
         self._listen()
-        while self._is_saving() or len(self._finals) < self._num_workers:
-            if self._is_saving():  # which takes as long as the disk takes
-                deadline = time.monotonic() + self._timeout
-            if time.monotonic() > deadline:
-                rank = min(set(range(self._num_workers)) - set(self._finals))
+        while missing := {*range(self._num_workers)} - heard():
+            if waited > self._timeout:
+                rank = min(missing)
                 raise EdgeTimeout(
-                    f"no last report from rank {rank} in {self._timeout:g} s", rank=rank
+                    f"no {what} from rank {rank} in {self._timeout:g} s", rank=rank
                 )
             time.sleep(_POLL_SECONDS)
+            waited, last = waited + passed_since(last), time.monotonic()
             self._listen()
-        return self._summary()
+        while self._is_saving():  # which takes as long as the disk takes
+            time.sleep(_POLL_SECONDS)
+            self._listen()
 
     def _is_saving(self) -> bool:
         return self._ledger is not None and self._ledger.is_busy
@@ -412,9 +414,11 @@ class Coordinator:
                     known_until = self._merger.until
                     self._ledger.add(report, lambda step: {"merged": known_until(step)})
                 case CheckedReport():
-                    self._checked += 1
+                    self._checked.add(report.rank)
                 case StopRequest():
                     self._stopping = True
+                case SaveRequest():
+                    self._saving = True
         if self._ledger:
             self._ledger.listen()
 

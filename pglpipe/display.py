@@ -51,7 +51,7 @@ class Screen(Protocol):
 
 def screen(plan: Plan, total_steps: int, *, quiet: bool) -> Screen:
     """The screen that suits where the output goes."""
-    console = Console()
+    console = Console(markup=False)
     if quiet:
         return Blank()
     return (

@@ -23,6 +23,7 @@ from pglpipe.commands import Command, kind_of, noun_of
 
 LENGTH = 200
 FOLDER = "failures"
+READING = "reading the next batch"  # which worker 0 does whenever it has done a command
 
 Operation = Command | str  # a command, or "building its stages"
 
@@ -82,11 +83,11 @@ class Recent:
         last, pauses = self._last, self._pauses
         if isinstance(last, str):
             return f"while {last}"
-        if self.checks:
+        if self.checks and not (pauses and self._rank == 0):
             return f"in the sanity check, {kind_of(last)} step"
         if not pauses:
             return f"at {noun_of(last)}"
-        what = "reading the next batch" if self._rank == 0 else "waiting for a command"
+        what = READING if self._rank == 0 else "waiting for a command"
         return f"while {what} after {noun_of(last)}"
 
     def keep_in(self, run_directory: Path) -> None:

@@ -149,12 +149,20 @@ class StopRequest:
     rank: int
 
 
+@dataclass(frozen=True, slots=True)
+class SaveRequest:
+    """A worker was asked to have a checkpoint made."""
+
+    rank: int
+
+
 Report = (
     TrainReport
     | EvaluationReport
     | FinalReport
     | SavedReport
     | StopRequest
+    | SaveRequest
     | CheckedReport
 )
 _REPORTS: dict[str, type[Report]] = {
@@ -165,6 +173,7 @@ _REPORTS: dict[str, type[Report]] = {
         FinalReport,
         SavedReport,
         StopRequest,
+        SaveRequest,
         CheckedReport,
     )
 }

@@ -36,7 +36,7 @@ from pglpipe.resuming import Start, settled
 from pglpipe.resuming import start as start_of
 from pglpipe.run_directory import RunDirectory, default_path, versions
 from pglpipe.saving import Checkpoints
-from pglpipe.stopping import stopping
+from pglpipe.stopping import not_yet_saving, stopping
 from pglpipe.trainer import Trainer
 from pglpipe.transport import World, join
 
@@ -55,7 +55,7 @@ def train(config: RunConfig) -> Summary:
     """
     world = join(config.edge_timeout)
     try:
-        with _failing_together(world):
+        with not_yet_saving(), _failing_together(world):
             return _train(config, world)
     finally:
         world.leave()
@@ -119,7 +119,7 @@ def _train(asked: RunConfig, world: World) -> Summary:
         folder.chosen = config
         observers.members.insert(0, folder)
     # To the end: who asks to stop when all steps are done has the weights written all the same.
-    with stopping(trainer.stop) as caught:
+    with stopping(trainer.stop, trainer.checkpoint) as caught:
         with screen:
             summary = trainer.fit(
                 material.train,

@@ -182,7 +182,7 @@ class Ledger:
         One that is due while the one before is still being written is made right after that.
 
         Args:
-            is_last: whether the run ends with this step.
+            is_last: whether one is asked for at once, as where the run ends with this step.
         """
         told = self._told
         if self.is_busy or self.has(step):

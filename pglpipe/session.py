@@ -48,7 +48,7 @@ class Session:
         self._plan: Plan | None = None
         self._trains = self._has_begun = False
         self.pipeline: Pipeline | None = None
-        self.ended_early = self._asked_to_stop = False
+        self.ended_early = self._asked_to_stop = self._asked_to_save = False
 
     @property
     def leads(self) -> bool:
@@ -157,8 +157,8 @@ class Session:
                     post=self._mailbox.post,
                     on_failure=self._lost,
                 )
-            if self._asked_to_stop:
-                self.pipeline.worker.asked_to_stop = True
+            self.pipeline.worker.asked_to_stop = self._asked_to_stop
+            self.pipeline.worker.asked_to_save = self._asked_to_save
             # A script that just ends must not look like a worker that was lost.
             atexit.register(self.close)
         return self.pipeline
@@ -254,6 +254,12 @@ class Session:
         self._asked_to_stop = True
         if self.pipeline is not None:
             self.pipeline.worker.asked_to_stop = True
+
+    def ask_to_save(self) -> None:
+        """Has the run save a checkpoint after its next step."""
+        self._asked_to_save = True
+        if self.pipeline is not None:
+            self.pipeline.worker.asked_to_save = True
 
     def close(self) -> None:
         """Ends the edges in peace; the workers may then exit in any order."""

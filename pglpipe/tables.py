@@ -45,7 +45,7 @@ def show_plan(plan: Plan) -> None:
             f"{row.seconds * 1e3:.1f}" if row.seconds else "–",
             percent(row.share),
         )
-    console = Console()
+    console = Console(markup=False)
     console.print(table)
     console.print(
         "Heads included. MMAC (forward) and KiB (saved for backward) are per image, ms per batch. "
@@ -79,7 +79,7 @@ def show_exits(plan: Plan, summary: Summary, folder: Path | None = None) -> None
             percent(1 - worker["busy_fraction"]),
             f"{worker['peak_memory_bytes'] / _MIB:.0f} MiB",
         )
-    console = Console()
+    console = Console(markup=False)
     console.print(table)
     if summary.steps:
         console.print(_memory(plan, summary.workers), _settings(plan))
@@ -148,7 +148,7 @@ def show_diagnosis(diagnosis: Diagnosis) -> None:
             " ".join(one.network.backends),
             one.network.listens,
         )
-    console = Console()
+    console = Console(markup=False)
     console.print(table)
     if diagnosis.pings:
         edges = Table("edge", "round trip", "down", "up", box=SIMPLE_HEAD)

@@ -318,6 +318,10 @@ class Trainer:
         """Asks :meth:`fit` to save a checkpoint and to end early, from any worker and thread."""
         self._session.ask_to_stop()
 
+    def checkpoint(self) -> None:
+        """Asks :meth:`fit` to save a checkpoint soon, and to go on, from any worker and thread."""
+        self._session.ask_to_save()
+
     @property
     def ended_early(self) -> bool:
         """Whether the last :meth:`fit` did so."""

@@ -49,7 +49,7 @@ from pglpipe.recall import Recall
 from pglpipe.recent import Recent
 from pglpipe.refresh import Refresh, Sorted
 from pglpipe.reporter import Reporter, samples_of, step_report
-from pglpipe.reports import CheckedReport, Report, StopRequest
+from pglpipe.reports import CheckedReport, Report, SaveRequest, StopRequest
 from pglpipe.sanity_check import Trial
 from pglpipe.saved_bytes import SavedBytes
 from pglpipe.saving import Writer
@@ -73,7 +73,7 @@ class Worker:
         recent: Recent | None = None,
     ) -> None:
         self.recent = recent or Recent(duty.rank)
-        self.asked_to_stop = False
+        self.asked_to_stop = self.asked_to_save = False
         self._post = post
         self._writer: Writer | None = None
         self._duty = duty
@@ -263,8 +263,11 @@ class Worker:
 
     def _pass_on_request(self) -> None:
         if self.asked_to_stop:
-            self.asked_to_stop = False
+            self.asked_to_stop = self.asked_to_save = False
             self._post(StopRequest(self._duty.rank))
+        if self.asked_to_save:
+            self.asked_to_save = False
+            self._post(SaveRequest(self._duty.rank))
 
     def _stop(self, command: Stop) -> None:
         self._refresh.forget(self._links)

@@ -27,6 +27,7 @@ LEVELS = [
         "state",
         "snapshot",
         "stopping",
+        "streams",
     ],
     ["checkpoint", "recent", "rising", "stopwatch", "modules", "options", "shim"],
     ["layer", "guidance", "guided", "windows", "timetable"],

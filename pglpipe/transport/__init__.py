@@ -4,7 +4,7 @@ from pglpipe.transport.base import Inbox, Links, Nobody, Outbox
 from pglpipe.transport.links import TRANSPORTS, EdgePlan, Edges, pick_backend
 from pglpipe.transport.mailbox import Mailbox
 from pglpipe.transport.packing import is_dense, payload_bytes
-from pglpipe.transport.patience import FIRST_SECONDS
+from pglpipe.transport.patience import FIRST_SECONDS, passed_since
 from pglpipe.transport.world import World, join
 
 __all__ = [
@@ -20,6 +20,7 @@ __all__ = [
     "World",
     "is_dense",
     "join",
+    "passed_since",
     "payload_bytes",
     "pick_backend",
 ]

@@ -14,7 +14,7 @@ from torch.distributed import ProcessGroup, Work
 from pglpipe.errors import EdgeTimeout, PeerLost, ProtocolError
 from pglpipe.recent import Recent
 from pglpipe.transport import packing
-from pglpipe.transport.patience import Patience, in_seconds
+from pglpipe.transport.patience import Patience, silence
 
 HEADER, PAYLOAD = 0, 1  # tags
 
@@ -91,9 +91,7 @@ class Channel:
 
     def silent(self, seconds: float) -> EdgeTimeout:
         """What to raise for a neighbour that has said nothing for so long."""
-        return EdgeTimeout(
-            f"{self.name} is silent for {in_seconds(seconds)}", rank=self.rank
-        )
+        return EdgeTimeout(silence(self.name, seconds), rank=self.rank)
 
     def gone(self) -> PeerLost:
         """What to raise for an edge that broke."""

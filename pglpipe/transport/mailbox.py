@@ -20,6 +20,7 @@ from pglpipe.reports import (
     decode_report,
     encode_report,
 )
+from pglpipe.transport.patience import passed_since
 
 _POLL_SECONDS = 0.01
 # What one worker finds at once, another finds when it next reads its figures.
@@ -83,11 +84,12 @@ class Mailbox:
 
     def _wait_for(self, key: str, timeout: float, rank: int) -> str:
         """What a worker, the one of this rank, is to say."""
-        deadline = time.monotonic() + timeout
+        waited, last = 0.0, time.monotonic()
         # Polled, because a blocking get would keep other threads from reporting a failure.
         while not self._store.check([key]):
             self.check()
-            if time.monotonic() > deadline:
+            waited, last = waited + passed_since(last), time.monotonic()
+            if waited > timeout:
                 raise EdgeTimeout(
                     f"rank {rank} has not said {key} for {timeout:g} s", rank=rank
                 )

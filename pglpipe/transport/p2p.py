@@ -48,6 +48,7 @@ from pglpipe.transport.channel import (
     greet,
     own_stream,
 )
+from pglpipe.transport.patience import Wait
 
 # An idle edge is healthy (gradients flow in global steps only), so a pending receive waits
 # for ever; who needs a message waits for at most the edge's time-out.
@@ -68,7 +69,14 @@ class Sender:
         self._slots = [channel.slot(capacity) for _ in range(depth)]
         self._under_way: list[tuple[list[tuple[Work, ProcessGroup]], Tensor]] = []
         self._sequence = 0
+        self._to_await: queue.SimpleQueue[list[tuple[Work, ProcessGroup]] | None]
+        self._to_await = queue.SimpleQueue()
+        self._sent: queue.SimpleQueue[WorkerError | None] = queue.SimpleQueue()
         greet(channel, capacity)
+        self._thread = threading.Thread(
+            target=self._run, name=f"pglpipe sender to {channel.name}", daemon=True
+        )
+        self._thread.start()
 
     def put(self, message: Message) -> None:
         """Copies the message into a free slot and sends it."""
@@ -85,6 +93,8 @@ class Sender:
         self._send(packing.encode_closed(self._sequence), self._slots[0][:0])
         while self._under_way:
             self._finish_oldest()
+        self._to_await.put(None)
+        self._thread.join(self._channel.timeout)
 
     def _send(self, numbers: list[int], payload: Tensor) -> None:
         channel = self._channel
@@ -103,6 +113,7 @@ class Sender:
             raise channel.gone() from error
         # The header must live as long as its send.
         self._under_way.append((works, header))
+        self._to_await.put(works)
         self._sequence += 1
         self.sent_bytes += header.nbytes + payload.numel()
 
@@ -110,13 +121,39 @@ class Sender:
         started = time.perf_counter()
         channel = self._channel
         works, _ = self._under_way.pop(0)
-        limit = timedelta(seconds=channel.patience.limit(channel.timeout))
         channel.recent.waits_for = channel.rank
         with stalling(channel.device, self._stalls.sent):
+            if error := self._await_sent():
+                raise error
             for work, group in works:
-                channel.wait(work, group, limit)
+                if group is not channel.headers:
+                    channel.wait(work, group, _FOREVER)
         channel.recent.waits_for = None
         self.waited += time.perf_counter() - started
+
+    def _await_sent(self) -> WorkerError | None:
+        """Waits until gloo has sent the oldest message; what went wrong, if anything did."""
+        channel = self._channel
+        wait = Wait(channel.patience, channel.timeout)
+        while not wait.is_over():
+            with suppress(queue.Empty):
+                return self._sent.get(timeout=_CHECK_SECONDS)
+            # A neighbour that failed elsewhere may be alive and silent.
+            channel.check()
+        return channel.silent(wait.seconds)
+
+    def _run(self) -> None:
+        """Waits for what gloo sends, in its order. gloo's own time-out would break the edge."""
+        channel = self._channel
+        while (works := self._to_await.get()) is not None:
+            try:
+                for work, group in works:
+                    if group is channel.headers:
+                        channel.wait(work, group, _FOREVER)
+            except WorkerError as error:
+                self._sent.put(error)
+                return
+            self._sent.put(None)
 
 
 class Receiver:
@@ -156,7 +193,7 @@ class Receiver:
         """The next message; its tensors are copies on the worker's device."""
         with stalling(self._channel.device, self._stalls.received):
             started = time.perf_counter()
-            arrival = self._next(started)
+            arrival = self._next()
             self.waited += time.perf_counter() - started
             if isinstance(arrival, _Arrival) and arrival.slot is not None:
                 arrival.slot.fence.await_filled()
@@ -180,18 +217,18 @@ class Receiver:
                 if isinstance(arrival, _Arrival) and arrival.slot is not None:
                     self._offer(arrival.slot)
 
-    def _next(self, started: float) -> _Arrival | WorkerError:
-        channel, waited = self._channel, 0.0
+    def _next(self) -> _Arrival | WorkerError:
+        channel = self._channel
+        wait = Wait(channel.patience, channel.timeout)
         channel.recent.waits_for = channel.rank
-        while not channel.patience.is_over(waited, channel.timeout):
+        while not wait.is_over():
             with suppress(queue.Empty):
                 arrival = self._ready.get(timeout=_CHECK_SECONDS)
                 channel.recent.waits_for = None
                 return arrival
             # A neighbour that failed elsewhere may be alive and silent.
             channel.check()
-            waited = time.perf_counter() - started
-        return channel.silent(waited)
+        return channel.silent(wait.seconds)
 
     def _open(self, arrival: _Arrival) -> Message:
         assert arrival.envelope.command is not None, "the thread ends with its edge"

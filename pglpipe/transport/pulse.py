@@ -27,7 +27,7 @@ from contextlib import suppress
 
 from torch.distributed import Store
 
-from pglpipe.recent import Recent
+from pglpipe.recent import READING, Recent
 from pglpipe.transport.mailbox import Mailbox
 from pglpipe.transport.passport import Passport
 from pglpipe.transport.signs import BEAT_SECONDS, LEFT, Beat, Other
@@ -99,6 +99,11 @@ class Pulse:
     def last_heard_of(self, rank: int) -> str:
         """What a worker was at not long ago: ``at step 17, local step``."""
         return self._latest(rank).doing
+
+    @property
+    def reads(self) -> bool:
+        """Whether worker 0 was reading its data not long ago; if it is silent, others see to that."""
+        return self._latest(0).doing.startswith(f"while {READING}")
 
     def suspect(self, rank: int) -> int:
         """Who keeps a worker that says nothing: itself, or one for whom it waits in turn."""
@@ -224,6 +229,11 @@ class NoPulse:
     def last_heard_of(self, rank: int) -> str:
         """Nothing."""
         return ""
+
+    @property
+    def reads(self) -> bool:
+        """Nobody knows."""
+        return False
 
     def suspect(self, rank: int) -> int:
         """The one that is named."""

@@ -33,6 +33,7 @@ from pglpipe.commands import Message
 from pglpipe.errors import PeerLost, ProtocolError, WorkerError
 from pglpipe.stopwatch import stalling
 from pglpipe.transport import packing
+from pglpipe.transport.patience import Wait
 from pglpipe.transport.rpc_agent import Reply
 from pglpipe.transport.rpc_line import Call, Line, error_of
 
@@ -123,7 +124,7 @@ class RpcReceiver:
         """The next message; its tensors are copies on the worker's device."""
         started = time.perf_counter()
         with stalling(self._line.device, self._line.stalls.received):
-            opened = self._next(started)
+            opened = self._next()
         self.waited += time.perf_counter() - started
         if isinstance(opened, WorkerError):
             raise opened
@@ -214,17 +215,17 @@ class RpcReceiver:
             reply = self._unanswered.popleft()
         reply.set_result(None)
 
-    def _next(self, started: float) -> _Opened | WorkerError:
-        line, waited = self._line, 0.0
+    def _next(self) -> _Opened | WorkerError:
+        line = self._line
+        wait = Wait(line.patience, line.timeout)
         line.recent.waits_for = line.peer
-        while not line.patience.is_over(waited, line.timeout):
+        while not wait.is_over():
             with suppress(queue.Empty):
                 opened = self._ready.get(timeout=min(_CHECK_SECONDS, line.timeout))
                 line.recent.waits_for = None
                 return opened
             line.check()
-            waited = time.perf_counter() - started
-        return line.silent(waited)
+        return line.silent(wait.seconds)
 
     def _watch_ended(self, reply: Reply) -> None:
         if error_of(reply) is not None and not self._ended.is_set():

@@ -13,7 +13,7 @@ from torch import Tensor
 from pglpipe.errors import EdgeTimeout, PeerLost
 from pglpipe.recent import Recent
 from pglpipe.stopwatch import Stalls
-from pglpipe.transport.patience import Patience, in_seconds
+from pglpipe.transport.patience import Patience, Wait, silence
 from pglpipe.transport.rpc_agent import Address, Agent, Reply
 
 _CHECK_SECONDS = 0.25
@@ -67,9 +67,7 @@ class Line:
 
     def silent(self, seconds: float) -> EdgeTimeout:
         """What to raise for a neighbour that has not answered for so long."""
-        return EdgeTimeout(
-            f"{self.name} is silent for {in_seconds(seconds)}", rank=self.peer
-        )
+        return EdgeTimeout(silence(self.name, seconds), rank=self.peer)
 
     def gone(self) -> PeerLost:
         """What to raise for a call that broke."""
@@ -92,14 +90,13 @@ class Call:
             EdgeTimeout: the neighbour did not answer.
         """
         line = self._line
-        started = time.perf_counter()
+        wait = Wait(line.patience, line.timeout)
         line.recent.waits_for = line.peer
         while not self._ended.wait(min(_CHECK_SECONDS, line.timeout)):
             # A neighbour that failed elsewhere may be alive and silent.
             line.check()
-            waited = time.perf_counter() - started
-            if line.patience.is_over(waited, line.timeout):
-                raise line.silent(waited)
+            if wait.is_over():
+                raise line.silent(wait.seconds)
         line.recent.waits_for = None
         if (error := error_of(self._reply)) is not None:
             raise line.gone() from error

@@ -66,7 +66,7 @@ class World:
     @cached_property
     def patience(self) -> Patience:
         """How long this worker waits for a silent neighbour."""
-        return Patience(self.store, self.rank, self.size)
+        return Patience(self.store, self.rank, self.size, lambda: self.pulse.reads)
 
     @cached_property
     def recent(self) -> Recent:
