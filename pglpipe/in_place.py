@@ -78,7 +78,10 @@ class KeepsInputs:
         copies = tuple(map(_copied, given))
         before = [_versions([argument]) for argument in copies]
         still = unmoved(self._module) if self._module else nullcontext()
-        with torch.no_grad(), still, generators_kept():
+        # What autograd saves meanwhile is not counted, and freed at once.
+        uncounted = torch.autograd.graph.saved_tensors_hooks(_itself, _itself)
+        with still, generators_kept(), uncounted:
+            # Not what was compiled of the module, which takes long.
             self._uncompiled(*copies)
         return frozenset(
             index
@@ -87,6 +90,10 @@ class KeepsInputs:
             )
             if _versions([copied]) != version or not _equal(copied, original)
         )
+
+
+def _itself(tensor: Tensor) -> Tensor:
+    return tensor
 
 
 @torch.no_grad()

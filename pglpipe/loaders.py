@@ -75,8 +75,6 @@ def check_start(
     span: Span,
     at: Position,
     checkpoint: object,
-    *,
-    goes_on: bool,
     asked: str,
 ) -> None:
     """Refuses a checkpoint from which nothing can be trained.
@@ -84,17 +82,15 @@ def check_start(
     Args:
         at: where the checkpoint was made.
         checkpoint: its folder.
-        goes_on: whether it is the run's own, which may have come to its end already.
         asked: how long the run shall be, for messages.
 
     Raises:
         ConfigError: it has done all steps.
         DataError: it was made in the middle of an epoch of other data.
     """
-    is_over = at.epoch >= span.epochs or at.step > span.total_steps
-    if is_over or (at.step == span.total_steps and not goes_on):
+    if at.epoch >= span.epochs or at.step > span.total_steps:
         raise ConfigError(
-            f"expected a run of more steps than the checkpoint {checkpoint} has done, got {asked}, and it has done "
+            f"expected a run of as many steps as the checkpoint {checkpoint} has done, got {asked}, and it has done "
             f"{at.step} steps in {at.epoch + 1} epochs; ask for more, or begin from other weights"
         )
     known, now = at.epoch_samples, reader.samples

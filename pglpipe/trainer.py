@@ -275,8 +275,7 @@ class Trainer:
             check_passes(reader, tests[0] if tests else None, span, at)
             if found:
                 asked = setting("steps", steps) if steps else setting("epochs", epochs)
-                goes_on = resume == "auto"
-                check_start(reader, span, at, found, goes_on=goes_on, asked=asked)
+                check_start(reader, span, at, found, asked)
             return [span.epochs, span.total_steps, span.evaluate_every]
 
         span = Span(*self._session.agree(span_or_error))

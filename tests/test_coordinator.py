@@ -24,6 +24,7 @@ from pglpipe.commands import (
 )
 from pglpipe.coordinator import Coordinator
 from pglpipe.errors import EdgeTimeout, WorkerError
+from pglpipe.reader import BatchReader
 from pglpipe.reports import (
     FinalReport,
     StepReport,
@@ -72,7 +73,9 @@ def fit(
     test: Any = None,
     every: int = 1,
 ) -> Source:
-    return office.coordinator.fit(loader, Span(*span, every), test)
+    tests = None if test is None else BatchReader(test, "evaluation")
+    reader = BatchReader(loader, "training")
+    return office.coordinator.fit(reader, Span(*span, every), tests, checks=False)
 
 
 def test_batches_become_steps_by_the_guidance() -> None:
@@ -153,7 +156,9 @@ def test_nothing_is_read_before_it_is_asked_for() -> None:
 
 def test_evaluating_and_collecting_are_short_runs() -> None:
     coordinator = Office().coordinator
-    assert commands(coordinator.evaluate(image_batches(4))) == [
+    assert commands(
+        coordinator.evaluate(BatchReader(image_batches(4), "evaluation"))
+    ) == [
         Evaluate(0, 0),
         Conclude(0, 0),
         Stop(),

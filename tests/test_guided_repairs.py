@@ -21,6 +21,8 @@ from pglpipe.ingredients import learning_rate
 from pglpipe.loaders import span_of
 from pglpipe.losses import InfoPro, Supervised, build_loss
 from pglpipe.losses.predsim import projection
+from pglpipe.reader import BatchReader
+from pglpipe.source import Span
 
 BATCHES = image_batches(8, 8)
 
@@ -119,8 +121,9 @@ def test_the_learning_rate_begins_anew_where_the_final_phase_does() -> None:
 def test_a_final_phase_in_epochs_needs_to_know_when_they_end() -> None:
     guidance = Guidance(final=1, unit="epoch")
     with pytest.raises(ConfigError, match="loader with a length for a final phase"):
-        span_of(iter(BATCHES), None, 10, guidance)
-    assert span_of(BATCHES, None, 10, guidance) == (5, 10)
+        span_of(BatchReader(iter(BATCHES), "training"), None, 10, guidance)
+    reader = BatchReader(BATCHES, "training")
+    assert span_of(reader, None, 10, guidance) == Span(5, 10)
 
 
 def test_all_weights_of_a_loss_are_known() -> None:

@@ -38,6 +38,7 @@ SUMMARY = Summary(
     steps=4,
     global_steps=1,
     wall_seconds=2.0,
+    sanity_check_seconds=0.5,
     train_seconds=1.0,
     samples_per_second=64.0,
     step_seconds={"local": 0.25},

@@ -23,7 +23,7 @@ def heard() -> Iterator[None]:
 def test_the_first_asks_and_its_echo_is_none(number: signal.Signals) -> None:
     asked: list[str] = []
     before = signal.getsignal(number)
-    with stopping(lambda: asked.append("stop")) as caught:
+    with stopping(lambda: asked.append("stop"), lambda: None) as caught:
         for each in (number, signal.SIGTERM, number):
             signal.raise_signal(each)
     assert asked == ["stop"] and caught == [number]
@@ -32,6 +32,6 @@ def test_the_first_asks_and_its_echo_is_none(number: signal.Signals) -> None:
 
 def test_a_later_one_ends_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "ECHO_SECONDS", -1.0)
-    with pytest.raises(KeyboardInterrupt), stopping(lambda: None):
+    with pytest.raises(KeyboardInterrupt), stopping(lambda: None, lambda: None):
         signal.raise_signal(signal.SIGINT)
         signal.raise_signal(signal.SIGINT)

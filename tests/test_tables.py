@@ -35,6 +35,7 @@ SUMMARY = Summary(
     steps=20,
     global_steps=4,
     wall_seconds=75.0,
+    sanity_check_seconds=0.5,
     train_seconds=60.0,
     samples_per_second=321.0,
     step_seconds={"local": 0.1},

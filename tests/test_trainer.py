@@ -271,7 +271,7 @@ def test_a_network_that_does_not_classify_has_losses_and_no_accuracy() -> None:
 def test_evaluation_needs_no_memory_budget_but_a_fit_after_it_does() -> None:
     made = trainer(World(), small_resnet("resnet8"), memory_budget=1)
     assert made.evaluate(image_batches(4)).exit_accuracy
-    with pytest.raises(UserError, match="fit before evaluate"):
+    with pytest.raises(UserError, match="memory.budget.* of at least"):
         made.fit(image_batches(4), epochs=1)
     made.close()
 
@@ -348,7 +348,7 @@ SPANS: dict[str, tuple[Any, dict[str, Any], str]] = {
     "neither": (TRAIN, {}, "either epochs or steps"),
     "no epoch": (TRAIN, {"epochs": 0}, "at least 1 epoch, got 0"),
     "no step": (TRAIN, {"steps": 0}, "at least 1 step, got 0"),
-    "nothing to learn from": ([], {"epochs": 1}, "empty loader"),
+    "nothing to learn from": ([], {"epochs": 1}, "got an empty one"),
 }
 
 

@@ -326,7 +326,7 @@ def test_a_silent_neighbour_is_named_within_the_timeout(direction: str) -> None:
         end for end in talk(*sides, timeout=0.5) if isinstance(end, tuple)
     )
     silent_rank = 0 if direction == "down" else 1
-    assert text == f"{NAMES[silent_rank]} is silent for 0.5 s"
+    assert text.startswith(f"{NAMES[silent_rank]} is silent for 0.5 s; if it may be")
     assert 0.4 < seconds < 3
 
 
@@ -346,7 +346,7 @@ def test_a_neighbour_that_takes_nothing_is_named_within_the_timeout() -> None:
         done.wait(10)
 
     text, _ = talk(pushing, deaf, timeout=0.5, depth=1, peaceful=False)
-    assert text == f"{NAMES[1]} is silent for 0.5 s"
+    assert text.startswith(f"{NAMES[1]} is silent for 0.5 s; if it may be")
 
 
 def test_workers_that_expect_different_sizes_do_not_begin() -> None:

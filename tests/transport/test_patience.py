@@ -16,24 +16,19 @@ def test_where_nothing_is_new_the_time_out_counts() -> None:
     for patience in three():
         assert not patience.is_over(2.0, timeout=2.0)
         assert patience.is_over(2.1, timeout=2.0)
-        assert patience.limit(2.0) == 2.0
 
 
 def test_something_is_new_from_the_first_worker_until_the_last_has_done_it() -> None:
     first, second, third = three()
     first.first(True)
     assert not third.is_over(FIRST_SECONDS, 2.0), "it may come down at any moment"
-    assert third.limit(2.0) == 2.0, "all that it has sent before is old"
     second.first(True)
-    assert second.limit(2.0) == FIRST_SECONDS
     first.first(False)
     second.first(False)
     third.first(True)
-    assert second.limit(2.0) == FIRST_SECONDS, "the third one is still at it"
     assert not first.is_over(FIRST_SECONDS, 2.0)
     third.first(False)
     assert first.is_over(2.1, 2.0)
-    assert [each.limit(2.0) for each in (first, second, third)] == [2.0] * 3
 
 
 def test_even_what_is_new_ends() -> None:
@@ -42,4 +37,3 @@ def test_even_what_is_new_ends() -> None:
     assert first.is_over(FIRST_SECONDS + 1, timeout=2.0)
     longer = 2 * FIRST_SECONDS
     assert not first.is_over(longer, timeout=longer)
-    assert first.limit(longer) == longer
