@@ -29,7 +29,15 @@ KILLS = 50
 RUN = [
     *("-m", "pglpipe.train", "--model", "ambush:network", "--stages", str(WORKERS)),
     *("--balance", "1,1", "--head", "0c1f", "--dataset", "synthetic"),
-    *("--batch-size", "16", "--train-limit", "64", "--test-limit", "32"),
+    *(
+        "--no-sanity-check",
+        "--batch-size",
+        "16",
+        "--train-limit",
+        "64",
+        "--test-limit",
+        "32",
+    ),
     *("--epochs", "3", "--guidance-period", "4", "--checkpoint-every", "2"),
     *("--device", "cpu", "--threads", "1", "--run-dir", "run", "--quiet"),
 ]

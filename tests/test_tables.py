@@ -66,7 +66,9 @@ SUMMARY = Summary(
 def wide(monkeypatch: pytest.MonkeyPatch) -> None:
     """A page on which no table has to break its words."""
     monkeypatch.setattr(
-        tables, "Console", lambda: Console(width=120, force_terminal=False)
+        tables,
+        "Console",
+        lambda **options: Console(width=120, force_terminal=False, **options),
     )
 
 
