@@ -9,6 +9,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from pglpipe.data.batches import Batches
@@ -83,7 +84,7 @@ def _load_all(
         raise DataError(
             f"expected the folder of {name}, got none; pass --data-root DIR"
         )
-    folder = Path(root).expanduser()
+    folder = Path(os.path.expanduser(root))  # which leaves ~ as it is without a home
     if name == "imagefolder":
         train, test = load_folder(folder, image_size)
         return train, test, folder_recipe(train)

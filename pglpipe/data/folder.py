@@ -15,6 +15,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,9 +26,16 @@ from PIL import Image, ImageOps
 
 from pglpipe.data.image_set import ImageSet, Recipe
 from pglpipe.errors import DataError
-from pglpipe.shim import import_torchvision
 
 Bytes = NDArray[np.uint8]
+
+# torchvision's.
+_EXTENSIONS = (
+    *(".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm"),
+    *(".tif", ".tiff", ".webp"),
+)
+# Changes whenever files are decoded to other values, so that no older cache is read.
+_RULE = 2
 
 
 @dataclass(frozen=True)
@@ -72,22 +80,57 @@ def folder_recipe(images: ImageSet) -> Recipe:
 def listing(folder: Path) -> Listing:
     """The class folders and the images in them, in the order of torchvision's ImageFolder.
 
+    Hidden files and folders, such as ``.ipynb_checkpoints`` and ``._image.jpg``, are left out.
+
     Raises:
         DataError: there is no class folder, or one without any image.
     """
-    import_torchvision()
-    from torchvision.datasets.folder import IMG_EXTENSIONS, find_classes, make_dataset
-
-    try:
-        classes, indices = find_classes(folder)
-        samples = make_dataset(str(folder), indices, extensions=IMG_EXTENSIONS)
-    except FileNotFoundError as error:
-        remedy = "expected <class>/<image> in it: add images or remove the empty class"
+    folders = _visible(folder)
+    classes = tuple(sorted(entry.name for entry in folders if entry.is_dir()))
+    if not classes:
         raise DataError(
-            f"{folder}: {' '.join(str(error).split())}; {remedy}"
-        ) from error
-    files = tuple(Path(path) for path, _ in samples)
-    return Listing(folder, files, tuple(label for _, label in samples), tuple(classes))
+            f"{folder}: expected a folder for each class, <class>/<image>, found none; put the images in class folders"
+        )
+    files, labels = list[Path](), list[int]()
+    for label, name in enumerate(classes):
+        found = _images_in(folder / name)
+        if not found:
+            raise DataError(
+                f"{folder}: expected images in the folder of class {name!r}, found none ending in "
+                f"{', '.join(_EXTENSIONS)}; add images or remove the folder"
+            )
+        files += found
+        labels += [label] * len(found)
+    return Listing(folder, tuple(files), tuple(labels), classes)
+
+
+def _visible(folder: Path) -> list[Path]:
+    """What is in a folder, but for hidden files and folders, in the order of their names."""
+    return sorted(entry for entry in folder.iterdir() if entry.name[0] != ".")
+
+
+def _folders_in(folder: Path, within: frozenset[Path]) -> Iterator[Path]:
+    """A folder and those below it; a link to a folder that it is in leads nowhere.
+
+    Args:
+        within: the folders, without links, that this one was reached through.
+    """
+    real = folder.resolve()
+    if real in within:
+        return
+    yield folder
+    for entry in _visible(folder):
+        if entry.is_dir():
+            yield from _folders_in(entry, within | {real})
+
+
+def _images_in(folder: Path) -> list[Path]:
+    return [
+        entry
+        for part in sorted(_folders_in(folder, frozenset()), key=str)
+        for entry in _visible(part)
+        if entry.suffix.lower() in _EXTENSIONS and not entry.is_dir()
+    ]
 
 
 def decode(files: tuple[Path, ...], image_size: int) -> Bytes:
@@ -111,7 +154,7 @@ def decode(files: tuple[Path, ...], image_size: int) -> Bytes:
 
 def fingerprint(found: Listing, image_size: int) -> str:
     """Changes when a file is added, removed, renamed or rewritten, or with the size."""
-    digest = hashlib.blake2b(str(image_size).encode(), digest_size=8)
+    digest = hashlib.blake2b(f"{_RULE} {image_size}".encode(), digest_size=8)
     for file in found.files:
         status = file.stat()
         name = file.relative_to(found.folder)
@@ -138,12 +181,14 @@ def _cached(found: Listing, root: Path, image_size: int) -> Bytes:
     prefix = f"{found.folder.name}-{f'{image_size}x{image_size}' if image_size else 'original'}-"
     name = f"{prefix}{fingerprint(found, image_size)}.npy"
     for folder in _cache_folders(root):
-        if (folder / name).is_file():
-            return _map(folder / name)
+        known = _map(folder / name, len(found.files))
+        if known is not None:
+            return known
     images = decode(found.files, image_size)
     for folder in _cache_folders(root):
         if _save(folder, prefix, name, images):
-            return _map(folder / name)
+            known = _map(folder / name, len(images))
+            return images if known is None else known
     return images
 
 
@@ -151,13 +196,18 @@ def _cache_folders(root: Path) -> Iterator[Path]:
     """Beside the data, or where that cannot be written, in the user's own cache."""
     yield root / ".pglpipe"
     where = hashlib.blake2b(str(root.resolve()).encode(), digest_size=8).hexdigest()
-    yield Path.home() / ".cache" / "pglpipe" / where
+    with suppress(RuntimeError):  # a user without a home
+        yield Path.home() / ".cache" / "pglpipe" / where
 
 
-def _map(path: Path) -> Bytes:
+def _map(path: Path, number: int) -> Bytes | None:
+    """The cached images; None if there are none, or not so many, or their file was cut short."""
     # Copy-on-write, because PyTorch has no tensors that cannot be written.
-    images: Bytes = np.load(path, mmap_mode="c")
-    return images
+    with suppress(OSError, ValueError, EOFError):
+        images: Bytes = np.load(path, mmap_mode="c")
+        if images.dtype == np.uint8 and images.ndim == 4 and len(images) == number:
+            return images
+    return None
 
 
 def _save(folder: Path, prefix: str, name: str, images: Bytes) -> bool:
@@ -187,17 +237,49 @@ def _write(path: Path, images: Bytes) -> None:
 def _decode_one(file: Path, image_size: int) -> Bytes:
     try:
         with Image.open(file) as opened:
-            image = opened.convert("RGB")
+            image = _as_rgb(opened)
     except (
         Exception
     ) as error:  # a broken file can raise anything, even DecompressionBombError
         raise DataError(
-            f"expected an image, but {file} cannot be decoded ({error}); replace or remove it"
+            f"expected an image, but {_quoted(file)} cannot be decoded ({_one_line(error)}); replace or remove it"
         ) from error
     if image_size:
         size = (image_size, image_size)
         image = ImageOps.fit(image, size, Image.Resampling.BILINEAR)
     return np.asarray(image)
+
+
+def _as_rgb(image: Image.Image) -> Image.Image:
+    """The upright image with 8 bits per channel; 16 bits are scaled to 8.
+
+    Raises:
+        ValueError: its values have no range that is known.
+    """
+    is_16_bits = image.mode.startswith("I;16") or (
+        image.mode == "I" and image.format == "PNG"  # which has no more bits
+    )
+    if image.mode == "F" or (image.mode == "I" and not is_16_bits):
+        kind = "floating-point numbers" if image.mode == "F" else "32-bit integers"
+        raise ValueError(
+            f"its pixels are {kind}, whose range nobody knows; convert it to 8 or 16 bits"
+        )
+    upright = ImageOps.exif_transpose(image)
+    if is_16_bits:
+        upright = Image.fromarray(
+            (np.asarray(upright, np.uint32) // 257).astype(np.uint8)
+        )
+    return upright.convert("RGB")
+
+
+def _quoted(file: Path) -> str:
+    """The path, whatever characters it has, in one line."""
+    text = str(file)
+    return text if text.isprintable() else repr(text)
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
 
 
 def _size(image: Bytes) -> str:
