@@ -54,7 +54,7 @@ from pglpipe.saving import Ledger
 from pglpipe.seeding import generators, set_generators
 from pglpipe.source import Image, Position, Source, Span
 from pglpipe.timetable import parts_of
-from pglpipe.transport import Mailbox, passed_since
+from pglpipe.transport import Mailbox
 
 _POLL_SECONDS = 0.01
 
@@ -328,7 +328,9 @@ class Coordinator:
             self._listen()
             if self._may_end():
                 self._breaks_off = self.ended_early = True
+            if self._fits and (self.ended_early or self._saving):
                 yield from self._checkpoint()
+            if self._breaks_off:
                 break
         if is_empty:
             raise DataError(
@@ -372,17 +374,16 @@ class Coordinator:
 
     def _await(self, heard: Callable[[], set[int]], what: str) -> None:
         """Waits until all workers are among those that were heard."""
-        waited, last = 0.0, time.monotonic()
         self._listen()
-        while missing := {*range(self._num_workers)} - heard():
-            if waited > self._timeout:
-                rank = min(missing)
-                raise EdgeTimeout(
-                    f"no {what} from rank {rank} in {self._timeout:g} s", rank=rank
-                )
-            time.sleep(_POLL_SECONDS)
-            waited, last = waited + passed_since(last), time.monotonic()
-            self._listen()
+        for rank in range(self._num_workers):
+            wait = self._mailbox.wait_for(rank, self._timeout)
+            while rank not in heard():
+                if wait.is_over():
+                    raise EdgeTimeout(
+                        f"no {what} from rank {rank} in {wait}", rank=rank
+                    )
+                time.sleep(_POLL_SECONDS)
+                self._listen()
         while self._is_saving():  # which takes as long as the disk takes
             time.sleep(_POLL_SECONDS)
             self._listen()

@@ -10,6 +10,7 @@
     ├── Stopped                 a run was asked to end, and can go on
     └── WorkerError             the run is over on every worker, exit status 1
         ├── PeerLost            a neighbour's process is gone
+        │   └── PeerLeft        it has ended in peace, while this one needs it
         ├── EdgeTimeout         a neighbour is silent for too long
         ├── ProtocolError       a neighbour sent what nobody expects here
         └── NonFinite           a loss or a gradient is no finite number
@@ -67,6 +68,10 @@ class WorkerError(PglpipeError, RuntimeError):
 
 class PeerLost(WorkerError):
     """A neighbour's process is gone."""
+
+
+class PeerLeft(PeerLost):
+    """A worker has ended its part in peace, while another still needs it."""
 
 
 class EdgeTimeout(WorkerError):

@@ -53,12 +53,13 @@ def train(config: RunConfig) -> Summary:
         UserError: something in the configuration cannot be done.
         WorkerError: a worker failed; the message names it.
     """
-    world = join(config.edge_timeout)
-    try:
-        with not_yet_saving(), _failing_together(world):
-            return _train(config, world)
-    finally:
-        world.leave()
+    with not_yet_saving() as early:
+        world = join(config.edge_timeout)
+        try:
+            with _failing_together(world):
+                return _train(config, world, early)
+        finally:
+            world.leave()
 
 
 def plan(config: RunConfig, num_workers: int) -> Plan:
@@ -89,7 +90,7 @@ def export(run_dir: Path, output: Path) -> None:
     state.export(output, state.without_heads(weights))
 
 
-def _train(asked: RunConfig, world: World) -> Summary:
+def _train(asked: RunConfig, world: World, early: list[int]) -> Summary:
     leads = world.rank == 0
     # Before the data is read: a folder that cannot be written should not cost minutes.
     start, folder = _start(asked, world)
@@ -120,6 +121,8 @@ def _train(asked: RunConfig, world: World) -> Summary:
         observers.members.insert(0, folder)
     # To the end: who asks to stop when all steps are done has the weights written all the same.
     with stopping(trainer.stop, trainer.checkpoint) as caught:
+        if early:
+            trainer.checkpoint()
         with screen:
             summary = trainer.fit(
                 material.train,

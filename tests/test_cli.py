@@ -137,6 +137,7 @@ def test_of_several_workers_the_first_tells_a_wrong_option(
     rank: str, lines: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("RANK", rank)
+    monkeypatch.setenv("WORLD_SIZE", "4")
     ended = call("train", "--stagse", "2", cwd=tmp_path)
     assert (ended.status, len(ended.said)) == (2, lines)
 
