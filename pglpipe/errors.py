@@ -37,6 +37,9 @@ class PglpipeError(Exception):
 
     told = False
 
+    def __init__(self, text: str = "") -> None:
+        super().__init__(_on_one_line(text))
+
 
 class UserError(PglpipeError, ValueError):
     """A mistake in what was asked for; the message says how to repair it."""
@@ -122,7 +125,16 @@ class PglpipeWarning(UserWarning):
 
 def warn(text: str) -> None:
     """Warns of something in one line, where the caller was called."""
-    warnings.warn(text, PglpipeWarning, stacklevel=3)
+    warnings.warn(_on_one_line(text), PglpipeWarning, stacklevel=3)
+
+
+def _on_one_line(text: str) -> str:
+    """The text with whatever cannot be printed escaped: a file's name may hold anything.
+
+    >>> _on_one_line("no\\nimage")
+    'no\\\\nimage'
+    """
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 # How settings are written in messages: as arguments of Python calls, or as command-line options.

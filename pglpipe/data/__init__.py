@@ -84,7 +84,8 @@ def _load_all(
         raise DataError(
             f"expected the folder of {name}, got none; pass --data-root DIR"
         )
-    folder = Path(os.path.expanduser(root))  # which leaves ~ as it is without a home
+    # Path.expanduser fails for a user without a home; this leaves the ~ and is refused by name.
+    folder = Path(os.path.expanduser(root))
     if name == "imagefolder":
         train, test = load_folder(folder, image_size)
         return train, test, folder_recipe(train)
