@@ -422,7 +422,7 @@ def test_names_on_disk_may_be_anything_and_stay_on_one_line(root, decoded):
 
 def test_an_empty_class_folder_is_named(root):
     (root / "train" / "ant").mkdir()
-    with pytest.raises(DataError, match="class 'ant'") as caught:
+    with pytest.raises(DataError, match="classes ant") as caught:
         load("imagefolder", root=root)
     assert "\n" not in str(caught.value)
 
@@ -454,88 +454,3 @@ def test_the_recipe_normalizes_the_training_images(root):
     assert data.recipe.mean == pytest.approx(pixels.mean(0).tolist(), abs=1e-5)
     assert data.recipe.std == pytest.approx(pixels.std(0).tolist(), abs=1e-5)
     assert data.recipe.padding == 1
-
-
-# -- image files as they are ----------------------------------------------------------
-
-
-@pytest.mark.parametrize("suffix", ["png", "tiff"])
-def test_16_bits_are_scaled_to_8(root, suffix):
-    ramp = np.tile(np.array([0, 255, 257, 32768, 65535], np.uint16), (8, 2))[:, :8]
-    for name in ("cat", "dog"):
-        Image.fromarray(ramp).save(root / "train" / name / f"9.{suffix}")
-    shown = load("imagefolder", root=root).train.images[3]
-    expected = np.array([0, 0, 1, 127, 255, 0, 0, 1], np.uint8)
-    assert torch.equal(shown[0], torch.from_numpy(expected)[:, None].expand(8, 3))
-
-
-@pytest.mark.parametrize(
-    ("kind", "words"),
-    [(np.float32, "floating-point numbers"), (np.int32, "32-bit integers")],
-)
-def test_pixels_without_a_known_range_are_refused_by_name(root, kind, words):
-    Image.fromarray(np.ones((8, 8), kind)).save(root / "train" / "dog" / "x.tiff")
-    with pytest.raises(DataError, match=rf"dog/x\.tiff cannot be decoded .*{words}"):
-        load("imagefolder", root=root)
-
-
-def test_a_photograph_is_turned_as_its_camera_was_held(root):
-    pixels = picture(root / "train" / "cat" / "0.png")
-    exif = Image.Exif()
-    exif[0x0112] = 6  # turn right by a quarter to see it upright
-    Image.fromarray(pixels).save(root / "train" / "cat" / "0.png", exif=exif)
-    shown = load("imagefolder", root=root).train.images[0]
-    assert torch.equal(shown, torch.from_numpy(np.rot90(pixels, k=-1).copy()))
-
-
-def test_hidden_files_and_folders_are_left_out(root):
-    expected = load("imagefolder", root=root)
-    picture(root / "train" / ".ipynb_checkpoints" / "0.png")
-    picture(root / "train" / "cat" / ".ipynb_checkpoints" / "0.png")
-    (root / "train" / "dog" / "._0.png").write_bytes(b"\0\5\26\7 AppleDouble")
-    (root / "train" / "dog" / "folder.png").mkdir()
-    found = load("imagefolder", root=root)
-    assert found.train.classes == expected.train.classes
-    assert torch.equal(found.train.images, expected.train.images)
-
-
-def test_a_loop_of_links_ends_and_a_link_elsewhere_is_followed(root, tmp_path):
-    (root / "train" / "cat" / "again").symlink_to(root / "train" / "cat")
-    (root / "train" / "cat" / "up").symlink_to(root / "train")
-    picture(tmp_path / "elsewhere" / "0.png")
-    (root / "train" / "dog" / "more").symlink_to(tmp_path / "elsewhere")
-    found = folder.listing(root / "train")
-    train = root / "train"
-    cats = [train / "cat" / f"{i}.png" for i in range(3)]
-    # Up and down again once: those of both classes, but nothing from above a second time.
-    assert [file for file in found.files if file in cats] == cats
-    assert len(found.files) < 20
-    assert train / "dog" / "more" / "0.png" in found.files
-
-
-def test_folders_come_in_the_order_of_torchvision(root):
-    for name in ("a/b", "a-x", "a"):
-        picture(root / "train" / "cat" / name / "0.png")
-    cats = root / "train" / "cat"
-    names = [str(f.relative_to(cats)) for f in folder.listing(root / "train").files]
-    assert names[3:6] == ["a/0.png", "a-x/0.png", "a/b/0.png"]
-
-
-@pytest.mark.parametrize("left", [0, 40, 200])
-def test_a_cache_that_was_cut_short_is_decoded_anew(root, decoded, left):
-    expected = load("imagefolder", root=root)
-    del decoded[:]
-    (cache,) = (root / ".pglpipe").glob("train-*.npy")
-    whole = cache.read_bytes()
-    cache.write_bytes(whole[:left])
-    found = load("imagefolder", root=root)
-    assert torch.equal(found.train.images, expected.train.images)
-    assert len(decoded) == len(expected.train) and cache.read_bytes() == whole
-
-
-def test_a_user_without_a_home_has_no_cache_there(root, monkeypatch):
-    def no_home():
-        raise RuntimeError("Could not determine home directory.")
-
-    monkeypatch.setattr(Path, "home", no_home)
-    assert len(load("imagefolder", root=root).train) == 6
