@@ -213,7 +213,7 @@ def test_the_screen_suits_where_the_output_goes(
 ) -> None:
     def screen(terminal: bool, quiet: bool) -> type:
         console = Console(file=io.StringIO(), force_terminal=terminal)
-        monkeypatch.setattr(display, "Console", lambda: console)
+        monkeypatch.setattr(display, "Console", lambda **options: console)
         return type(display.screen(PLAN, 20, quiet=quiet))
 
     assert screen(terminal=True, quiet=False) is LiveTable
