@@ -168,11 +168,12 @@ def test_a_run_that_is_suspended_for_longer_than_its_time_out_goes_on_and_saves_
     with Processes(command(2, *arguments), cwd=tmp_path) as processes:
         assert await_lines(processes, folder, 40)
         workers = processes.workers()
-        for number in (signal.SIGSTOP, signal.SIGCONT):
-            for pid in workers:
-                os.kill(pid, number)
-            time.sleep(3.0 if number == signal.SIGSTOP else 0.5)
         os.kill(processes.worker(1), signal.SIGUSR1)
+        for pid in workers:
+            os.kill(pid, signal.SIGSTOP)
+        time.sleep(3.0)
+        for pid in workers:
+            os.kill(pid, signal.SIGCONT)
         ended = processes.wait(WATCHDOG).check()
     assert ended.said == []
     (kept,) = (folder / "checkpoints").iterdir()

@@ -389,7 +389,7 @@ def test_a_neighbour_that_has_left_is_told_apart_from_one_that_is_gone() -> None
         if world.rank == 1:
             edges.close()
             return None
-        with pytest.raises(PeerLeft, match=f"rank 1 on .* has left the run"):
+        with pytest.raises(PeerLeft, match="rank 1 on .* has left the run"):
             for step in range(9):
                 links.outbox.put(local(step, torch.zeros(200)))
         edges.abandon()
