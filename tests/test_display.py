@@ -66,7 +66,9 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 def wide(monkeypatch: pytest.MonkeyPatch) -> None:
     """A page on which no table has to break its words."""
     monkeypatch.setattr(
-        display, "Console", lambda: Console(width=120, force_terminal=False)
+        display,
+        "Console",
+        lambda **options: Console(width=120, force_terminal=False, **options),
     )
 
 

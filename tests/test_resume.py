@@ -430,6 +430,44 @@ def test_a_run_that_is_stopped_saves_and_goes_on(
     assert str(got.records.evaluations) == str(expected)
 
 
+@pytest.mark.parametrize("moment", ["before", "step", "evaluation"])
+def test_a_run_that_is_asked_for_a_checkpoint_saves_one_and_goes_on(
+    moment: str, tmp_path: Path
+) -> None:
+    """Asked twice, of the last worker; a checkpoint made in the last evaluation is one of the end."""
+    trainers: dict[int, Trainer] = {}
+
+    def asking(world: World) -> tuple[bool, int]:
+        made = trainers[world.rank] = trainer(world, small_resnet("resnet8"))
+        if moment == "before" and world.rank == 1:
+            made.checkpoint()
+        loaders = [Asking(name == moment) for name in ("step", "evaluation")]
+        told = Checkpoints(tmp_path)
+        fitted = made.fit(loaders[0], epochs=1, evaluate=loaders[1], checkpoints=told)
+        made.close()
+        return made.ended_early, fitted.steps
+
+    class Asking(list[Batch]):
+        """Has the last worker asked for a checkpoint, twice, when the second batch is drawn for use."""
+
+        def __init__(self, asks: bool) -> None:
+            super().__init__(BATCHES)
+            self.left = 4 if asks else -1
+
+        def __iter__(self) -> Iterator[Batch]:
+            for batch in list.__iter__(self):
+                self.left -= 1
+                if self.left == 0:
+                    for _ in range(2):
+                        trainers[1].checkpoint()
+                yield batch
+
+    assert on_every_rank(2, asking) == [(False, len(BATCHES))] * 2
+    found, _ = newest(tmp_path)
+    assert found is not None
+    assert (int(found.name[5:]) == len(BATCHES)) == (moment == "evaluation")
+
+
 @pytest.mark.parametrize("size", [1, 2])
 def test_a_stop_that_is_asked_for_before_there_are_stages_is_kept(
     size: int, tmp_path: Path

@@ -109,6 +109,8 @@ class Channel:
 
     def gone(self) -> PeerLost:
         """What to raise for an edge that broke."""
+        if self.patience.has_left(self.rank):
+            return self.patience.left_alone(self.rank)
         return PeerLost(f"{self.name} is gone", rank=self.rank)
 
 
@@ -123,7 +125,8 @@ class Watchdog:
         self._wait: Wait | None = None
         self._found: WorkerError | None = None
         name = f"pglpipe sender to {channel.name}"
-        threading.Thread(target=self._run, name=name, daemon=True).start()
+        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+        self._thread.start()
 
     def __enter__(self) -> None:
         channel = self._channel
@@ -135,6 +138,11 @@ class Watchdog:
         self._wait = None
         if isinstance(error, PeerLost) and self._found is not None:
             raise self._found from error
+
+    def end(self) -> None:
+        """Nobody waits any more."""
+        self._channel.is_over.set()
+        self._thread.join()
 
     def _run(self) -> None:
         channel = self._channel

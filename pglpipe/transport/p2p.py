@@ -91,6 +91,7 @@ class Sender:
             # Whoever has left does not wait for ever to hear it.
             if not channel.patience.has_left(channel.rank):
                 raise
+        self._watchdog.end()
 
     def _send(self, numbers: list[int], payload: Tensor) -> None:
         channel = self._channel

@@ -70,6 +70,8 @@ class Line:
 
     def gone(self) -> PeerLost:
         """What to raise for a call that broke."""
+        if self.patience.has_left(self.peer):
+            return self.patience.left_alone(self.peer)
         return PeerLost(f"{self.name} is gone", rank=self.peer)
 
 
