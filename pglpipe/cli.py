@@ -95,9 +95,15 @@ def plan(
 
 
 @app.command()
-def evaluate(run_dir: RunDir) -> None:
+def evaluate(
+    run_dir: RunDir,
+    data_root: Annotated[
+        str,
+        typer.Option(help="where the data are now; else where the run found them"),
+    ] = "",
+) -> None:
     """Evaluates every exit of a finished run on its test images."""
-    tables.show_exits(*run.evaluate(run_dir))
+    tables.show_exits(*run.evaluate(run_dir, data_root))
 
 
 @app.command()
