@@ -123,11 +123,12 @@ def number(least: float = 0.0, *, above: bool = False, infinite: bool = False) -
     def read(value: Any) -> float:
         if isinstance(value, bool) or not isinstance(value, numbers.Real):
             raise TypeError
-        if not least <= value or (above and value == least):
+        given = float(value)
+        if not least <= given or (above and given == least):
             raise ValueError
-        if value == math.inf and not infinite:
+        if given == math.inf and not infinite:
             raise ValueError
-        return value if isinstance(value, (int, float)) else float(value)
+        return value if isinstance(value, (int, float)) else given
 
     bound = "above" if above else "of at least"
     remedy = "math.inf is for no limit" if infinite else ""

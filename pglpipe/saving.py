@@ -25,7 +25,7 @@ from pglpipe import checkpoint
 from pglpipe.arguments import check_fields, number, path, whole
 from pglpipe.checkpoint import Manifest, Written, folder_of, write_stage
 from pglpipe.commands import Checkpoint
-from pglpipe.errors import ConfigError, DataError, warn
+from pglpipe.errors import ConfigError, DataError, setting, warn
 from pglpipe.reports import SavedReport
 from pglpipe.snapshot import Snapshot
 
@@ -101,7 +101,7 @@ def _check_nothing_newer(found: Path | None, one: Path | None) -> None:
     if found and not _same(found, one):
         raise ConfigError(
             f"expected a folder for checkpoints without those of another run, but {found} is there; "
-            'choose another folder, or resume="auto" to go on with that run'
+            f"choose another folder, or {setting('resume', 'auto')} to go on with that run"
         )
 
 
