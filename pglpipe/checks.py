@@ -1,47 +1,23 @@
-"""What a trainer may be asked for; whatever else is refused in one line."""
+"""What a trainer may be asked for at once; whatever else is refused in one line."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
-from pglpipe.errors import ConfigError, nearest
+from pglpipe.errors import ConfigError, setting
 from pglpipe.guidance import Guidance
 from pglpipe.guided import Guided, LocalWeight
 from pglpipe.losses import LocalLoss
 from pglpipe.memory import MemorySettings
 
 
-def check_numbers(
-    num_stages: int,
-    memory: MemorySettings,
-    memory_budget: int | None,
-    queue_depth: int,
-    clip_norm: float,
-    num_workers: int,
-) -> None:
-    """Raises ConfigError for a number out of its range, and for more workers than stages."""
-    for name, value in (
-        ("stages", num_stages),
-        ("microbatches", memory.microbatches),
-        ("local-microbatches", memory.local_microbatches),
-        ("memory-budget", 1 if memory_budget is None else memory_budget),
-        ("queue-depth", queue_depth),
-    ):
-        if value < 1:
-            raise ConfigError(f"expected --{name} of at least 1, got {value}")
-    if not clip_norm > 0:
-        raise ConfigError(f"expected a --clip-norm above 0, got {clip_norm:g}")
+def check_workers(num_stages: int, num_workers: int) -> None:
+    """Raises ConfigError for more workers than stages."""
     if num_workers > num_stages:
         raise ConfigError(
             f"expected at most one worker per stage, got {num_workers} workers for {num_stages} "
-            f"stages; start {num_stages} (--nproc_per_node={num_stages}) or raise --stages"
+            f"stages; start {num_stages} (--nproc_per_node={num_stages}) or raise {setting('stages')}"
         )
-
-
-def check_choice(option: str, value: str, valid: Iterable[str]) -> None:
-    """Raises ConfigError for a word that is none of the valid ones."""
-    if value not in valid:
-        raise ConfigError(f"unknown --{option} {value!r}: {nearest(value, valid)}")
 
 
 def check_together(
@@ -89,12 +65,14 @@ def check_together(
     )
     if guided.shrink != 1 and not guidance.is_stale:
         raise ConfigError(
-            f"expected a stale --guidance-reach for --guided-shrink {guided.shrink:g}, got "
+            f"expected a stale {setting('guidance_reach')} for {setting('guided_shrink', guided.shrink)}, got "
             f"{guidance.reach}, whose gradients do not shrink; drop one"
         )
     for given, (options, reason) in contradictions:
         if given:
-            raise ConfigError(f"expected {options}, got both: {reason}; drop one")
+            raise ConfigError(
+                f"expected {_named(options)}, got both: {reason}; drop one"
+            )
 
 
 def idle(
@@ -122,85 +100,102 @@ def idle(
     if final >= total:
         yield (
             f"the final phase of guidance ({final} {unit}s) is as long as the run, so every step is global; "
-            "lower --guidance-final for local ones"
+            f"lower {setting('guidance_final')} for local ones"
         )
     elif guidance.duration and guidance.warmup >= total - final:
         yield (
             f"no window of guidance opens: its warm-up ({guidance.warmup} {unit}s) lasts until the end of "
-            f"{total - final}; lower --guidance-warmup"
+            f"{total - final}; lower {setting('guidance_warmup')}"
         )
     elif "stale" in guidance.kinds and first + guidance.delay >= total_steps:
         if num_stages > 1:
             yield (
                 f"no stale gradient arrives: the first takes {guidance.delay} steps to the next stage, from step "
-                f"{first + 1} of {total_steps} on; lower --guidance-delay"
+                f"{first + 1} of {total_steps} on; lower {setting('guidance_delay')}"
             )
     if guidance.final and not final and unit == "epoch":
         yield (
             f"there is no final phase: {guidance.final:g} of one epoch is no whole one; choose "
-            "--guidance-unit step"
+            f"{setting('guidance_unit', 'step')}"
         )
     if compare_every and "global" not in guidance.kinds:
-        yield "no gradients are compared: no step is global; drop --compare-every"
+        yield f"no gradients are compared: no step is global; drop {setting('compare_every')}"
     if any(borrowing) and refresh_every >= total_steps:
         yield (
             f"borrowed layers are never renewed: that takes {refresh_every} steps, and the run has {total_steps}; "
-            "lower --refresh-every"
+            f"lower {setting('refresh_every')}"
         )
 
 
-# Options that exclude each other, and why.
+def _named(options: str) -> str:
+    """Settings that exclude each other, as whoever set them names them."""
+    return options.format(
+        compile=setting("compile", True),
+        overlap_stages=setting("overlap_stages", True),
+        memory_budget=setting("memory_budget"),
+        microbatches=setting("microbatches"),
+        local_microbatches=setting("local_microbatches"),
+        stale=setting("guidance_reach", "stale"),
+        window=setting("guidance_reach", "window"),
+        guided_local_weight=setting("guided_local_weight"),
+        local_weight_end=setting("local_weight_end"),
+        compare_every=setting("compare_every"),
+        skip=setting("on_nonfinite", "skip"),
+    )
+
+
+# Settings that exclude each other, and why.
 _COMPILED_BUDGET = (
-    "--compile or --memory-budget",
+    "{compile} or {memory_budget}",
     "what compiled stages keep for backward cannot be foretold",
 )
 _COMPILED_OVERLAP = (
-    "--overlap-stages or --compile",
+    "{overlap_stages} or {compile}",
     "compiled stages were never tried in CUDA graphs",
 )
 _OVERLAP_IN_PARTS = (
-    "--overlap-stages, or --local-microbatches or --memory-budget",
+    "{overlap_stages}, or {local_microbatches} or {memory_budget}",
     "the one keeps the activations of all stages, the others keep few",
 )
 _STALE_OVERLAP = (
-    "--guidance-reach stale or --overlap-stages",
+    "{stale} or {overlap_stages}",
     "overlapping stages wait for no gradient",
 )
 _STALE_COMPILED = (
-    "--guidance-reach stale or --compile",
+    "{stale} or {compile}",
     "compiled stages cannot be run again on an earlier input",
 )
 _STALE_BUDGET = (
-    "--guidance-reach stale or --memory-budget",
+    "{stale} or {memory_budget}",
     "what waits for gradients cannot be foretold",
 )
 _STALE_IN_PARTS = (
-    "--guidance-reach stale or --local-microbatches",
+    "{stale} or {local_microbatches}",
     "a stale gradient is that of a whole batch",
 )
 _COMPARED_IN_PARTS = (
-    "--local-microbatches or --memory-budget, or a local loss that compares the samples of a batch",
+    "{local_microbatches} or {memory_budget}, or a local loss that compares the samples of a batch",
     "of a part of the batch it is another loss",
 )
 _COMPARED_IN_MICROBATCHES = (
-    "--microbatches above 1, or guided steps that run heads with a local loss that compares the "
+    "{microbatches} above 1, or guided steps that run heads with a local loss that compares the "
     "samples of a batch",
     "of a microbatch it is another loss",
 )
 _GRADIENTS_IN_MICROBATCHES = (
-    "--microbatches above 1, or --compare-every with a local loss that compares the samples of a "
+    "{microbatches} above 1, or {compare_every} with a local loss that compares the samples of a "
     "batch",
     "of a microbatch it is another loss",
 )
 _WINDOW_LOCAL_WEIGHT = (
-    "--guidance-reach window or stale-window, or --guided-local-weight",
+    "{window} or stale-window, or {guided_local_weight}",
     "a window's gradients are those of the local losses already",
 )
 _OVERLAP_WEIGHT = (
-    "--overlap-stages or --local-weight-end",
+    "{overlap_stages} or {local_weight_end}",
     "what is recorded has one weight for all steps",
 )
 _OVERLAP_SKIP = (
-    "--overlap-stages or --on-nonfinite skip",
+    "{overlap_stages} or {skip}",
     "what is recorded never waits to look at its numbers",
 )

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pglpipe.config_checks import check_fields
 from pglpipe.data import DATASETS
 from pglpipe.device import DEVICES
+from pglpipe.errors import command_line_style
 from pglpipe.guidance import LAST_TENTH, REACHES, UNITS, WARMUPS, Guidance
 from pglpipe.guided import GUIDED_HEADS, OPTIMIZERS, Guided, LocalWeight
 from pglpipe.heads import HEAD_NAMES
@@ -254,9 +255,10 @@ class RunConfig:
     quiet: bool = option(False, "show only errors and the end")
 
     def __post_init__(self) -> None:
-        for field in dataclasses.fields(self):
-            check(field, getattr(self, field.name))
-        check_fields(self)
+        with command_line_style():
+            for field in dataclasses.fields(self):
+                check(field, getattr(self, field.name))
+            check_fields(self)
 
     def guidance(self) -> Guidance:
         """When the steps of this run are guided, and how far."""

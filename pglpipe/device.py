@@ -7,7 +7,7 @@ import resource
 import torch
 from torch import Tensor
 
-from pglpipe.errors import ConfigError, nearest
+from pglpipe.errors import ConfigError, nearest, setting
 
 DEVICES = ("auto", "cpu", "cuda")
 
@@ -23,12 +23,14 @@ def pick(name: str, local_rank: int) -> torch.device:
         ConfigError: CUDA is asked for and absent, or the name is unknown.
     """
     if name not in DEVICES:
-        raise ConfigError(f"unknown device {name!r}: {nearest(name, DEVICES)}")
+        raise ConfigError(
+            f"unknown {setting('device')} {name!r}: {nearest(name, DEVICES)}"
+        )
     has_cuda = torch.cuda.is_available()
     if name == "cuda" and not has_cuda:
         raise ConfigError(
-            "expected a CUDA device for --device cuda, but PyTorch "
-            f"{torch.__version__} sees none; use --device cpu or install a CUDA build"
+            f"expected a CUDA device for {setting('device', 'cuda')}, but PyTorch "
+            f"{torch.__version__} sees none; use {setting('device', 'cpu')} or install a CUDA build"
         )
     if name == "cpu" or not has_cuda:
         return torch.device("cpu")

@@ -23,6 +23,7 @@ A message says what was expected, what came, and how to repair it, on one line.
 from __future__ import annotations
 
 import difflib
+import threading
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -137,18 +138,22 @@ def _on_one_line(text: str) -> str:
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
-# How settings are written in messages: as arguments of Python calls, or as command-line options.
-_style = "python"
+# How many blocks are open in which settings are named as options of the command line.
+_blocks = 0
+_counting = threading.Lock()
 
-# Settings whose name in Python is not their name on the command line.
+# Settings whose name in Python is not their name on the command line: alone, and with a value.
 _IN_PYTHON = {
-    "stages": "num_stages",
-    "checkpoint_every": "Checkpoints(every=)",
-    "checkpoint_minutes": "Checkpoints(minutes=)",
-    "keep_checkpoints": "Checkpoints(keep=)",
-    "drop_last": "DataLoader(drop_last=True)",
-    "batch_size": "the loader's batch size",
-    "lr": "the optimizer's lr",
+    "stages": ("num_stages", "num_stages={}"),
+    "checkpoint_every": ("Checkpoints(every=)", "Checkpoints(every={})"),
+    "checkpoint_minutes": ("Checkpoints(minutes=)", "Checkpoints(minutes={})"),
+    "keep_checkpoints": ("Checkpoints(keep=)", "Checkpoints(keep={})"),
+    "infopro_lambdas": ("LossSettings(lambdas=)", "LossSettings(lambdas={})"),
+    "local_loss": ("local_loss", "local_loss=build_loss({})"),
+    "data_root": ("root", "root={}"),
+    "drop_last": ("DataLoader(drop_last=True)", "DataLoader(drop_last={})"),
+    "batch_size": ("the loader's batch size", "a batch size of {} in the loader"),
+    "lr": ("the optimizer's lr", "an lr of {} in the optimizer"),
 }
 # Settings that are fields of an object in Python, by the beginning of their name.
 _OBJECTS = {
@@ -156,21 +161,32 @@ _OBJECTS = {
     "guided": "Guided",
     "local_weight": "LocalWeight",
 }
+# Arguments in Python that are no option of the command line.
+ONLY_IN_PYTHON = frozenset(
+    (
+        *("num_stages", "loss", "optimizer", "local_weight", "guidance", "guided"),
+        *("learning_rate", "observer", "weights", "world", "checkpoints", "folder"),
+    )
+)
 
 
 @contextmanager
 def command_line_style() -> Iterator[None]:
-    """Has messages name settings as options of the command line."""
-    global _style
-    before, _style = _style, "command line"
+    """Has messages name settings as options of the command line, in all threads of the process."""
+    global _blocks
+    with _counting:
+        _blocks += 1
     try:
         yield
     finally:
-        _style = before
+        with _counting:
+            _blocks -= 1
 
 
 def setting(name: str, value: object = None) -> str:
     """A setting, and its value if there is one, in the words of whoever set it.
+
+    To be called when a message is made, not before: a module does not know yet who will read it.
 
     Args:
         name: the option's name with underscores, such as ``"guidance_period"``.
@@ -179,23 +195,32 @@ def setting(name: str, value: object = None) -> str:
     >>> setting("queue_depth"), setting("queue_depth", 2), setting("guidance_period", 3)
     ('queue_depth', 'queue_depth=2', 'Guidance(period=3)')
     >>> with command_line_style():
-    ...     setting("queue_depth", 2), setting("guidance_period"), setting("compile")
+    ...     setting("queue_depth", 2), setting("guidance_period"), setting("compile", True)
     ('--queue-depth 2', '--guidance-period', '--compile')
+    >>> setting("balance", [2, 3]), setting("stages"), setting("compile", False)
+    ('balance=[2, 3]', 'num_stages', 'compile=False')
+    >>> with command_line_style():
+    ...     setting("balance", [2, 3]), setting("stages"), setting("compile", False)
+    ('--balance 2,3', '--stages', '--no-compile')
     """
-    if _style == "command line":
-        flag = f"--{name.replace('_', '-')}"
-        if isinstance(value, bool):
-            return flag if value else f"--no-{name.replace('_', '-')}"
-        return flag if value is None else f"{flag} {value}"
-    if known := _IN_PYTHON.get(name):
-        if "=)" in known and value is not None:
-            return known.replace("=)", f"={value!r})")
-        return known if value is None or "'" in known else f"{known}={value!r}"
+    if _blocks and name not in ONLY_IN_PYTHON:
+        return _as_option(name.replace("_", "-"), value)
     for prefix, owner in _OBJECTS.items():
         if name.startswith(f"{prefix}_"):
             field = name.removeprefix(f"{prefix}_")
             return f"{owner}({field}={'' if value is None else repr(value)})"
-    return name if value is None else f"{name}={value!r}"
+    alone, with_value = _IN_PYTHON.get(name, (name, f"{name}={{}}"))
+    return alone if value is None else with_value.format(repr(value))
+
+
+def _as_option(name: str, value: object) -> str:
+    if value is None or value is True:
+        return f"--{name}"
+    if value is False:
+        return f"--no-{name}"
+    if isinstance(value, (list, tuple)):
+        return f"--{name} {','.join(map(str, value))}"
+    return f"--{name} {value}"
 
 
 def nearest(word: str, valid: Iterable[str]) -> str:

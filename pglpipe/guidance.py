@@ -34,11 +34,23 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from pglpipe.errors import ConfigError, nearest
+from pglpipe.arguments import check_fields, choice, number, whole
+from pglpipe.errors import ConfigError, setting
 
 UNITS = ("step", "epoch")
 REACHES = ("global", "window", "stale", "stale-window")
 WARMUPS = ("local", "global")
+_RULES = {
+    "period": ("guidance_period", whole(1)),
+    "duration": ("guidance_duration", whole(0)),
+    "warmup": ("guidance_warmup", whole(0)),
+    "unit": ("guidance_unit", choice(UNITS)),
+    "warmup_kind": ("guidance_warmup_kind", choice(WARMUPS)),
+    "final": ("guidance_final", number(0)),
+    "reach": ("guidance_reach", choice(REACHES)),
+    "window": ("guidance_window", whole(1)),
+    "delay": ("guidance_delay", whole(0)),
+}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -80,35 +92,21 @@ class Guidance:
     delay: int = 1
 
     def __post_init__(self) -> None:
-        for option, given, known in (
-            ("unit", self.unit, UNITS),
-            ("warm-up", self.warmup_kind, WARMUPS),
-            ("reach", self.reach, REACHES),
-        ):
-            if given not in known:
-                raise ConfigError(
-                    f"unknown guidance {option} {given!r}: {nearest(given, known)}"
-                )
-        self._check("period", self.period, 1)
-        if not 0 <= self.duration <= self.period:
+        check_fields(self, _RULES)
+        if self.duration > self.period:
             raise ConfigError(
-                f"expected a guidance duration from 0 (never) to the period {self.period} "
-                f"(always), got {self.duration}; lower --guidance-duration or raise --guidance-period"
+                f"expected a {setting('guidance_duration')} from 0 (never) to the period {self.period} "
+                f"(always), got {self.duration}; lower it, or raise {setting('guidance_period')}"
             )
-        self._check("warm-up", self.warmup, 0)
-        self._check("final phase", self.final, 0)
         if self.final > 1 and self.final != int(self.final):
             raise ConfigError(
-                f"expected a final phase of whole {self.unit}s, or a share of the run below 1, got "
-                f"{self.final:g}"
+                f"expected whole {self.unit}s, or a share of the run below 1, for "
+                f"{setting('guidance_final')}, got {self.final:g}"
             )
-        self._check("window", self.window, 1)
-        self._check("delay", self.delay, 1 if self.reach == "stale-window" else 0)
-
-    def _check(self, what: str, value: float, least: int) -> None:
-        if value < least:
+        if self.reach == "stale-window" and not self.delay:
             raise ConfigError(
-                f"expected a guidance {what} of at least {least}, got {value:g}"
+                f"expected a {setting('guidance_delay')} of at least 1 for "
+                f"{setting('guidance_reach', self.reach)}, got 0"
             )
 
     @property

@@ -9,13 +9,24 @@ With the defaults a guided step is back-propagation and nothing else.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
-from pglpipe.errors import ConfigError, nearest
+from pglpipe.arguments import check_fields, choice, number
 
 GUIDED_HEADS = ("frozen", "trained")
 OPTIMIZERS = ("shared", "separate", "reset")
+_GUIDED = {
+    "weight": ("guided_weight", number(0)),
+    "local_weight": ("guided_local_weight", number(0)),
+    "heads": ("guided_heads", choice(GUIDED_HEADS)),
+    "optimizer": ("guided_optimizer", choice(OPTIMIZERS)),
+    "lr_scale": ("guided_lr_scale", number(0)),
+    "shrink": ("guided_shrink", number(0)),
+}
+_LOCAL_WEIGHT = {
+    "end": ("local_weight_end", number(0)),
+    "deepest": ("local_weight_deepest", number(0)),
+}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -44,21 +55,7 @@ class Guided:
     shrink: float = 1.0
 
     def __post_init__(self) -> None:
-        for option, given, known in (
-            ("guided-heads", self.heads, GUIDED_HEADS),
-            ("guided-optimizer", self.optimizer, OPTIMIZERS),
-        ):
-            if given not in known:
-                raise ConfigError(
-                    f"unknown --{option} {given!r}: {nearest(given, known)}"
-                )
-        for option, value in (
-            ("guided-weight", self.weight),
-            ("guided-local-weight", self.local_weight),
-            ("guided-lr-scale", self.lr_scale),
-            ("guided-shrink", self.shrink),
-        ):
-            _check(option, value)
+        check_fields(self, _GUIDED)
 
     @property
     def asks_heads(self) -> bool:
@@ -86,8 +83,7 @@ class LocalWeight:
     deepest: float = 1.0
 
     def __post_init__(self) -> None:
-        _check("local-weight-end", self.end)
-        _check("local-weight-deepest", self.deepest)
+        check_fields(self, _LOCAL_WEIGHT)
 
     def __call__(self, step: int, total_steps: int, place: float) -> float:
         """The weight at a step, counted from 0.
@@ -108,8 +104,3 @@ def place_of(stage: int, num_stages: int) -> float:
     [0.0, 0.5, 1.0]
     """
     return min(1.0, stage / (num_stages - 2)) if num_stages > 2 else 0.0
-
-
-def _check(option: str, value: float) -> None:
-    if not 0 <= value < math.inf:
-        raise ConfigError(f"expected a --{option} of at least 0, got {value:g}")

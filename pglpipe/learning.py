@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pglpipe.errors import ConfigError, nearest, setting
+from pglpipe.errors import setting
 from pglpipe.guided import Guided, LocalWeight
 from pglpipe.learning_rate import LearningRate
 from pglpipe.losses import LocalLoss, Loss, Supervised
@@ -41,9 +41,6 @@ class Learning:
         retains: whether a graph may be run backward more than once, to tell gradients apart.
         on_nonfinite: what happens to a stage whose loss or gradient is no finite number: ``"stop"``
             ends the run, ``"skip"`` leaves the stage as it was before the step.
-
-    Raises:
-        ConfigError: ``on_nonfinite`` is unknown.
     """
 
     loss: Loss
@@ -58,13 +55,6 @@ class Learning:
     local_weight: LocalWeight = LocalWeight()
     retains: bool = False
     on_nonfinite: str = "stop"
-
-    def __post_init__(self) -> None:
-        if self.on_nonfinite not in ON_NONFINITE:
-            raise ConfigError(
-                f"unknown --on-nonfinite {self.on_nonfinite!r}: "
-                f"{nearest(self.on_nonfinite, ON_NONFINITE)}"
-            )
 
     @property
     def image(self) -> Callable[[Tensor], Tensor] | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from pglpipe.blueprint import Sample
-from pglpipe.errors import ConfigError, DataError
+from pglpipe.errors import ConfigError, DataError, setting
 from pglpipe.guidance import Guidance
 from pglpipe.reader import BatchReader
 from pglpipe.source import Position, Span
@@ -43,15 +43,12 @@ def span_of(
     length = reader.length
     if not length and guidance.final and guidance.unit == "epoch":
         raise ConfigError(
-            "expected a loader with a length for a final phase in epochs, got none; count guidance in steps"
+            "expected a loader with a length for a final phase in epochs, got none; choose "
+            f"{setting('guidance_unit', 'step')}"
         )
     if steps is not None:
-        if steps < 1:
-            raise ConfigError(f"expected at least 1 step, got {steps}")
         return Span(_epochs(steps, length, reader, at), steps, evaluate_every)
     assert epochs is not None
-    if epochs < 1:
-        raise ConfigError(f"expected at least 1 epoch, got {epochs}")
     if not length:
         raise ConfigError(
             "expected a loader with a length, got none; say how many steps instead of epochs"

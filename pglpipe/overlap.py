@@ -24,7 +24,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from pglpipe.errors import ConfigError
+from pglpipe.errors import ConfigError, setting
 from pglpipe.lanes import CudaLanes, Lanes
 from pglpipe.saved_bytes import SavedBytes
 from pglpipe.stage import Stage
@@ -43,7 +43,7 @@ def check_device(device: torch.device) -> None:
     """Raises ConfigError where stages cannot overlap."""
     if device.type not in DEVICES:
         raise ConfigError(
-            f"expected a CUDA device for --overlap-stages, got {device.type}; drop it, or start one "
+            f"expected a CUDA device for {setting('overlap_stages', True)}, got {device.type}; drop it, or start one "
             "worker per stage with torchrun"
         )
 
@@ -218,8 +218,8 @@ class _Track:
             )
         except RuntimeError as error:
             raise ConfigError(
-                f"stage {self._stage.index} cannot be captured in a CUDA graph, as --overlap-stages "
-                f"needs: {str(error).splitlines()[0]}; drop --overlap-stages"
+                f"stage {self._stage.index} cannot be captured in a CUDA graph, as "
+                f"{setting('overlap_stages', True)} needs: {str(error).splitlines()[0]}; drop it"
             ) from error
 
 

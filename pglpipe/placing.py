@@ -35,7 +35,7 @@ def head_builder(
     if not callable(named) and output.ndim != 2 and blueprint.num_stages > 1:
         raise PartitionError(
             f"head {named!r} classifies like a network with outputs [B, classes], got outputs of "
-            f"shape {tuple(output.shape)}; pass head= a function from shape to module"
+            f"shape {tuple(output.shape)}; give Trainer a function from shape to module as its head"
         )
     places = {
         part.stop - 1: place_of(stage, len(balance))

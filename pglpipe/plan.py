@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from pglpipe.blueprint import Blueprint, Sample
 from pglpipe.body import dense
-from pglpipe.errors import ConfigError, warn
+from pglpipe.errors import ConfigError, setting, warn
 from pglpipe.guidance import Guidance
 from pglpipe.heads import borrowed
 from pglpipe.layer import Layer
@@ -184,7 +184,7 @@ def _loans(
     ]
     if any(borrowing) and blueprint.overlap_stages:
         raise ConfigError(
-            f"expected --overlap-stages or the head {blueprint.head!r}, whose borrowed layers are "
+            f"expected {setting('overlap_stages', True)} or the head {blueprint.head!r}, whose borrowed layers are "
             "renewed between steps, got both; drop one"
         )
     return Loans(
@@ -212,9 +212,9 @@ def _foretold(
         except ForecastError as error:
             if blueprint.memory_budget is not None:
                 raise ConfigError(
-                    "expected a network whose memory can be foretold for --memory-budget, but "
-                    f"{error}; drop it, and set --recompute, --microbatches and "
-                    "--local-microbatches yourself"
+                    f"expected a network whose memory can be foretold for {setting('memory_budget')}, but "
+                    f"{error}; drop it, and set {setting('recompute')}, {setting('microbatches')} and "
+                    f"{setting('local_microbatches')} yourself"
                 ) from error
             warn(
                 f"what stages keep for backward is not foretold, since without values {error}"

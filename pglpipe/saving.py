@@ -22,14 +22,21 @@ from pathlib import Path
 from typing import Any
 
 from pglpipe import checkpoint
+from pglpipe.arguments import check_fields, number, path, whole
 from pglpipe.checkpoint import Manifest, Written, folder_of, write_stage
 from pglpipe.commands import Checkpoint
-from pglpipe.errors import ConfigError, DataError, warn
+from pglpipe.errors import ConfigError, DataError, setting, warn
 from pglpipe.reports import SavedReport
 from pglpipe.snapshot import Snapshot
 
 # After so long, a checkpoint that is not there is told of, and a run that is to end makes no other.
 STUCK_SECONDS = 120.0
+_RULES = {
+    "folder": ("folder", path()),
+    "every": ("checkpoint_every", whole(0)),
+    "minutes": ("checkpoint_minutes", number(0)),
+    "keep": ("keep_checkpoints", whole(1)),
+}
 
 
 @dataclass(frozen=True)
@@ -54,15 +61,7 @@ class Checkpoints:
     about: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for option, value, least in (
-            ("checkpoint-every", self.every, 0),
-            ("checkpoint-minutes", self.minutes, 0),
-            ("keep-checkpoints", self.keep, 1),
-        ):
-            if not value >= least:
-                raise ConfigError(
-                    f"expected --{option} of at least {least}, got {value:g}"
-                )
+        check_fields(self, _RULES)
 
 
 def chosen(told: Checkpoints | None, resume: Path | str | None) -> Path | None:
@@ -102,7 +101,7 @@ def _check_nothing_newer(found: Path | None, one: Path | None) -> None:
     if found and not _same(found, one):
         raise ConfigError(
             f"expected a folder for checkpoints without those of another run, but {found} is there; "
-            'choose another folder, or resume="auto" to go on with that run'
+            f"choose another folder, or {setting('resume', 'auto')} to go on with that run"
         )
 
 

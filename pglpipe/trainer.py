@@ -9,22 +9,23 @@ others before anything is built.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
+import torch
 from torch import nn
 
 from pglpipe import device as devices
 from pglpipe import state
+from pglpipe.arguments import checked
 from pglpipe.blueprint import Blueprint
-from pglpipe.checks import check_choice, check_numbers, check_together, idle
+from pglpipe.checks import check_together, check_workers, idle
 from pglpipe.coordinator import Coordinator
 from pglpipe.errors import ConfigError, setting, warn
 from pglpipe.guidance import LAST_TENTH, Guidance
 from pglpipe.guided import Guided, LocalWeight
 from pglpipe.learning import (
-    PRECISIONS,
     Learning,
     OptimizerFactory,
     placed,
@@ -46,8 +47,8 @@ from pglpipe.saving import Checkpoints
 from pglpipe.session import Session
 from pglpipe.source import Source, Span
 from pglpipe.timetable import TIMETABLES
-from pglpipe.transport import TRANSPORTS, World, join
-from pglpipe.wire import WIRE_FORMATS
+from pglpipe.trainer_arguments import FIT, TRAINER
+from pglpipe.transport import World, join
 
 
 class Trainer:
@@ -71,7 +72,7 @@ class Trainer:
         refresh_every: steps between renewals of the layers that heads borrow; each cut adds as many.
         learning_rate: ``(step, total_steps) -> factor``; see :func:`pglpipe.anew` for a final phase.
         balance: where to cut: ``flops``, ``params``, ``memory``, ``time``, ``published``, or the
-            numbers of layers, ``"2,3,3"``.
+            numbers of layers, ``[2, 3, 3]`` or ``"2,3,3"``.
         microbatches: into how many parts a global step's batch is cut, at most.
         recompute: whether a global step keeps the stages' inputs instead of their graphs, and runs
             their bodies once more: the same numbers for less memory and more time.
@@ -87,7 +88,7 @@ class Trainer:
         queue_depth: messages that may wait at either end of an edge.
         edge_dtype: the format of activations between stages: ``same``, ``bf16``, ``fp8``, ``int8``.
         seed: where all randomness starts.
-        device: ``auto``, ``cpu`` or ``cuda``.
+        device: ``auto``, ``cpu`` or ``cuda``; of several GPUs, the worker's own.
         precision: ``fp32``, or ``bf16``: forwards in bfloat16 where autocast holds it to be safe.
         compile: whether ``torch.compile`` makes one kernel graph of each stage's body and head.
         overlap_stages: whether the stages of a worker learn at the same time, each in a CUDA
@@ -103,10 +104,13 @@ class Trainer:
         world: who takes part; what torchrun's environment says if None.
 
     Raises:
-        ConfigError: a value is out of its range, or there are more workers than stages.
+        ConfigError: an argument is of the wrong kind or out of its range, or there are more workers than
+            stages.
+        DataError: there is no file of ``weights``.
         PartitionError: the chain cannot be cut as asked.
     """
 
+    @checked(TRAINER)
     def __init__(
         self,
         layers: object,
@@ -122,7 +126,7 @@ class Trainer:
         compare_every: int = 0,
         refresh_every: int = 20,
         learning_rate: LearningRate = constant,
-        balance: str = "flops",
+        balance: str | Sequence[int] = "flops",
         microbatches: int = 1,
         recompute: bool = False,
         local_microbatches: int = 1,
@@ -134,27 +138,21 @@ class Trainer:
         queue_depth: int = 2,
         edge_dtype: str = "same",
         seed: int = 0,
-        device: str = "auto",
+        device: str | torch.device = "auto",
         precision: str = "fp32",
         compile: bool = False,
         overlap_stages: bool = False,
         sanity_check: bool = True,
         edge_timeout: float = 60.0,
         observer: Observer | None = None,
-        weights: Path | None = None,
+        weights: Path | str | None = None,
         model: str = "",
         world: World | None = None,
     ) -> None:
         world = world or join(edge_timeout)
+        check_workers(num_stages, world.size)
         memory = MemorySettings(recompute, microbatches, local_microbatches)
-        check_numbers(
-            num_stages, memory, memory_budget, queue_depth, clip_norm, world.size
-        )
-        check_choice("timetable", timetable, TIMETABLES)
-        check_choice("edge-dtype", edge_dtype, WIRE_FORMATS)
-        check_choice("precision", precision, PRECISIONS)
-        check_choice("transport", transport, TRANSPORTS)
-        on_device = devices.pick(device, world.local_rank)
+        on_device = devices.pick(str(device), world.local_rank)
         if overlap_stages:
             check_device(on_device)
         check_untrained(loss, "loss")
@@ -186,14 +184,16 @@ class Trainer:
             layers=as_layers(layers),
             num_stages=num_stages,
             head=head,
-            balance=balance,
+            balance=(
+                balance if isinstance(balance, str) else ",".join(map(str, balance))
+            ),
             model=model,
             timetable=TIMETABLES[timetable],
             transport=transport,
             queue_depth=queue_depth,
             edge_timeout=edge_timeout,
             device=on_device,
-            weights=weights,
+            weights=Path(weights) if weights else None,
             learning=learning,
             guidance=guidance,
             memory=memory,
@@ -223,6 +223,7 @@ class Trainer:
             lambda: largest_batch([self._read(each, "training") for each in loaders])
         )
 
+    @checked(FIT)
     def fit(
         self,
         train: Loader,

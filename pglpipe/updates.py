@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from collections.abc import Sequence
 from typing import Any
@@ -9,9 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pglpipe.errors import ConfigError, DataError
-from pglpipe.learning import Learning
+from pglpipe.arguments import described
+from pglpipe.errors import ConfigError, DataError, PglpipeError, setting
+from pglpipe.learning import Learning, OptimizerFactory
 from pglpipe.snapshot import Snapshot
+
+OPTIMIZER_EXAMPLE = "lambda parameters: torch.optim.SGD(parameters, lr=0.1)"
+_PARTS = ("param_groups", "state", "step", "zero_grad")  # what is used of an optimizer
 
 
 class Updates:
@@ -28,7 +33,9 @@ class Updates:
         self._optimizers: list[torch.optim.Optimizer] = []
         if parameters:
             count = 2 if learning.guided.optimizer == "separate" else 1
-            self._optimizers = [learning.optimizer(parameters) for _ in range(count)]
+            self._optimizers = [
+                make_optimizer(learning.optimizer, parameters) for _ in range(count)
+            ]
         for optimizer in self._optimizers:
             for group in optimizer.param_groups:
                 group.setdefault("initial_lr", group["lr"])
@@ -115,6 +122,53 @@ class Updates:
                         k: _placed(t, parameter, own, k) for k, t in own.tensors.items()
                     },
                 }
+
+
+def make_optimizer(
+    factory: OptimizerFactory, parameters: Sequence[nn.Parameter]
+) -> torch.optim.Optimizer:
+    """The optimizer of a stage, from what the user has given.
+
+    Raises:
+        ConfigError: the user's function fails, or returns something else.
+    """
+    name = setting("optimizer")
+    try:
+        made = factory(parameters)
+    except PglpipeError:
+        raise
+    except Exception as error:
+        reason = (str(error).splitlines() or [""])[0]
+        raise ConfigError(
+            f"expected {name} to make an optimizer from the parameters of a stage, but it fails: "
+            f"{type(error).__name__}: {reason}; pass {OPTIMIZER_EXAMPLE}"
+        ) from error
+    if not all(hasattr(made, part) for part in _PARTS):
+        raise ConfigError(
+            f"expected {name} to return an optimizer, got {described(made)}; pass {OPTIMIZER_EXAMPLE}"
+        )
+    if needs_closure(type(made)):
+        raise ConfigError(
+            f"expected {name} to return an optimizer whose step needs no closure, got {described(made)}; "
+            "choose another, such as torch.optim.SGD"
+        )
+    if not all("lr" in group for group in made.param_groups):
+        raise ConfigError(
+            f"expected {name} to return an optimizer with a learning rate 'lr' in each of its groups, got "
+            f"{described(made)} without; choose another, such as torch.optim.SGD"
+        )
+    return made
+
+
+def needs_closure(kind: type[Any]) -> bool:
+    """Whether steps of a class of optimizers must be told how to compute the loss again, as LBFGS' must."""
+    try:
+        given = inspect.signature(kind.step).parameters.values()
+    except (AttributeError, TypeError, ValueError):
+        return False
+    _, *others = given  # without self
+    varying = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    return any(p.default is p.empty and p.kind not in varying for p in others)
 
 
 def _parameters(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:

@@ -26,14 +26,10 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from pglpipe.errors import NonFinite
+from pglpipe.errors import NonFinite, setting
 from pglpipe.reports import StepReport
 
 NORMS, SKIPPED = "norms", "skipped"  # names among a step's figures
-
-_REMEDY = (
-    "lower --lr, set --clip-norm, or leave such steps out with --on-nonfinite skip"
-)
 
 
 class Watch:
@@ -213,7 +209,8 @@ class Watch:
             what = f"the gradient of {name}"
         place = (step, -self._index if rising else self._index)
         return NonFinite(
-            f"{what} is not finite in stage {self._index} at step {step}; {_REMEDY}",
+            f"{what} is not finite in stage {self._index} at step {step}; lower {setting('lr')}, set "
+            f"{setting('clip_norm')}, or leave such steps out with {setting('on_nonfinite', 'skip')}",
             place,
         )
 

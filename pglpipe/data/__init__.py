@@ -18,7 +18,7 @@ from pglpipe.data.image_set import Dataset, ImageSet, Recipe
 from pglpipe.data.resident import batches_on
 from pglpipe.data.synthetic import SYNTHETIC_RECIPE, draw_synthetic
 from pglpipe.data.vision import VISION_SETS, load_vision
-from pglpipe.errors import DataError, nearest
+from pglpipe.errors import DataError, nearest, setting
 
 __all__ = [
     "DATASETS",
@@ -63,7 +63,7 @@ def load(
         )
     if image_size and name != "imagefolder":
         raise DataError(
-            f"--image-size {image_size} is for imagefolder, got {name!r}; leave it out"
+            f"{setting('image_size', image_size)} is for imagefolder, got {name!r}; leave it out"
         )
     train, test, recipe = _load_all(name, root, download, seed, image_size)
     # Checked before the limits, so that both sets are what was found.
@@ -82,7 +82,7 @@ def _load_all(
         raise DataError(f"unknown data set {name!r}: {nearest(name, DATASETS)}")
     if root is None:
         raise DataError(
-            f"expected the folder of {name}, got none; pass --data-root DIR"
+            f"expected the folder of {name}, got none; pass {setting('data_root')}"
         )
     # Path.expanduser fails for a user without a home; this leaves the ~ and is refused by name.
     folder = Path(os.path.expanduser(root))

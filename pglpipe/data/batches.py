@@ -19,7 +19,7 @@ from torch import Tensor
 
 from pglpipe.data.augment import Views, crop_and_flip, draw
 from pglpipe.data.image_set import ImageSet, Recipe, permutation
-from pglpipe.errors import DataError
+from pglpipe.errors import DataError, setting
 from pglpipe.seeding import derive
 
 
@@ -53,8 +53,8 @@ class Batches:
         _check(images, recipe, batch_size)
         if drop_last and train and len(images) < batch_size:
             raise DataError(
-                f"expected at least one batch of {batch_size} training images with --drop-last, got {len(images)}; "
-                "lower --batch-size"
+                f"expected at least one batch of {batch_size} training images with {setting('drop_last')}, got {len(images)}; "
+                f"lower {setting('batch_size')}"
             )
         self._recipe = recipe
         self.batch_size = batch_size

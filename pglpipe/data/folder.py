@@ -25,7 +25,7 @@ from PIL import Image, ImageOps
 
 from pglpipe.data.image_set import ImageSet, Recipe
 from pglpipe.data.listing import Listing, listing
-from pglpipe.errors import DataError
+from pglpipe.errors import DataError, setting
 
 Bytes = NDArray[np.uint8]
 
@@ -47,7 +47,7 @@ def load_folder(root: Path, image_size: int) -> tuple[ImageSet, ImageSet]:
     """
     if not root.is_dir():
         raise DataError(
-            f"expected a folder of images at {root}, found none; check --data-root"
+            f"expected a folder of images at {root}, found none; check {setting('data_root')}"
         )
     train = listing(_split_folder(root, "train"))
     test = listing(_split_folder(root, "test", "val"))
@@ -75,7 +75,7 @@ def decode(files: tuple[Path, ...], image_size: int) -> Bytes:
         if image.shape != first.shape:
             raise DataError(
                 f"expected images of one size: {files[0]} is {_size(first)} and {file} is "
-                f"{_size(image)}; pass --image-size N to bring all to NxN"
+                f"{_size(image)}; pass {setting('image_size')} to bring all to NxN"
             )
         images[i] = image
     return images

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pglpipe.errors import DataError
+from pglpipe.errors import DataError, setting
 from pglpipe.seeding import derive
 
 
@@ -129,7 +129,7 @@ class Dataset:
             raise DataError(
                 "expected training and test images of one shape (C, H, W), got "
                 f"{self.train.image_shape} and {self.test.image_shape}; for a folder of images "
-                "pass --image-size N"
+                f"pass {setting('image_size')}"
             )
 
 

@@ -26,7 +26,7 @@ import numpy as np
 import torch
 
 from pglpipe.data.image_set import ImageSet, Recipe
-from pglpipe.errors import DataError
+from pglpipe.errors import DataError, setting
 from pglpipe.shim import import_torchvision
 
 _BY_FLAG: tuple[dict[str, Any], dict[str, Any]] = ({"train": True}, {"train": False})
@@ -119,7 +119,7 @@ def _open(
         remedy = (
             "check the network and the folder"
             if download
-            else "pass --download or put its files under --data-root"
+            else f"pass {setting('download', True)} or put its files under {setting('data_root')}"
         )
         # torchvision's own remedy is for callers of its classes.
         reason = " ".join(str(error).split()).split(". You can use download=True")[0]

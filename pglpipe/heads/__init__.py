@@ -19,7 +19,7 @@ from functools import partial
 
 from torch import nn
 
-from pglpipe.errors import ConfigError, nearest
+from pglpipe.errors import ConfigError, nearest, setting
 from pglpipe.heads.auglocal import auglocal_head
 from pglpipe.heads.borrowed import Borrowed, borrowed, man_head, solo_head, thin_head
 from pglpipe.heads.conv import TOKEN_HEADS, conv_head
@@ -74,7 +74,9 @@ def find_head(name: str) -> HeadFunction:
     if match and match[1] in DEEP:
         return partial(DEEP[match[1]], depth=int(match[2]))
     if name not in HEADS:
-        raise ConfigError(f"unknown --head {shown(name)}: {nearest(name, HEAD_NAMES)}")
+        raise ConfigError(
+            f"unknown {setting('head')} {shown(name)}: {nearest(name, HEAD_NAMES)}"
+        )
     return HEADS[name]
 
 

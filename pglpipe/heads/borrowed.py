@@ -24,7 +24,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from pglpipe.errors import ConfigError
+from pglpipe.errors import ConfigError, setting
 from pglpipe.heads.conv import STRIDED_ABOVE, conv_head
 from pglpipe.heads.parts import convolution
 from pglpipe.heads.site import Site
@@ -173,5 +173,5 @@ def _check_outputs(site: Site, name: str, found: Shape) -> None:
     if found != (site.num_outputs,):
         raise ConfigError(
             f"expected a loss of logits for a head {name}, which ends as the network does, got one "
-            f"that wants {site.num_outputs} features; choose --local-loss ce or infopro"
+            f"that wants {site.num_outputs} features; choose {setting('local_loss', 'ce')} or infopro"
         )

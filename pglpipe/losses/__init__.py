@@ -23,7 +23,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from pglpipe.errors import ConfigError, nearest
+from pglpipe.errors import ConfigError, nearest, setting
 from pglpipe.losses.base import Beside, LocalLoss, Loss, Shape, Supervised
 from pglpipe.losses.contrast import SupervisedContrast, contrast
 from pglpipe.losses.infopro import InfoPro
@@ -81,12 +81,12 @@ def _contrast(settings: LossSettings) -> LocalLoss:
 def _infopro(settings: LossSettings, name: str, task: LocalLoss) -> LocalLoss:
     if settings.lambdas is None:
         raise ConfigError(
-            f"expected four weights for the local loss {name}, got none; give --infopro-lambdas"
+            f"expected four weights for the local loss {name}, got none; give {setting('infopro_lambdas')}"
         )
     if not settings.mean or not settings.std:
         raise ConfigError(
             f"expected mean and std of the images' normalization for the local loss {name}, got "
-            "none; choose a data set of images, or --local-loss ce"
+            f"none; choose a data set of images, or {setting('local_loss', 'ce')}"
         )
     return InfoPro(settings.lambdas, settings.mean, settings.std, task)
 

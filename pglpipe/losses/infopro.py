@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pglpipe.errors import ConfigError
+from pglpipe.errors import ConfigError, setting
 from pglpipe.losses.base import (
     Beside,
     LocalLoss,
@@ -72,7 +72,7 @@ class InfoPro(LocalLoss):
         if len(shape) != 3 or len(image_shape) != 3:
             raise ConfigError(
                 "expected activations and images (C, H, W) for the local loss infopro, which rebuilds "
-                f"images, got {tuple(shape)} and {tuple(image_shape)}; choose --local-loss ce, or "
+                f"images, got {tuple(shape)} and {tuple(image_shape)}; choose {setting('local_loss', 'ce')}, or "
                 "cut after a layer that puts out maps"
             )
         for values in (self.mean, self.std):

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 
-from pglpipe.errors import ConfigError
+from pglpipe.errors import ConfigError, setting
 from pglpipe.options import shown
 
 # Of reconstruction (ixx) and task (ixy), in the first stage (1) and the last with a head (2).
@@ -64,7 +64,7 @@ def published_lambdas(model: str, dataset: str, num_stages: int) -> Lambdas:
         )
         raise ConfigError(
             f"no weights of infopro were published for {model} on {dataset} in {num_stages} "
-            f"stages, only for {known}; give --infopro-lambdas"
+            f"stages, only for {known}; give {setting('infopro_lambdas')}"
         )
     return lambdas
 

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pglpipe.errors import ConfigError
+from pglpipe.errors import ConfigError, setting
 from pglpipe.losses.base import (
     Beside,
     LocalLoss,
@@ -86,7 +86,7 @@ def projection(shape: Shape) -> nn.Module:
     if len(shape) != 1:
         raise ConfigError(
             f"expected activations (C, H, W) or (F,) for a loss of similarity, got {tuple(shape)}; "
-            "choose --local-loss ce"
+            f"choose {setting('local_loss', 'ce')}"
         )
     return nn.Linear(shape[0], shape[0], bias=False)
 

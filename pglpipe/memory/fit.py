@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
-from pglpipe.errors import ConfigError, PartitionError
+from pglpipe.errors import ConfigError, PartitionError, setting
 
 _UNITS = {"": 1, "B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 _MOST_BYTES = 2**63 - 1
@@ -79,9 +79,9 @@ def _fit(
     least, rank, settings = min(tried, key=lambda attempt: attempt[0])
     need, got = as_text(least), as_text(budget, up=False)
     raise ConfigError(
-        f"expected a --memory-budget of at least {need}, got {got}: rank {rank} keeps as much in a "
-        f"{kind} step {_described(kind, settings)}; raise the budget, choose more --stages, --balance "
-        "memory or more workers, or lower --batch-size"
+        f"expected a {setting('memory_budget')} of at least {need}, got {got}: rank {rank} keeps as much in a "
+        f"{kind} step {_described(kind, settings)}; raise the budget, choose a larger {setting('stages')}, "
+        f"{setting('balance', 'memory')} or more workers, or lower {setting('batch_size')}"
     )
 
 
@@ -101,9 +101,9 @@ def _ladder(
 
 def _described(kind: str, settings: MemorySettings) -> str:
     if kind == "local":
-        return f"with --local-microbatches {settings.local_microbatches}"
-    recompute = "--recompute" if settings.recompute else "--no-recompute"
-    return f"with {recompute} and --microbatches {settings.microbatches}"
+        return f"with {setting('local_microbatches', settings.local_microbatches)}"
+    recompute = setting("recompute", settings.recompute)
+    return f"with {recompute} and {setting('microbatches', settings.microbatches)}"
 
 
 def as_bytes(text: str) -> int:

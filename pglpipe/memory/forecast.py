@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from pglpipe.errors import PartitionError
+from pglpipe.errors import PartitionError, setting
 from pglpipe.guided import place_of
 from pglpipe.losses import LocalLoss, Loss
 from pglpipe.memory.fit import MemorySettings
@@ -182,7 +182,7 @@ class Forecast:
                 if size == self.samples or not self._can_weigh(crossing):
                     raise ForecastError(reason) from error
                 raise PartitionError(
-                    f"{reason}; take fewer --microbatches or --local-microbatches"
+                    f"{reason}; lower {setting('microbatches')} or {setting('local_microbatches')}"
                 ) from error
             yield dataclasses.replace(stage, copied=copied)
             copied = _memory(x) != _memory(output)

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pglpipe.errors import ConfigError
+from pglpipe.errors import ConfigError, setting
 from pglpipe.layer import Layer
 from pglpipe.models.image_parts import classifier, prepared
 from pglpipe.modules import pointwise
@@ -76,11 +76,11 @@ def vit_s_16(
     if any(side % PATCH for side in sides):
         raise ConfigError(
             f"vit_s_16 expects images whose sides are multiples of {PATCH} pixels, got "
-            f"{sides[0]}x{sides[1]}; pass --image-size, such as 224"
+            f"{sides[0]}x{sides[1]}; pass {setting('image_size', 224)}"
         )
     if width % HEAD_WIDTH:
         raise ConfigError(
-            f"vit_s_16 expects a --width that is a multiple of {HEAD_WIDTH}, got {width}"
+            f"vit_s_16 expects a {setting('width')} that is a multiple of {HEAD_WIDTH}, got {width}"
         )
     patches = math.prod(side // PATCH for side in sides)
     blocks = [

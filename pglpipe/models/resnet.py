@@ -23,7 +23,7 @@ from functools import partial
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pglpipe.errors import ConfigError
+from pglpipe.errors import ConfigError, setting
 from pglpipe.layer import Layer
 from pglpipe.models.image_parts import classifier, prepared
 from pglpipe.modules import pointwise
@@ -51,7 +51,7 @@ def resnet(
     if min(size) < SMALLEST_IMAGE:
         raise ConfigError(
             f"resnet{depth} expects images of at least {SMALLEST_IMAGE}x{SMALLEST_IMAGE} pixels, "
-            f"got {size[0]}x{size[1]}; choose --model mlp or larger images"
+            f"got {size[0]}x{size[1]}; choose another {setting('model')}, such as mlp, or larger images"
         )
     stem = Layer("stem", partial(_stem, channels, width))
     end = Layer("classifier", partial(classifier, 4 * width, num_classes))

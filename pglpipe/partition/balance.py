@@ -15,7 +15,7 @@ import operator
 from collections.abc import Callable, Sequence
 from itertools import accumulate
 
-from pglpipe.errors import PartitionError
+from pglpipe.errors import PartitionError, setting
 
 StageCost = Callable[[int, int], float]  # (first layer, layer after the last) -> cost
 Best = tuple[float, tuple[int, ...]]  # (value, sizes)
@@ -47,7 +47,7 @@ def balance_by_cost(
     if not 1 <= num_stages <= len(costs):
         raise PartitionError(
             f"cannot cut {len(costs)} layers into {num_stages} stages: every stage needs at least "
-            f"one layer; choose --stages from 1 to {len(costs)}"
+            f"one layer; choose {setting('stages')} from 1 to {len(costs)}"
         )
     return _most_even(_stage_cost(costs, exits), len(costs), num_stages)
 
@@ -71,7 +71,7 @@ def group(costs: Sequence[float], num_groups: int) -> list[int]:
     if not 1 <= num_groups <= len(costs):
         raise PartitionError(
             f"cannot put {len(costs)} stages onto {num_groups} workers: every worker needs "
-            f"at least one stage; start from 1 to {len(costs)} workers, or choose more --stages"
+            f"at least one stage; start from 1 to {len(costs)} workers, or choose a larger {setting('stages')}"
         )
     return balance_by_cost(costs, [0.0] * len(costs), num_groups)
 

@@ -1,4 +1,4 @@
-"""From the option ``--balance`` to the sizes of the stages."""
+"""From what ``balance`` asks for to the sizes of the stages."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import math
 import re
 from collections.abc import Callable, Sequence
 
-from pglpipe.errors import ConfigError, PartitionError, nearest
+from pglpipe.errors import ConfigError, PartitionError, nearest, setting
 from pglpipe.options import shown
 from pglpipe.partition.balance import balance_by_cost
 from pglpipe.partition.cost import LayerCost
@@ -98,7 +98,7 @@ def _parse(spec: str) -> list[int]:
     if len(words) == 1 and not words[0].lstrip("-").isdecimal():
         hint = nearest(spec, [*MEASURES, "published"])
         raise ConfigError(
-            f"unknown balance {shown(spec)}: {hint}, or sizes such as 2,3,3"
+            f"unknown {setting('balance')} {shown(spec)}: {hint}, or sizes such as 2,3,3"
         )
     for word in words:
         if not re.fullmatch("0*[1-9][0-9]{0,8}", word):

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from itertools import pairwise
 
-from pglpipe.errors import PartitionError, nearest
+from pglpipe.errors import PartitionError, nearest, setting
 
 Cut = tuple[int, int]
 
@@ -57,12 +57,12 @@ def published_balance(model: str, num_stages: int) -> list[int]:
     if model not in _CUTS:
         raise PartitionError(
             f"no published cut of the model {model!r}: {nearest(model, _CUTS)}; "
-            "or choose --balance flops"
+            f"or choose {setting('balance', 'flops')}"
         )
     if num_stages not in _CUTS[model]:
         raise PartitionError(
-            f"no published cut of {model} into {num_stages} stages; choose --stages from "
-            f"{', '.join(map(str, _CUTS[model]))}, or --balance flops"
+            f"no published cut of {model} into {num_stages} stages; choose {setting('stages')} from "
+            f"{', '.join(map(str, _CUTS[model]))}, or {setting('balance', 'flops')}"
         )
     return _sizes(_CUTS[model][num_stages], _BLOCKS_PER_STAGE[model])
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from pglpipe.errors import ConfigError
+from pglpipe.errors import ConfigError, setting
 from pglpipe.layer import Layer
 from pglpipe.partition.cost import HeadBuilder, head_layer
 from pglpipe.partition.split import slices
@@ -78,10 +78,11 @@ class _Draws(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def refuse(self, name: str) -> None:
         """Raises ConfigError if what has this name drew."""
         if self.operation:
+            overlaps = setting("overlap_stages", True)
             raise ConfigError(
                 "expected layers, heads and losses that draw no random numbers for "
-                f"--overlap-stages, got {self.operation} in {name!r}: what a step draws follows from "
-                "its number, which a recorded step does not know; drop --overlap-stages or what draws"
+                f"{overlaps}, got {self.operation} in {name!r}: what a step draws follows from "
+                f"its number, which a recorded step does not know; drop {overlaps} or what draws"
             )
 
     def __torch_dispatch__(

@@ -8,7 +8,7 @@ from itertools import accumulate, chain
 
 from torch import Tensor, nn
 
-from pglpipe.errors import PartitionError
+from pglpipe.errors import PartitionError, setting
 from pglpipe.layer import Layer
 from pglpipe.partition.cost import LayerCost
 
@@ -37,7 +37,7 @@ def check_sizes(balance: Sequence[int], num_layers: int, num_stages: int) -> Non
     if len(balance) != num_stages:
         raise PartitionError(
             f"balance {text} has {len(balance)} sizes for {num_stages} stages; "
-            f"give {num_stages} sizes or choose --stages {len(balance)}"
+            f"give {num_stages} sizes or choose {setting('stages', len(balance))}"
         )
     if sum(balance) != num_layers:
         raise PartitionError(
@@ -83,7 +83,7 @@ def _tensors(layer: Layer) -> Iterator[tuple[str, Tensor]]:
 def _refuse(name: str, owner: Layer, layer: Layer, balance: list[int]) -> None:
     raise PartitionError(
         f"layers {owner.name!r} and {layer.name!r} share {name!r} but are cut apart; keep both "
-        f"in one stage, such as --stages {len(balance)} --balance {','.join(map(str, balance))}"
+        f"in one stage, such as {setting('stages', len(balance))} with {setting('balance', balance)}"
     )
 
 

@@ -23,7 +23,7 @@ from torch.distributed import (
     rpc,
 )
 
-from pglpipe.errors import ConfigError, EdgeTimeout, WorkerError
+from pglpipe.errors import ConfigError, EdgeTimeout, WorkerError, setting
 from pglpipe.stopwatch import Stalls
 from pglpipe.transport.base import Inbox, Links, Nobody, ReceivingEnd, SendingEnd
 from pglpipe.transport.channel import Channel
@@ -157,8 +157,8 @@ class Edges:
     def _rpc_opener(self) -> RpcOpener:
         if not rpc.is_available():
             raise ConfigError(
-                "expected a PyTorch with torch.distributed.rpc for --transport rpc, got one built "
-                "without it; use --transport p2p"
+                f"expected a PyTorch with torch.distributed.rpc for {setting('transport', 'rpc')}, got one built "
+                f"without it; use {setting('transport', 'p2p')}"
             )
         from pglpipe.transport.rpc_opener import RpcOpener
 
