@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import stat
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -123,7 +124,12 @@ def save(
     with _writing(path):
         texts = {key: json.dumps(value) for key, value in (metadata or {}).items()}
         whole = {name: t.contiguous() for name, t in tensors.items()}
+        path.touch()
+        mode = stat.S_IMODE(path.stat().st_mode)
         save_file(whole, path, texts or None)
+        # Who may read the rest of the folder may read it, too; safetensors lets its owner alone.
+        with suppress(OSError):
+            path.chmod(mode)
 
 
 def export(

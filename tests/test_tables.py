@@ -108,6 +108,11 @@ def test_the_end_shows_every_exit_and_what_it_took(
     assert "written to runs/[bold]one[/]" in text, "a path is no markup"
 
 
+def test_a_folder_is_named_as_it_is(capsys: pytest.CaptureFixture[str]) -> None:
+    tables.show_exits(PLAN, SUMMARY, Path("runs/[red]one[/]"))
+    assert "written to runs/[red]one[/]\n" in capsys.readouterr().out
+
+
 def test_the_end_counts_what_was_skipped(capsys: pytest.CaptureFixture[str]) -> None:
     tables.show_exits(PLAN, SUMMARY)
     assert "kipped" not in " ".join(printed(capsys))
