@@ -113,7 +113,7 @@ class Coordinator:
         self._fits = self._stopping = self._breaks_off = self.ended_early = False
         self._check_seconds, self._checked = 0.0, set[int]()
         self._saving = False
-        self._is_told_of_length = False
+        self._is_told_of_length, self._resumed_epoch = False, -1
         self._room: Sequence[int] = ()
         self._began = time.perf_counter()
 
@@ -165,6 +165,7 @@ class Coordinator:
     def resume(self, manifest: dict[str, Any]) -> None:
         """Goes on from where a checkpoint was made."""
         self._at = Position(**manifest["position"])
+        self._resumed_epoch = self._at.epoch
         self._merger.resume(manifest["merged"])
         if self._ledger:
             self._ledger.resumed(self._at.step)
@@ -238,6 +239,8 @@ class Coordinator:
 
     def _tell_of_length(self, reader: BatchReader, span: Span) -> None:
         """Tells once of a loader whose length is not that of its epochs."""
+        if self._at.epoch == self._resumed_epoch:
+            return  # some of it may have come in batches of another size
         found, said = self._at.batches, reader.length
         is_cut = self._at.step >= span.total_steps
         if said is None or found == said or (is_cut and found < said):
