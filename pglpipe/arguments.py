@@ -103,18 +103,16 @@ def that(expected: str, fits: Callable[[Any], bool], remedy: str = "") -> Rule:
     return of(expected, read, remedy)
 
 
-def whole(least: int | None = None, remedy: str = "") -> Rule:
+def whole(least: int, remedy: str = "") -> Rule:
     """A whole number of less than 64 bits, NumPy's included."""
 
     def read(value: Any) -> int:
         count = operator.index(value)
-        lowest = -_MOST if least is None else least
-        if isinstance(value, bool) or not lowest <= count <= _MOST:
+        if isinstance(value, bool) or not least <= count <= _MOST:
             raise ValueError
         return count
 
-    bound = "" if least is None else f" of at least {least}"
-    return of(f"a whole number{bound}", read, remedy)
+    return of(f"a whole number of at least {least}", read, remedy)
 
 
 def number(least: float = 0.0, *, above: bool = False, infinite: bool = False) -> Rule:

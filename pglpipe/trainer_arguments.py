@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import os
 from pathlib import Path
 from typing import Any
@@ -83,7 +84,7 @@ def _balance(value: Any) -> Any:
     if isinstance(value, str):
         return value
     if isinstance(value, (list, tuple)) and value:
-        return [_SIZE("", size) for size in value]
+        return [operator.index(size) for size in value]
     raise TypeError
 
 
@@ -100,7 +101,6 @@ def _hears(value: Any) -> bool:
     return not isinstance(value, type) and all(map(callable, methods))
 
 
-_SIZE = whole()
 _DEVICE = choice(DEVICES)
 _HEAD = that(
     "a name or a function that makes a module for an activation's shape",

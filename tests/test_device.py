@@ -18,7 +18,7 @@ def test_auto_takes_the_cpu_where_there_is_nothing_else(
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert devices.pick("auto", 3) == torch.device("cpu")
-    with pytest.raises(ConfigError, match="use --device cpu"):
+    with pytest.raises(ConfigError, match="use device='cpu'"):
         devices.pick("cuda", 0)
 
 

@@ -29,9 +29,9 @@ def test_heads_are_asked_where_they_learn_or_where_their_loss_counts(
 
 
 @pytest.mark.parametrize("name", ["weight", "local_weight", "lr_scale", "shrink"])
-@pytest.mark.parametrize("value", [-0.1, math.inf, math.nan])
-def test_a_weight_is_a_finite_number_of_at_least_0(name: str, value: float) -> None:
-    option = f"--guided-{name.replace('_', '-')} of at least 0, got {value:g}"
+@pytest.mark.parametrize("value", [-0.1, math.inf, math.nan, "1", None, True])
+def test_a_weight_is_a_finite_number_of_at_least_0(name: str, value: Any) -> None:
+    option = rf"at least 0 for Guided\({name}=\), got {value}"
     with pytest.raises(ConfigError, match=option):
         Guided(**{name: value})
     for allowed in (0.0, 3.0):
@@ -41,8 +41,8 @@ def test_a_weight_is_a_finite_number_of_at_least_0(name: str, value: float) -> N
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"heads": "froze"}, "unknown --guided-heads 'froze': did you mean 'frozen'"),
-        ({"optimizer": "rest"}, "unknown --guided-optimizer 'rest': did you mean"),
+        ({"heads": "froze"}, "unknown Guided(heads=) 'froze': did you mean 'frozen'"),
+        ({"optimizer": "rest"}, "unknown Guided(optimizer=) 'rest': did you mean"),
         ({"optimizer": "nothing"}, "reset, separate, shared"),
     ],
 )
@@ -103,11 +103,11 @@ def test_a_run_of_one_step_is_at_its_beginning() -> None:
 
 
 @pytest.mark.parametrize("name", ["end", "deepest"])
-@pytest.mark.parametrize("value", [-1.0, math.inf, math.nan])
-def test_a_local_weight_is_a_finite_number_of_at_least_0(
-    name: str, value: float
-) -> None:
-    with pytest.raises(ConfigError, match=f"--local-weight-{name} of at least 0, got"):
+@pytest.mark.parametrize("value", [-1.0, math.inf, math.nan, "1"])
+def test_a_local_weight_is_a_finite_number_of_at_least_0(name: str, value: Any) -> None:
+    with pytest.raises(
+        ConfigError, match=rf"at least 0 for LocalWeight\({name}=\), got"
+    ):
         LocalWeight(**{name: value})
 
 

@@ -153,7 +153,7 @@ def test_gradients_of_a_loss_that_compares_samples_are_those_of_whole_batches(
     name: str,
 ) -> None:
     loss = build_loss(name)
-    with pytest.raises(ConfigError, match="--microbatches above 1, or --compare-every"):
+    with pytest.raises(ConfigError, match="microbatches above 1, or compare_every"):
         run(1, ALWAYS, local_loss=loss, microbatches=2, compare_every=3)
     whole = run(1, ALWAYS, local_loss=loss, compare_every=3, epochs=1)
     parts = run(1, ALWAYS, local_loss=loss, microbatches=2, epochs=1)
@@ -176,7 +176,9 @@ def test_a_cosine_does_not_depend_on_the_weight_of_the_local_loss(size: int) -> 
 
 
 def test_what_is_recorded_once_has_one_weight() -> None:
-    with pytest.raises(ConfigError, match="--overlap-stages or --local-weight-end"):
+    with pytest.raises(
+        ConfigError, match=r"overlap_stages=True or LocalWeight\(end=\)"
+    ):
         RunConfig(overlap_stages=True, local_weight_end=0.5)
 
 

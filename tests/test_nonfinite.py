@@ -310,5 +310,7 @@ def network(image_shape, num_classes):
 
 
 def test_an_unknown_policy_is_told_the_nearest() -> None:
-    with pytest.raises(ConfigError, match="--on-nonfinite 'skp': did you mean 'skip'?"):
+    with pytest.raises(
+        ConfigError, match="unknown on_nonfinite 'skp': did you mean 'skip'?"
+    ):
         run(1, on_nonfinite="skp")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 import warnings
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -187,13 +188,20 @@ def test_a_writer_reports_whatever_kept_it_from_writing(
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"every": -1}, "--checkpoint-every of at least 0, got -1"),
-        ({"minutes": -0.5}, "--checkpoint-minutes of at least 0, got -0.5"),
-        ({"keep": 0}, "--keep-checkpoints of at least 1, got 0"),
+        ({"every": -1}, r"at least 0 for Checkpoints\(every=\), got -1"),
+        ({"minutes": -0.5}, r"at least 0 for Checkpoints\(minutes=\), got -0.5"),
+        ({"keep": 0}, r"at least 1 for Checkpoints\(keep=\), got 0"),
+        ({"every": "10"}, r"whole number .* for Checkpoints\(every=\), got '10'"),
+        ({"minutes": None}, r"finite number .* for Checkpoints\(minutes=\), got None"),
+        ({"folder": None}, "a path for folder, got None"),
     ],
 )
 def test_a_number_out_of_its_range_is_refused(
-    options: dict[str, float], words: str
+    options: dict[str, Any], words: str
 ) -> None:
     with warnings.catch_warnings(), pytest.raises(ConfigError, match=words):
-        Checkpoints(Path("x"), **options)  # type: ignore[arg-type]
+        Checkpoints(**({"folder": Path("x")} | options))
+
+
+def test_a_folder_may_be_a_text() -> None:
+    assert Checkpoints("x").folder == Path("x")

@@ -209,5 +209,7 @@ def test_inputs_are_kept_until_the_farthest_gradient_has_come_and_no_longer() ->
 
 
 def test_without_a_step_between_stages_it_is_refused() -> None:
-    with pytest.raises(ConfigError, match="delay of at least 1, got 0"):
+    with pytest.raises(
+        ConfigError, match=r"Guidance\(delay=\) of at least 1 .*'stale-window'.*, got 0"
+    ):
         guidance(2, delay=0)

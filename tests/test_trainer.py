@@ -291,13 +291,13 @@ def test_a_trainer_can_evaluate_before_it_fits() -> None:
 # -- what is refused ------------------------------------------------------------------
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
-    "no stage": ({"num_stages": 0}, "--stages of at least 1, got 0"),
-    "no microbatch": ({"microbatches": 0}, "--microbatches of at least 1"),
-    "no slot": ({"queue_depth": 0}, "--queue-depth of at least 1"),
+    "no stage": ({"num_stages": 0}, "at least 1 for num_stages, got 0"),
+    "no microbatch": ({"microbatches": 0}, "at least 1 for microbatches"),
+    "no slot": ({"queue_depth": 0}, "at least 1 for queue_depth"),
     "timetable": ({"timetable": "1f2b"}, "did you mean '1f1b'"),
     "transport": ({"transport": "p2"}, "did you mean 'p2p'"),
-    "clipping to nothing": ({"clip_norm": 0.0}, "--clip-norm above 0, got 0"),
-    "clipping to nonsense": ({"clip_norm": math.nan}, "--clip-norm above 0, got nan"),
+    "clipping to nothing": ({"clip_norm": 0.0}, "above 0 for clip_norm, got 0"),
+    "clipping to nonsense": ({"clip_norm": math.nan}, "above 0 for clip_norm, got nan"),
     "device": ({"device": "cpus"}, "did you mean 'cpu'"),
 }
 
@@ -346,8 +346,8 @@ def test_more_workers_than_stages_are_refused_on_every_worker() -> None:
 SPANS: dict[str, tuple[Any, dict[str, Any], str]] = {
     "both": (TRAIN, {"epochs": 1, "steps": 1}, "either epochs or steps"),
     "neither": (TRAIN, {}, "either epochs or steps"),
-    "no epoch": (TRAIN, {"epochs": 0}, "at least 1 epoch, got 0"),
-    "no step": (TRAIN, {"steps": 0}, "at least 1 step, got 0"),
+    "no epoch": (TRAIN, {"epochs": 0}, "at least 1 for epochs, got 0"),
+    "no step": (TRAIN, {"steps": 0}, "at least 1 for steps, got 0"),
     "nothing to learn from": ([], {"epochs": 1}, "got an empty one"),
 }
 

@@ -100,7 +100,10 @@ def test_the_run_stops_with_stage_step_and_what_is_not_finite(
 ) -> None:
     made = stage(loss, last=last)
     parameters = [p.detach().clone() for p in made.parameters()]
-    with pytest.raises(NonFinite, match="lower --lr, set --clip-norm.*--on-nonfinite"):
+    with pytest.raises(
+        NonFinite,
+        match="lower the optimizer's lr, set clip_norm, .*on_nonfinite='skip'",
+    ):
         step(made, 7)
     with pytest.raises(NonFinite) as raised:
         step(made, 8)

@@ -75,7 +75,7 @@ def decode(files: tuple[Path, ...], image_size: int) -> Bytes:
         if image.shape != first.shape:
             raise DataError(
                 f"expected images of one size: {files[0]} is {_size(first)} and {file} is "
-                f"{_size(image)}; pass {setting('image_size')} to bring all to NxN"
+                f"{_size(image)}; pass {setting('image_size')} to bring all to one size"
             )
         images[i] = image
     return images

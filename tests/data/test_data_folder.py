@@ -145,7 +145,7 @@ def test_each_image_size_has_a_cache_of_its_own(root, decoded):
 
 def test_images_of_two_sizes_are_refused_with_the_remedy(root):
     picture(root / "train" / "dog" / "1.png", width=9, height=7)
-    expected = r"cat.0\.png is 8x8 and .*dog.1\.png is 9x7; pass --image-size N"
+    expected = r"cat.0\.png is 8x8 and .*dog.1\.png is 9x7; pass image_size"
     with pytest.raises(DataError, match=expected):
         load("imagefolder", root=root)
 
@@ -153,7 +153,7 @@ def test_images_of_two_sizes_are_refused_with_the_remedy(root):
 def test_test_images_of_another_size_are_refused_with_the_remedy(root):
     for name in ("cat", "dog"):
         picture(root / "test" / name / "0.png", width=9)
-    with pytest.raises(DataError, match="--image-size N"):
+    with pytest.raises(DataError, match="pass image_size"):
         load("imagefolder", root=root)
 
 
@@ -444,7 +444,7 @@ def test_a_split_without_classes_or_missing_altogether_is_refused(root, tmp_path
 
 
 def test_a_root_that_is_missing_is_named(tmp_path):
-    with pytest.raises(DataError, match="nowhere.*--data-root"):
+    with pytest.raises(DataError, match="nowhere.*check root"):
         load("imagefolder", root=tmp_path / "nowhere")
 
 

@@ -22,7 +22,7 @@ def test_an_unknown_name_suggests_the_nearest():
     "name", [name for name in data.DATASETS if name != "synthetic"]
 )
 def test_what_is_read_from_files_asks_for_the_folder(name):
-    with pytest.raises(DataError, match=f"folder of {name}.*--data-root DIR"):
+    with pytest.raises(DataError, match=f"folder of {name}.*pass root"):
         data.load(name)
 
 

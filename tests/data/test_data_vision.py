@@ -156,7 +156,7 @@ def test_svhn_without_scipy_names_scipy(tmp_path):
 @pytest.mark.parametrize("name", vision.VISION_SETS)
 def test_missing_files_are_an_error_with_the_remedy(tmp_path, name):
     with pytest.raises(
-        DataError, match=f"{name} under .*--download .*--data-root"
+        DataError, match=f"{name} under .*download=True .* under root"
     ) as caught:
         load(name, root=tmp_path)
     assert "\n" not in str(caught.value)

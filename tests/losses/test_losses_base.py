@@ -152,7 +152,8 @@ def test_an_unknown_loss_is_refused_with_the_nearest() -> None:
 @pytest.mark.parametrize("name", ["infopro", "infopro-contrast"])
 def test_infopro_without_its_settings_is_refused_with_the_remedy(name: str) -> None:
     with pytest.raises(
-        ConfigError, match=f"local loss {name}, got none; give --infopro-lambdas"
+        ConfigError,
+        match=rf"local loss {name}, got none; give LossSettings\(lambdas=\)",
     ):
         build_loss(name, LossSettings(mean=(0.5,), std=(0.5,)))
     with pytest.raises(ConfigError, match=f"mean and std .* local loss {name}"):

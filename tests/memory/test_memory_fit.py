@@ -57,11 +57,11 @@ def test_only_steps_that_will_be_taken_have_to_fit() -> None:
     [
         (
             "local",
-            r"at least 80 B, got 79 B: rank 0 .* with --local-microbatches 10",
+            r"at least 80 B, got 79 B: rank 0 .* with local_microbatches=10",
         ),
         (
             "global",
-            r"rank 0 .* with --recompute and --microbatches 10; raise the budget",
+            r"rank 0 .* with recompute=True and microbatches=10; raise the budget",
         ),
     ],
 )
@@ -78,7 +78,7 @@ def test_a_batch_is_cut_no_finer_than_the_stages_can_take_it() -> None:
             raise PartitionError("one sample is not enough")
         return peaks(kind, settings)
 
-    with pytest.raises(ConfigError, match="with --local-microbatches 2"):
+    with pytest.raises(ConfigError, match="with local_microbatches=2"):
         fit(ASKED, 300, ["local"], 10, delicate)
     with pytest.raises(PartitionError):
         fit(MemorySettings(local_microbatches=3), 300, ["local"], 10, delicate)
@@ -98,7 +98,7 @@ def test_a_refusal_names_only_what_was_tried() -> None:
     def worse(kind: str, settings: MemorySettings) -> list[int]:
         return [300 if settings.recompute else 200]
 
-    with pytest.raises(ConfigError, match="with --no-recompute and --microbatches 1;"):
+    with pytest.raises(ConfigError, match="with recompute=False and microbatches=1;"):
         fit(ASKED, 100, ["global"], 4, worse)
 
 

@@ -1,4 +1,4 @@
-"""The option --balance: each of its words, and each mistake."""
+"""The argument balance: each of its words, and each mistake."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def test_published_sizes_are_those_of_the_model() -> None:
         ),
         (
             "1,1,2",
-            "balance 1,1,2 has 3 sizes for 2 stages; give 2 sizes or choose --stages 3",
+            "balance 1,1,2 has 3 sizes for 2 stages; give 2 sizes or choose num_stages=3",
         ),
         ("4", "balance 4 has 1 sizes for 2 stages"),
         ("4,0", "expected sizes of 1 layer or more, got '0'"),
