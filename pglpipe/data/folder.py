@@ -181,7 +181,8 @@ def _write(path: Path, images: Bytes) -> None:
 
 def _decode_one(file: Path, image_size: int) -> Bytes:
     try:
-        with Image.open(file) as opened:
+        # Not by its path: then Pillow maps some TIFFs into memory, and turns those wrongly.
+        with file.open("rb") as stream, Image.open(stream) as opened:
             image = _as_rgb(opened)
     except _OtherNumbers as error:
         raise DataError(
@@ -208,7 +209,7 @@ class _OtherNumbers(Exception):
 def _as_rgb(opened: Image.Image) -> Image.Image:
     """The image as a viewer shows it, the right way up, without its transparency."""
     mode, bits = opened.mode, _gray_bits(opened)
-    image = ImageOps.exif_transpose(opened)
+    image = _upright(opened)
     if bits:
         # Pillow's own conversion cuts all values above 255.
         pixels = np.asarray(image).astype(np.uint32) * 255 // (2**bits - 1)
@@ -220,6 +221,17 @@ def _as_rgb(opened: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
+def _upright(opened: Image.Image) -> Image.Image:
+    """The image turned as its EXIF data ask for, where they can be read."""
+    opened.load()  # by which a TIFF is turned; in a PNG they may follow the pixels
+    try:
+        # Not ImageOps.exif_transpose, which rewrites the data and fails for odd ones.
+        turn = _TURNS.get(opened.getexif().get(_ORIENTATION))
+    except Exception:  # broken data can raise anything; the pixels are as good
+        turn = None
+    return opened if turn is None else opened.transpose(turn)
+
+
 def _gray_bits(opened: Image.Image) -> int:
     """Bits of a gray image of more than 8; 0 for any other."""
     if opened.mode.startswith("I;16"):
@@ -229,7 +241,16 @@ def _gray_bits(opened: Image.Image) -> int:
     return 16 if opened.mode == "I" and opened.format in ("PNG", "PPM") else 0
 
 
-_BITS_PER_SAMPLE = 258  # a TIFF's tag
+_BITS_PER_SAMPLE, _ORIENTATION = 258, 274  # tags of TIFF and EXIF
+_TURNS: dict[object, Image.Transpose] = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 _OTHER_NUMBERS = {"F": "floating-point numbers", "I": "signed or 32-bit integers"}
 
 

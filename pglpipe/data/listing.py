@@ -44,7 +44,7 @@ def listing(folder: Path) -> Listing:
             found[entry.name] = list(_images(entry.path, above, IMG_EXTENSIONS))
     if not found:
         raise DataError(
-            f"expected class folders in {folder}, found none; put the images in {folder}/<class>/"
+            f"expected class folders in {folder}, found none; put the images in <class>/<image> there"
         )
     if empty := [name for name, files in found.items() if not files]:
         raise DataError(

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
 from pglpipe.data import folder, load
 from pglpipe.data.listing import listing
@@ -226,16 +226,44 @@ def test_images_of_other_numbers_are_refused_by_name(root, kind, name):
 
 
 @pytest.mark.parametrize("suffix", ["jpg", "png", "tif", "webp"])
-def test_a_picture_stands_as_its_camera_was_held(tmp_path, suffix):
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_a_picture_stands_as_its_camera_was_held(tmp_path, suffix, orientation):
     pixels = np.zeros((16, 32, 3), np.uint8)
-    pixels[:, 16:] = 255  # the right half
+    pixels[:, 16:] = 100
+    pixels[:8, :16] = 200
     exif = Image.Exif()
-    exif[0x0112] = 6  # to be turned clockwise by 90 degrees
+    exif[0x0112] = orientation
+    file = tmp_path / f"turned.{suffix}"
+    Image.fromarray(pixels).save(file, exif=exif)
+    with Image.open(file) as opened:
+        expected = np.asarray(ImageOps.exif_transpose(opened))
+    (image,) = folder.decode((file,), 0)
+    assert image.shape[:2] == ((16, 32) if orientation < 5 else (32, 16))
+    assert np.array_equal(image, expected)
+
+
+@pytest.mark.parametrize("suffix", ["png", "tif"])
+@pytest.mark.parametrize("bits", [8, 16])
+def test_a_gray_picture_is_turned_as_well(tmp_path, suffix, bits):
+    pixels = np.arange(32, dtype=f"uint{bits}").reshape(4, 8) * (7 * (bits // 8) ** 8)
+    exif = Image.Exif()
+    exif[0x0112] = 6
     file = tmp_path / f"turned.{suffix}"
     Image.fromarray(pixels).save(file, exif=exif)
     (image,) = folder.decode((file,), 0)
-    assert image.shape == (32, 16, 3)
-    assert image[:14].max() < 30 and image[18:].min() > 225
+    expected = pixels // 257 if bits == 16 else pixels
+    assert np.array_equal(image[..., 0], np.rot90(expected, -1))
+
+
+@pytest.mark.parametrize("exif", [b"Exif\0\0garbage", b"Exif\0\0II*\0" + b"\xff" * 30])
+@pytest.mark.parametrize("suffix", ["jpg", "png", "webp"])
+def test_a_picture_with_broken_exif_data_is_read_as_it_is(tmp_path, suffix, exif):
+    file = tmp_path / f"odd.{suffix}"
+    Image.new("RGB", (32, 16), (90, 90, 90)).save(file, exif=exif)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Pillow's, of the data
+        (image,) = folder.decode((file,), 0)
+    assert image.shape == (16, 32, 3) and abs(image.astype(int) - 90).max() < 3
 
 
 def test_transparent_palettes_lose_their_transparency_without_a_warning(root):
@@ -392,10 +420,14 @@ def test_a_folder_that_cannot_be_read_is_named(root, monkeypatch):
 
 
 def test_an_image_that_cannot_be_read_is_named(root, monkeypatch):
-    def refuse(path):
-        raise PermissionError(13, "Permission denied", str(path))
+    original = Path.open
 
-    monkeypatch.setattr(Image, "open", refuse)
+    def refuse(path, *mode):
+        if path.name == "0.png":
+            raise PermissionError(13, "Permission denied", str(path))
+        return original(path, *mode)
+
+    monkeypatch.setattr(Path, "open", refuse)
     expected = r"cat.0\.png cannot be decoded \(Permission denied\); replace"
     with pytest.raises(DataError, match=expected):
         load("imagefolder", root=root)
