@@ -95,9 +95,15 @@ def plan(
 
 
 @app.command()
-def evaluate(run_dir: RunDir) -> None:
+def evaluate(
+    run_dir: RunDir,
+    data_root: Annotated[
+        str,
+        typer.Option(help="where the data are now; else where the run found them"),
+    ] = "",
+) -> None:
     """Evaluates every exit of a finished run on its test images."""
-    tables.show_exits(*run.evaluate(run_dir))
+    tables.show_exits(*run.evaluate(run_dir, data_root))
 
 
 @app.command()
@@ -204,7 +210,8 @@ def _complain(text: str, *, told: bool) -> None:
 
 
 def _leads() -> bool:
-    return os.environ.get("RANK", "0") == "0"
+    # Where half of what a launcher sets is missing, nobody else is there to tell.
+    return os.environ.get("RANK", "0") == "0" or "WORLD_SIZE" not in os.environ
 
 
 def _leave(status: int) -> None:

@@ -20,7 +20,7 @@ def read(path: Path) -> dict[str, Any]:
         ConfigError: the file is missing, is no TOML, or has a key that does not exist.
     """
     try:
-        values = tomllib.loads(path.read_bytes().decode())
+        values = tomllib.loads(path.read_bytes().decode("utf-8-sig"))
     except OSError as error:
         raise ConfigError(
             f"expected a config file at {path}: {error.strerror}"

@@ -54,7 +54,7 @@ from pglpipe.saving import Ledger
 from pglpipe.seeding import generators, set_generators
 from pglpipe.source import Image, Position, Source, Span
 from pglpipe.timetable import parts_of
-from pglpipe.transport import Mailbox, passed_since
+from pglpipe.transport import Mailbox
 
 _POLL_SECONDS = 0.01
 
@@ -113,7 +113,7 @@ class Coordinator:
         self._fits = self._stopping = self._breaks_off = self.ended_early = False
         self._check_seconds, self._checked = 0.0, set[int]()
         self._saving = False
-        self._is_told_of_length = False
+        self._is_told_of_length, self._resumed_epoch = False, -1
         self._room: Sequence[int] = ()
         self._began = time.perf_counter()
 
@@ -165,6 +165,7 @@ class Coordinator:
     def resume(self, manifest: dict[str, Any]) -> None:
         """Goes on from where a checkpoint was made."""
         self._at = Position(**manifest["position"])
+        self._resumed_epoch = self._at.epoch
         self._merger.resume(manifest["merged"])
         if self._ledger:
             self._ledger.resumed(self._at.step)
@@ -238,6 +239,8 @@ class Coordinator:
 
     def _tell_of_length(self, reader: BatchReader, span: Span) -> None:
         """Tells once of a loader whose length is not that of its epochs."""
+        if self._at.epoch == self._resumed_epoch:
+            return  # some of it may have come in batches of another size
         found, said = self._at.batches, reader.length
         is_cut = self._at.step >= span.total_steps
         if said is None or found == said or (is_cut and found < said):
@@ -328,7 +331,9 @@ class Coordinator:
             self._listen()
             if self._may_end():
                 self._breaks_off = self.ended_early = True
+            if self._fits and (self.ended_early or self._saving):
                 yield from self._checkpoint()
+            if self._breaks_off:
                 break
         if is_empty:
             raise DataError(
@@ -372,17 +377,16 @@ class Coordinator:
 
     def _await(self, heard: Callable[[], set[int]], what: str) -> None:
         """Waits until all workers are among those that were heard."""
-        waited, last = 0.0, time.monotonic()
         self._listen()
-        while missing := {*range(self._num_workers)} - heard():
-            if waited > self._timeout:
-                rank = min(missing)
-                raise EdgeTimeout(
-                    f"no {what} from rank {rank} in {self._timeout:g} s", rank=rank
-                )
-            time.sleep(_POLL_SECONDS)
-            waited, last = waited + passed_since(last), time.monotonic()
-            self._listen()
+        for rank in range(self._num_workers):
+            wait = self._mailbox.wait_for(rank, self._timeout)
+            while rank not in heard():
+                if wait.is_over():
+                    raise EdgeTimeout(
+                        f"no {what} from rank {rank} in {wait}", rank=rank
+                    )
+                time.sleep(_POLL_SECONDS)
+                self._listen()
         while self._is_saving():  # which takes as long as the disk takes
             time.sleep(_POLL_SECONDS)
             self._listen()

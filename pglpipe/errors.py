@@ -10,6 +10,7 @@
     ├── Stopped                 a run was asked to end, and can go on
     └── WorkerError             the run is over on every worker, exit status 1
         ├── PeerLost            a neighbour's process is gone
+        │   └── PeerLeft        it has ended in peace, while this one needs it
         ├── EdgeTimeout         a neighbour is silent for too long
         ├── ProtocolError       a neighbour sent what nobody expects here
         └── NonFinite           a loss or a gradient is no finite number
@@ -36,6 +37,9 @@ class PglpipeError(Exception):
     """
 
     told = False
+
+    def __init__(self, text: str = "") -> None:
+        super().__init__(_on_one_line(text))
 
 
 class UserError(PglpipeError, ValueError):
@@ -68,6 +72,10 @@ class WorkerError(PglpipeError, RuntimeError):
 
 class PeerLost(WorkerError):
     """A neighbour's process is gone."""
+
+
+class PeerLeft(PeerLost):
+    """A worker has ended its part in peace, while another still needs it."""
 
 
 class EdgeTimeout(WorkerError):
@@ -118,7 +126,16 @@ class PglpipeWarning(UserWarning):
 
 def warn(text: str) -> None:
     """Warns of something in one line, where the caller was called."""
-    warnings.warn(text, PglpipeWarning, stacklevel=3)
+    warnings.warn(_on_one_line(text), PglpipeWarning, stacklevel=3)
+
+
+def _on_one_line(text: str) -> str:
+    """The text with whatever cannot be printed escaped: a file's name may hold anything.
+
+    >>> _on_one_line("no\\nimage")
+    'no\\\\nimage'
+    """
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 # How many blocks are open in which settings are named as options of the command line.

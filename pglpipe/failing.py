@@ -11,7 +11,14 @@ from __future__ import annotations
 import sys
 import threading
 
-from pglpipe.errors import NonFinite, UserError, WorkerError
+from pglpipe.errors import (
+    EdgeTimeout,
+    NonFinite,
+    PeerLeft,
+    UserError,
+    WorkerError,
+    setting,
+)
 from pglpipe.transport import World
 
 _declaring = threading.Lock()
@@ -61,4 +68,9 @@ def accuse(world: World, error: BaseException) -> str:
         if (culprit := pulse.suspect(rank)) != rank:
             at = pulse.last_heard_of(culprit)
             text = f"{names[culprit]} keeps the others waiting {at}: {text}"
-    return f"{text} (noticed by {me} {recent.doing})"
+    text = f"{text} (noticed by {me} {recent.doing})"
+    if isinstance(error, PeerLeft):
+        return f"{text}; every worker must call {recent.call}, not some of them alone"
+    if isinstance(error, EdgeTimeout):
+        return f"{text}; if it is only slow, set {setting('edge_timeout')} higher"
+    return text

@@ -214,6 +214,14 @@ def _addresses(facts: Sequence[Facts]) -> Iterator[Finding]:
     several = len(_by(facts, "host")) > 1
     for one in facts:
         network = one.network
+        # Under a launcher the workers have met already.
+        if network.unresolved and not network.store:
+            yield Finding(
+                "wrong",
+                f"{one.host}'s own name {network.name} stands for no address ({network.unresolved}), and "
+                "torchrun would wait for it: start torchrun with --local-addr 127.0.0.1 on one host, or with "
+                "this host's address; or add the name to /etc/hosts",
+            )
         if network.store and not network.route:
             yield Finding(
                 "wrong",

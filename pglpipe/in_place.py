@@ -80,7 +80,7 @@ class KeepsInputs:
         still = unmoved(self._module) if self._module else nullcontext()
         # What autograd saves meanwhile is not counted, and freed at once.
         uncounted = torch.autograd.graph.saved_tensors_hooks(_itself, _itself)
-        with still, generators_kept(), uncounted:
+        with still, generators_kept(self._module), uncounted:
             # Not what was compiled of the module, which takes long.
             self._uncompiled(*copies)
         return frozenset(

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from pglpipe import data
 from pglpipe import device as devices
 from pglpipe.config import RunConfig
-from pglpipe.data import Recipe
+from pglpipe.data import Dataset, Recipe
+from pglpipe.errors import DataError
 from pglpipe.reader import Loader
 from pglpipe.transport import World
 
@@ -21,17 +24,32 @@ class Material:
     train: Loader
     test: Loader
     image_shape: tuple[int, int, int]
-    num_classes: int
+    classes: tuple[str, ...]
     steps_per_epoch: int
     recipe: Recipe
 
+    def about(self) -> dict[str, Any]:
+        """What whoever uses the trained network must know of its data, as JSON has it."""
+        mean, std = list(self.recipe.mean), list(self.recipe.std)
+        return {"classes": list(self.classes), "mean": mean, "std": std}
 
-def load(config: RunConfig, world: World) -> Material:
-    """Loads the data on worker 0 and tells the others what they need to know of it."""
+
+def load(
+    config: RunConfig, world: World, about: Mapping[str, Any] | None = None
+) -> Material:
+    """Loads the data on worker 0 and tells the others what they need to know of it.
+
+    Args:
+        about: what :meth:`Material.about` said when the network was trained, if it has been.
+
+    Raises:
+        DataError: there are no such data, or the network was trained for other classes.
+    """
     if world.rank > 0:
         # Decoding or downloading takes as long as it takes.
         shape, classes, steps, recipe = world.mailbox.share(timeout=math.inf)
-        return Material((), (), tuple(shape), classes, steps, Recipe(**recipe))
+        names = tuple(classes)
+        return Material((), (), tuple(shape), names, steps, Recipe(**recipe))
     device = devices.pick(config.device, world.local_rank)
     found = data.load(
         config.dataset,
@@ -42,6 +60,8 @@ def load(config: RunConfig, world: World) -> Material:
         test_limit=config.test_limit,
         image_size=config.image_size,
     )
+    if about:
+        found = _as_trained(found, about)
     make_batches = data.batches_on(device, found)
     train, test = (
         make_batches(
@@ -55,6 +75,20 @@ def load(config: RunConfig, world: World) -> Material:
         )
         for images in (found.train, found.test)
     )
-    facts = (found.train.image_shape, len(found.train.classes), len(train))
+    facts = (found.train.image_shape, found.train.classes, len(train))
     world.mailbox.share([*facts, dataclasses.asdict(found.recipe)])
     return Material(train, test, *facts, found.recipe)
+
+
+def _as_trained(found: Dataset, about: Mapping[str, Any]) -> Dataset:
+    """The same images, normalized as they were when the network was trained."""
+    classes = list(found.train.classes)
+    if classes != about["classes"]:
+        differing = sorted({*classes} ^ {*about["classes"]}) or ["their order"]
+        raise DataError(
+            "expected the classes that the network was trained for; different: "
+            f"{', '.join(differing)}; check --data-root"
+        )
+    mean, std = tuple(about["mean"]), tuple(about["std"])
+    recipe = dataclasses.replace(found.recipe, mean=mean, std=std)
+    return dataclasses.replace(found, recipe=recipe)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -15,7 +15,7 @@ from pglpipe import state
 from pglpipe.blueprint import Blueprint, Sample
 from pglpipe.checkpoint import Manifest, read_stage
 from pglpipe.duty import Duty
-from pglpipe.errors import DataError, WorkerError
+from pglpipe.errors import DataError, WorkerError, warn
 from pglpipe.guided import place_of
 from pglpipe.layer import initialize
 from pglpipe.partition import slices
@@ -133,7 +133,8 @@ def _stage(index: int, blueprint: Blueprint, plan: Plan, batch: int) -> Stage:
             made = plan.head(tuple(activation.shape[1:]), part.stop - 1)
             head = made.to(activation.dtype)
     if blueprint.weights is not None:
-        _load(blueprint.weights, index, body, head)
+        names = [layer.name for layer in blueprint.layers]
+        _load(blueprint.weights, index, body, head, names)
     body.to(blueprint.device)
     return Stage(
         index,
@@ -145,9 +146,24 @@ def _stage(index: int, blueprint: Blueprint, plan: Plan, batch: int) -> Stage:
     )
 
 
-def _load(path: Path, index: int, body: nn.Module, head: nn.Module | None) -> None:
-    """Fills a stage from the weights on disk; the head keeps its own if there are none."""
-    tensors = state.load(path)
+def _load(
+    path: Path,
+    index: int,
+    body: nn.Module,
+    head: nn.Module | None,
+    layers: Sequence[str],
+) -> None:
+    """Fills a stage from the weights on disk; the head keeps its own if there are none.
+
+    Args:
+        layers: names of all layers of the network.
+    """
+    tensors, dropped = state.unwrapped(state.load(path), layers)
+    if dropped and index == 0:
+        warn(
+            f"all names in {path} begin with {dropped}, as those of a network that was wrapped by "
+            "DistributedDataParallel or torch.compile when it was saved; they are read without it"
+        )
     try:
         body.load_state_dict({name: tensors[name] for name in body.state_dict()})
         prefix = state.head_prefix(index)

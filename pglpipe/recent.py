@@ -4,6 +4,7 @@ A command costs a place in a ring and some attributes; words are made when someb
 
     begin(LocalStep(17)) ─▶ "at step 17, local step"
     pause()              ─▶ "while waiting for a command after step 17, local step"
+    leave()              ─▶ "in the script's own code after step 17, local step"
     write(failure)       ─▶ RUN_DIR/failures/rank-2.json
 """
 
@@ -23,7 +24,6 @@ from pglpipe.commands import Command, kind_of, noun_of
 
 LENGTH = 200
 FOLDER = "failures"
-READING = "reading the next batch"  # which worker 0 does whenever it has done a command
 
 Operation = Command | str  # a command, or "building its stages"
 
@@ -39,6 +39,7 @@ class Recent:
     Attributes:
         waits_for: the rank of the neighbour for whom it waits, if it does.
         checks: whether steps are only tried.
+        call: the method of the trainer that the script has called, in words.
     """
 
     def __init__(
@@ -46,11 +47,12 @@ class Recent:
     ) -> None:
         self.waits_for: int | None = None
         self.checks = False
+        self.call = "the same methods"
         self._rank = rank
         self._first = first
         self._ring: deque[tuple[float, Operation]] = deque(maxlen=LENGTH)
         self._last: Operation = "starting"
-        self._pauses = False
+        self._pauses, self._is_outside = False, True
         self._kind: type[Operation] | None = None
         self._known: set[type[Operation]] = set()
         self._is_first = True
@@ -60,7 +62,7 @@ class Recent:
     def begin(self, operation: Operation) -> None:
         """Notes what the worker does from now on."""
         self._ring.append((time.time(), operation))
-        self._last, self._pauses = operation, False
+        self._last, self._pauses, self._is_outside = operation, False, False
         kind, before = type(operation), self._kind
         self._kind = kind
         if self._is_first or kind not in self._known:
@@ -70,7 +72,19 @@ class Recent:
 
     def pause(self) -> None:
         """Notes that the worker has done it, and asks what comes next."""
-        self._pauses = True
+        self._pauses, self._is_outside = True, False
+
+    def leave(self) -> None:
+        """Notes that a call of the script's is over."""
+        self._is_outside = True
+
+    @property
+    def is_at_own_code(self) -> bool:
+        """Whether it is at the user's own code, which takes as long as it takes.
+
+        That is the loader, whose batches worker 0 reads, an observer, or the script itself.
+        """
+        return self._is_outside or (self._pauses and self._rank == 0)
 
     @property
     def is_settled(self) -> bool:
@@ -80,14 +94,16 @@ class Recent:
     @property
     def doing(self) -> str:
         """When and where, to follow a verb: ``at step 17, local step``."""
-        last, pauses = self._last, self._pauses
+        last, reads = self._last, self._pauses and self._rank == 0
         if isinstance(last, str):
-            return f"while {last}"
-        if self.checks and not (pauses and self._rank == 0):
+            return "while reading the first batch" if reads else f"while {last}"
+        if self.checks and not reads:
             return f"in the sanity check, {kind_of(last)} step"
-        if not pauses:
+        if self._is_outside:
+            return f"in the script's own code after {noun_of(last)}"
+        if not self._pauses:
             return f"at {noun_of(last)}"
-        what = READING if self._rank == 0 else "waiting for a command"
+        what = "reading the next batch" if reads else "waiting for a command"
         return f"while {what} after {noun_of(last)}"
 
     def keep_in(self, run_directory: Path) -> None:

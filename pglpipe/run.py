@@ -34,7 +34,7 @@ from pglpipe.observers import Observer, Observers
 from pglpipe.plan import Plan
 from pglpipe.resuming import Start, settled
 from pglpipe.resuming import start as start_of
-from pglpipe.run_directory import RunDirectory, default_path, versions
+from pglpipe.run_directory import RunDirectory, about_data, default_path, versions
 from pglpipe.saving import Checkpoints
 from pglpipe.stopping import not_yet_saving, stopping
 from pglpipe.trainer import Trainer
@@ -53,12 +53,13 @@ def train(config: RunConfig) -> Summary:
         UserError: something in the configuration cannot be done.
         WorkerError: a worker failed; the message names it.
     """
-    world = join(config.edge_timeout)
-    try:
-        with not_yet_saving(), _failing_together(world):
-            return _train(config, world)
-    finally:
-        world.leave()
+    with not_yet_saving() as early:
+        world = join(config.edge_timeout)
+        try:
+            with _failing_together(world):
+                return _train(config, world, early)
+        finally:
+            world.leave()
 
 
 def plan(config: RunConfig, num_workers: int) -> Plan:
@@ -69,12 +70,19 @@ def plan(config: RunConfig, num_workers: int) -> Plan:
     return _trainer(config, material, world).prepare(material.train)
 
 
-def evaluate(run_dir: Path) -> tuple[Plan, Summary]:
-    """The exits of a finished run on its test images."""
-    config = _finished(run_dir)
+def evaluate(run_dir: Path, data_root: str = "") -> tuple[Plan, Summary]:
+    """The exits of a finished run on its test images.
+
+    Args:
+        data_root: where the data are now; empty for where they were.
+    """
+    about = about_data(run_dir)
+    config = resolve(run_dir / RunDirectory.SETTINGS, {})
+    if data_root:
+        config = dataclasses.replace(config, data_root=data_root)
     _set_threads(config)
     world = World()
-    material = load(config, world)
+    material = load(config, world, about)
     weights = run_dir / RunDirectory.WEIGHTS
     trainer = _trainer(config, material, world, weights=weights)
     summary = trainer.evaluate(material.test)
@@ -84,12 +92,12 @@ def evaluate(run_dir: Path) -> tuple[Plan, Summary]:
 
 def export(run_dir: Path, output: Path) -> None:
     """Writes the uncut network of a finished run as an ordinary ``state_dict``."""
-    _finished(run_dir)
+    about = about_data(run_dir)
     weights = state.load(run_dir / RunDirectory.WEIGHTS)
-    state.export(output, state.without_heads(weights))
+    state.export(output, state.without_heads(weights), about)
 
 
-def _train(asked: RunConfig, world: World) -> Summary:
+def _train(asked: RunConfig, world: World, early: list[int]) -> Summary:
     leads = world.rank == 0
     # Before the data is read: a folder that cannot be written should not cost minutes.
     start, folder = _start(asked, world)
@@ -104,6 +112,9 @@ def _train(asked: RunConfig, world: World) -> Summary:
     # What was chosen here, so that config.toml repeats the run to the bit.
     config = dataclasses.replace(
         settled(config),
+        # Evaluation may be asked for from another directory.
+        data_root=config.data_root
+        and os.path.abspath(os.path.expanduser(config.data_root)),
         balance=",".join(map(str, plan.balance)),
         threads=torch.get_num_threads(),
         device=devices.pick(config.device, world.local_rank).type,
@@ -120,6 +131,8 @@ def _train(asked: RunConfig, world: World) -> Summary:
         observers.members.insert(0, folder)
     # To the end: who asks to stop when all steps are done has the weights written all the same.
     with stopping(trainer.stop, trainer.checkpoint) as caught:
+        if early:
+            trainer.checkpoint()
         with screen:
             summary = trainer.fit(
                 material.train,
@@ -137,8 +150,8 @@ def _train(asked: RunConfig, world: World) -> Summary:
         body, heads = trainer.weights()
         trainer.close()
         if folder:
-            state.save(folder.weights, body, heads)
-            folder.finish(config, summary)
+            state.save(folder.weights, body, heads, material.about())
+            folder.finish(config, summary, material.about())
     if folder:
         tables.show_exits(plan, summary, folder.path)
     return summary
@@ -200,7 +213,7 @@ def _trainer(
     layers = models.build(
         config.model,
         image_shape=material.image_shape,
-        num_classes=material.num_classes,
+        num_classes=len(material.classes),
         width=config.width,
     )
     loss = local_loss(config, material.recipe)
@@ -245,16 +258,6 @@ def _trainer(
 def _set_threads(config: RunConfig) -> None:
     if config.threads:
         torch.set_num_threads(config.threads)
-
-
-def _finished(run_dir: Path) -> RunConfig:
-    """The configuration of a run that has come to its end."""
-    if not (run_dir / "summary.json").exists():
-        raise UserError(
-            f"expected a finished run in {run_dir}, found no summary.json there; pass the --run-dir "
-            "of a run that has ended"
-        )
-    return resolve(run_dir / "config.toml", {})
 
 
 @contextmanager

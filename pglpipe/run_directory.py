@@ -21,6 +21,7 @@ import os
 import platform
 import time
 import weakref
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -146,8 +147,13 @@ class RunDirectory:
             accuracy=record.accuracies,
         )
 
-    def finish(self, config: RunConfig, summary: Summary) -> None:
+    def finish(
+        self, config: RunConfig, summary: Summary, about: Mapping[str, Any]
+    ) -> None:
         """Writes the summary; the run is complete.
+
+        Args:
+            about: what it says of the data.
 
         Raises:
             DataError: the disk is full.
@@ -155,6 +161,7 @@ class RunDirectory:
         fields = {
             "config": dataclasses.asdict(config),
             "versions": versions(),
+            **about,
             **dataclasses.asdict(summary),
         }
         text = json.dumps(_finite(fields), indent=2)
@@ -195,6 +202,22 @@ def _step_of(line: str) -> float:
         return float(json.loads(line)["step"])
     except (ValueError, TypeError, KeyError, RecursionError):
         return math.inf
+
+
+def about_data(run_dir: Path) -> dict[str, Any]:
+    """What a finished run says of its data: classes, mean and std; nothing, if it is of an earlier version.
+
+    Raises:
+        ConfigError: no run has come to its end there.
+    """
+    try:
+        summary = json.loads((run_dir / RunDirectory.SUMMARY).read_bytes())
+    except (OSError, ValueError):
+        raise ConfigError(
+            f"expected a finished run in {run_dir}, found no {RunDirectory.SUMMARY} there that can be "
+            "read; pass the --run-dir of a run that has ended"
+        ) from None
+    return {key: summary[key] for key in ("classes", "mean", "std") if key in summary}
 
 
 def default_path() -> Path:

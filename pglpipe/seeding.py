@@ -73,13 +73,7 @@ class Draws:
     """
 
     def __init__(self, module: nn.Module | None = None, *, always: bool = True) -> None:
-        parts = module.modules() if module is not None else ()
-        self._own = [
-            value
-            for part in parts
-            for value in vars(part).values()
-            if isinstance(value, _GENERATORS)
-        ]
+        self._own = generators_of(module)
         self._always = always
         self._python: bool | None = None
         self._torch: bool | None = None
@@ -119,6 +113,37 @@ _GENERATORS = (
 )
 
 
+def generators_of(module: nn.Module | None) -> list[Any]:
+    """The generators that a module and its parts hold as attributes."""
+    return [
+        value
+        for part in (module.modules() if module is not None else ())
+        for value in vars(part).values()
+        if isinstance(value, _GENERATORS)
+    ]
+
+
+def _state_of(generator: Any) -> Any:
+    if isinstance(generator, torch.Generator):
+        return generator.get_state()
+    if isinstance(generator, np.random.Generator):
+        return generator.bit_generator.state
+    return (
+        generator.getstate()
+        if isinstance(generator, random.Random)
+        else generator.get_state()
+    )
+
+
+def _set_state(generator: Any, state: Any) -> None:
+    if isinstance(generator, np.random.Generator):
+        generator.bit_generator.state = state
+    elif isinstance(generator, random.Random):
+        generator.setstate(state)
+    else:
+        generator.set_state(state)
+
+
 def _seed(generator: Any, seed: int) -> None:
     if isinstance(generator, torch.Generator):
         generator.manual_seed(seed)
@@ -142,8 +167,9 @@ def _is_recording() -> bool:
 
 
 @contextmanager
-def generators_kept() -> Iterator[None]:
-    """Puts the process' own generators back after its block."""
+def generators_kept(module: nn.Module | None = None) -> Iterator[None]:
+    """Puts the process' own generators, and those that a module holds, back after its block."""
+    held = [(own, _state_of(own)) for own in generators_of(module)]
     with _generator_lock:
         before = torch.default_generator.get_state()
         others = random.getstate(), np.random.get_state()
@@ -156,6 +182,8 @@ def generators_kept() -> Iterator[None]:
             np.random.set_state(others[1])
             if on_gpu is not None:
                 torch.cuda.set_rng_state(on_gpu)
+            for own, state in held:
+                _set_state(own, state)
 
 
 def generators() -> dict[str, Any]:

@@ -83,6 +83,9 @@ class Session:
             largest_batch: asked on worker 0 only.
             trains: whether anything will be kept for backward.
         """
+        recent = self._world.recent
+        recent.call = "prepare and fit" if trains else "evaluate"
+        recent.pause()
         try:
             wanted = self.agree(lambda: self._wanted(largest_batch(), trains).to_json())
             sample = Sample.from_json(wanted)
@@ -238,6 +241,7 @@ class Session:
         """The network's tensors by name and each head's by stage, on worker 0; empty elsewhere."""
         if self.pipeline is None:
             raise ConfigError("expected a trained network, got none; call fit first")
+        self._world.recent.call = "weights, save and export"
         self._run(lambda coordinator: coordinator.collect())
         body: state.Tensors = {}
         heads: dict[int, state.Tensors] = {}
@@ -276,6 +280,7 @@ class Session:
             self.pipeline.worker.run(self.pipeline.edges.links(source))
             # Which comes when the last checkpoint is there.
             ended_early, summary = self.agree(self._summary, timeout=math.inf)
+            self._world.recent.leave()
             return ended_early, summary
 
     def _make_coordinator(self, observer: Observer) -> Coordinator:

@@ -7,10 +7,13 @@ bodies under the model's own names, the heads under ``pglpipe.heads.<stage>.``, 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+import json
+import stat
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -22,6 +25,8 @@ from pglpipe.errors import DataError
 Tensors = dict[str, Tensor]
 
 _HEADS = "pglpipe.heads."
+# What DistributedDataParallel and torch.compile put before every name.
+_WRAPPERS = ("module.", "_orig_mod.")
 
 
 @dataclass(frozen=True)
@@ -102,19 +107,41 @@ def head_prefix(stage: int) -> str:
     return f"{_HEADS}{stage}."
 
 
-def save(path: Path, body: Tensors, heads: Mapping[int, Tensors]) -> None:
-    """Writes the weights of the whole network to a safetensors file."""
+def save(
+    path: Path,
+    body: Tensors,
+    heads: Mapping[int, Tensors],
+    metadata: Mapping[str, Any] | None = None,
+) -> None:
+    """Writes the weights of the whole network to a safetensors file.
+
+    Args:
+        metadata: what else the file says, each value as JSON text, since safetensors holds text alone.
+    """
     tensors = dict(body)
     for stage, head in heads.items():
         tensors |= {head_prefix(stage) + name: t for name, t in head.items()}
     with _writing(path):
-        save_file({name: t.contiguous() for name, t in tensors.items()}, path)
+        texts = {key: json.dumps(value) for key, value in (metadata or {}).items()}
+        whole = {name: t.contiguous() for name, t in tensors.items()}
+        path.touch()
+        mode = stat.S_IMODE(path.stat().st_mode)
+        save_file(whole, path, texts or None)
+        # Who may read the rest of the folder may read it, too; safetensors lets its owner alone.
+        with suppress(OSError):
+            path.chmod(mode)
 
 
-def export(path: Path, body: Tensors) -> None:
-    """Writes an ordinary ``state_dict``: safetensors by that suffix, else ``torch.save``."""
+def export(
+    path: Path, body: Tensors, metadata: Mapping[str, Any] | None = None
+) -> None:
+    """Writes an ordinary ``state_dict``: safetensors by that suffix, else ``torch.save``.
+
+    Args:
+        metadata: as for :func:`save`; what ``torch.save`` writes has no place for it.
+    """
     if path.suffix == ".safetensors":
-        save(path, body, {})
+        save(path, body, {}, metadata)
         return
     with _writing(path):
         torch.save(body, path)
@@ -135,6 +162,22 @@ def _writing(path: Path) -> Iterator[None]:
 def without_heads(tensors: Tensors) -> Tensors:
     """The uncut network's tensors among those on disk."""
     return {name: t for name, t in tensors.items() if not name.startswith(_HEADS)}
+
+
+def unwrapped(tensors: Tensors, layers: Collection[str]) -> tuple[Tensors, str]:
+    """The tensors without the prefix that a wrapper has put before all names, and that prefix.
+
+    Args:
+        layers: names of the network's own layers, which are no wrapper's.
+    """
+    dropped = ""
+    for _ in _WRAPPERS:  # one may stand in the other
+        for prefix in _WRAPPERS:
+            wraps = all(name.startswith(prefix) for name in tensors)
+            if tensors and wraps and prefix.rstrip(".") not in layers:
+                tensors = {name.removeprefix(prefix): t for name, t in tensors.items()}
+                dropped += prefix
+    return tensors, dropped
 
 
 def load(path: Path) -> Tensors:

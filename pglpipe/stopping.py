@@ -53,12 +53,13 @@ def stopping(
 
 
 @contextmanager
-def not_yet_saving() -> Iterator[None]:
-    """Has SIGUSR1 do nothing, instead of ending a run that has nothing to save yet."""
+def not_yet_saving() -> Iterator[list[int]]:
+    """Holds the SIGUSR1 that came while there was nothing to save yet, which would end the process."""
+    caught: list[int] = []
     before = signal.getsignal(SAVING)
     if before == signal.SIG_DFL:
-        signal.signal(SAVING, lambda *_: None)
+        signal.signal(SAVING, lambda number, _: caught.append(number))
     try:
-        yield
+        yield caught
     finally:
         signal.signal(SAVING, before)

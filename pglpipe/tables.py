@@ -97,7 +97,8 @@ def show_exits(plan: Plan, summary: Summary, folder: Path | None = None) -> None
             f"Skipped, since a loss or gradient was not finite: {counts} steps by stage"
         )
     if folder:
-        console.print(f"written to {folder}", soft_wrap=True)
+        # A folder's name may look like markup.
+        console.print(f"written to {folder}", soft_wrap=True, markup=False)
 
 
 def _memory(plan: Plan, workers: Sequence[dict[str, Any]]) -> Table:

@@ -137,6 +137,7 @@ def test_of_several_workers_the_first_tells_a_wrong_option(
     rank: str, lines: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("RANK", rank)
+    monkeypatch.setenv("WORLD_SIZE", "4")
     ended = call("train", "--stagse", "2", cwd=tmp_path)
     assert (ended.status, len(ended.said)) == (2, lines)
 
@@ -147,6 +148,29 @@ def test_a_bug_is_no_mistake_of_the_user_and_keeps_its_traceback(
     monkeypatch.setattr(run, "train", failing(ZeroDivisionError("a bug")))
     with pytest.raises(ZeroDivisionError):
         call("train", cwd=tmp_path)
+
+
+def test_the_end_of_a_file_is_an_error_like_any_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run, "train", failing(EOFError("a pickle is too short")))
+    with pytest.raises(EOFError, match="a pickle is too short"):
+        call("train", cwd=tmp_path)
+
+
+def test_half_a_launch_is_told_by_whoever_is_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RANK", "1")
+    for words in (["train"], ["train", "--stagse", "2"]):
+        ended = call(*words, cwd=tmp_path)
+        assert (ended.status, len(ended.said)) == (2, 1), ended.err
+
+
+def test_the_old_launcher_is_told_to_be_torchrun(tmp_path: Path) -> None:
+    for words in (["--local-rank=0", "train"], ["train", "--local-rank=0"]):
+        ended = call(*words, cwd=tmp_path)
+        assert ended.status == 2 and "torchrun --nproc_per_node=N" in ended.said[0]
 
 
 def test_an_interrupted_command_ends_without_a_traceback(

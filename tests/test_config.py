@@ -172,6 +172,12 @@ def with_value(name: str, value: Any) -> RunConfig:
     return RunConfig(**BESIDE.get(name, {}), **{name: value})
 
 
+def test_a_file_may_begin_with_a_byte_order_mark(
+    toml: Callable[[str], Path],
+) -> None:
+    assert read(toml("\ufeffstages = 3\n")) == {"stages": 3}
+
+
 def test_this_file_knows_every_field() -> None:
     assert list(VALUES) == list(FIELDS)
 

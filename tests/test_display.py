@@ -66,7 +66,9 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 def wide(monkeypatch: pytest.MonkeyPatch) -> None:
     """A page on which no table has to break its words."""
     monkeypatch.setattr(
-        display, "Console", lambda: Console(width=120, force_terminal=False)
+        display,
+        "Console",
+        lambda **options: Console(width=120, force_terminal=False, **options),
     )
 
 
@@ -213,7 +215,7 @@ def test_the_screen_suits_where_the_output_goes(
 ) -> None:
     def screen(terminal: bool, quiet: bool) -> type:
         console = Console(file=io.StringIO(), force_terminal=terminal)
-        monkeypatch.setattr(display, "Console", lambda: console)
+        monkeypatch.setattr(display, "Console", lambda **options: console)
         return type(display.screen(PLAN, 20, quiet=quiet))
 
     assert screen(terminal=True, quiet=False) is LiveTable

@@ -136,3 +136,13 @@ def test_a_fault_of_one_worker_ends_all_of_them_with_status_1(tmp_path: Path) ->
 @pytest.mark.slow
 def test_it_is_a_command_of_its_own(tmp_path: Path) -> None:
     assert "PyTorch" in run(module("pglpipe", "doctor"), cwd=tmp_path).check().out
+
+
+def test_the_name_that_torchrun_would_meet_at_is_resolved(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("socket.getfqdn", lambda: "nowhere.invalid")
+    found = look_around()
+    assert found.name == "nowhere.invalid" and found.unresolved
+    monkeypatch.setattr("socket.getfqdn", lambda: "localhost")
+    assert look_around().unresolved == ""

@@ -143,8 +143,18 @@ PLANTED: dict[str, tuple[list[Facts], str, list[str]]] = {
         "warning",
         ["listen at 192.168.0.2", "begins at 10.0.0.1", "GLOO_SOCKET_IFNAME=eth0"],
     ),
+    "a host whose own name is unknown": (
+        [facts(name="box.lan", unresolved="Name or service not known")],
+        "wrong",
+        [
+            "own name box.lan",
+            "(Name or service not known)",
+            "--local-addr",
+            "/etc/hosts",
+        ],
+    ),
     "a store": (
-        [facts(store="10.0.0.1", route="10.0.0.1")],
+        [facts(store="10.0.0.1", route="10.0.0.1", name="box.lan", unresolved="no")],
         "note",
         ["no password", "docs/trust.md"],
     ),

@@ -159,6 +159,29 @@ def test_a_run_that_is_asked_to_end_saves_once_and_goes_on(
 
 
 @SLOWLY
+def test_a_run_that_is_suspended_for_longer_than_its_time_out_goes_on_and_saves_when_asked(
+    images: Path, whole: dict[str, Any], tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    more = ["--checkpoint-every", "0", "--edge-timeout", "1"]
+    arguments = options(images, folder, *more)
+    with Processes(command(2, *arguments), cwd=tmp_path) as processes:
+        assert await_lines(processes, folder, 40)
+        workers = processes.workers()
+        os.kill(processes.worker(1), signal.SIGUSR1)
+        for pid in workers:
+            os.kill(pid, signal.SIGSTOP)
+        time.sleep(3.0)
+        for pid in workers:
+            os.kill(pid, signal.SIGCONT)
+        ended = processes.wait(WATCHDOG).check()
+    assert ended.said == []
+    (kept,) = (folder / "checkpoints").iterdir()
+    assert 40 <= int(kept.name[5:]) < STEPS
+    assert_as_whole(folder, whole)
+
+
+@SLOWLY
 def test_evaluate_and_export_take_a_run_that_was_done_in_parts(
     images: Path, whole: dict[str, Any], tmp_path: Path
 ) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import socket
 import time
@@ -189,3 +190,44 @@ def test_an_exception_in_a_layer_is_one_line_with_rank_stage_and_operation(
     )
     assert 'faulty.py", line' in ended.err, "the traceback shows where"
     assert ended.status != 0 and not list(tmp_path.rglob("summary.json"))
+
+
+SCRIPT = """
+import sys
+import pglpipe, torch
+from torch import nn
+
+class Faulty(nn.Module):
+    seen = 0
+
+    def forward(self, x):
+        self.seen += x.device.type != "meta"
+        if self.seen == 6:
+            {fault}
+        return x
+
+if __name__ == "__main__":
+    trainer = pglpipe.Trainer(
+        [nn.Linear(6, 8), nn.Sequential(nn.Linear(8, 4), Faulty())],
+        num_stages=2,
+        loss=nn.CrossEntropyLoss(),
+        optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.1),
+    )
+    trainer.fit([(torch.rand(4, 6), torch.arange(4))] * 20, epochs=1)
+"""
+
+
+@pytest.mark.slow  # a torchrun each
+@pytest.mark.parametrize(
+    ("fault", "status"), [('raise RuntimeError("out of luck")', 1), ("sys.exit(3)", 3)]
+)
+def test_a_script_that_fails_ends_with_its_own_status(
+    fault: str, status: int, tmp_path: Path
+) -> None:
+    (tmp_path / "script.py").write_text(SCRIPT.format(fault=fault))
+    ended = run(torchrun(2, "script.py"), cwd=tmp_path)
+    assert ended.status != 0 and len(ended.said) == 1
+    assert "terminate called" not in ended.err and "SIGABRT" not in ended.err
+    found = set(re.findall(r"exitcode\s*: (-?\d+)", ended.err))
+    # The launcher ends the other one, unless it has ended before.
+    assert str(status) in found and found <= {str(status), "1", "-15"}

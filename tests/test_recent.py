@@ -43,10 +43,28 @@ def test_worker_0_waits_for_nobody_but_reads() -> None:
     recent = Recent(0)
     recent.begin("building its stages")
     recent.pause()
-    assert recent.doing == "while building its stages"
+    assert recent.doing == "while reading the first batch"
     recent.begin(LocalStep(2, 0))
     recent.pause()
     assert recent.doing == "while reading the next batch after step 2, local step"
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_the_users_own_code_is_the_script_and_on_worker_0_its_data(rank: int) -> None:
+    recent = Recent(rank)
+    assert recent.is_at_own_code, "no method has been called"
+    recent.begin("building its stages")
+    assert not recent.is_at_own_code
+    for command in (LocalStep(2, 0), Stop()):
+        recent.pause()
+        assert recent.is_at_own_code == (rank == 0)
+        recent.begin(command)
+        assert not recent.is_at_own_code
+    recent.leave()
+    assert recent.is_at_own_code
+    assert recent.doing == "in the script's own code after the end of the run"
+    recent.pause()
+    assert recent.is_at_own_code == (rank == 0)
 
 
 def test_what_is_new_is_told_once_and_lasts_until_something_else_begins() -> None:

@@ -164,7 +164,9 @@ def test_a_recipe_takes_a_local_step_and_a_global_one(
     images, labels = torch.rand(8, 3, 32, 32), torch.arange(8) % 10
     images = images.to(memory_format=torch.channels_last)
     batches = [(images, labels), (images.flip(0), labels.flip(0))]
-    material = Material(batches, batches, (3, 32, 32), 10, 1, NORMALIZED)
+    material = Material(
+        batches, batches, (3, 32, 32), tuple("0123456789"), 1, NORMALIZED
+    )
     seen = Records()
     trainer = run._trainer(config, material, World(), observer=seen)
     summary = trainer.fit(batches, steps=2, evaluate=batches[:1])

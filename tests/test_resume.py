@@ -17,7 +17,7 @@ import pytest
 import torch
 from kinds import KINDS, METHODS, MIXED
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, TensorDataset
 from worlds import (
     Batch,
     Trained,
@@ -33,8 +33,10 @@ from worlds import (
 
 from pglpipe import Checkpoints, Guidance, Trainer, saving
 from pglpipe.checkpoint import MANIFEST, folder_of, newest, stage_file, write_stage
+from pglpipe.data import Batches, ImageSet, Recipe
 from pglpipe.errors import ConfigError, DataError
 from pglpipe.losses import LossSettings, build_loss
+from pglpipe.reader import BatchReader
 from pglpipe.snapshot import Snapshot
 from pglpipe.transport import World
 
@@ -250,6 +252,108 @@ def test_a_loader_without_a_length_goes_on(tmp_path: Path) -> None:
         assert_goes_on(got, whole, int(saved.name[5:]))
 
 
+# -- with something changed -------------------------------------------------------------
+
+
+class Shown:
+    """A loader of consecutive samples in batches of a size."""
+
+    def __init__(self, size: int, number: int = 24) -> None:
+        x, targets = image_batches(number)[0]
+        self.loader = DataLoader(TensorDataset(x, targets), batch_size=size)
+        self.batch_size, self.num_samples = size, number
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+    def __iter__(self) -> Iterator[Batch]:
+        return iter(self.loader)
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_a_run_goes_on_with_the_samples_that_are_left(
+    size: int, prompt_disk: None, tmp_path: Path
+) -> None:
+    told = Checkpoints(tmp_path, every=1, keep=99)
+    layers = small_resnet("resnet8")
+    train(1, layers, Shown(2), epochs=2, checkpoints=told)
+    # After eight samples of the second epoch: the rest of it, and the whole third.
+    got = train(size, layers, Shown(4), epochs=3, resume=folder_of(tmp_path, 12 + 4))
+    assert [r.samples for r in got.records.steps] == [4] * (4 + 6)
+    assert got.summary.steps == 12 + 4 + 4 + 6
+
+
+def test_batches_that_begin_elsewhere_are_refused(tmp_path: Path) -> None:
+    told, layers = Checkpoints(tmp_path, every=1, keep=99), small_resnet("resnet8")
+    train(1, layers, Shown(2), epochs=2, checkpoints=told)
+    with pytest.raises(
+        DataError, match="begins after 2 samples .* that end at 5; use the"
+    ):
+        train(1, layers, Shown(5), epochs=2, resume=folder_of(tmp_path, 1))
+    with pytest.raises(DataError, match="24 training samples, .* got 20; use the same"):
+        train(1, layers, Shown(2, 20), epochs=2, resume=folder_of(tmp_path, 1))
+
+
+def test_our_own_batches_go_on_at_any_sample() -> None:
+    images = torch.randint(0, 256, (10, 8, 8, 3), dtype=torch.uint8)
+    found = ImageSet(images, torch.arange(10) % 2, ("a", "b"))
+    recipe = Recipe((0.5,) * 3, (0.25,) * 3, 1, True)
+    small, large = (
+        BatchReader(Batches(found, recipe, size, seed=0, train=True), "training")
+        for size in (3, 4)
+    )
+    whole = torch.cat([targets for _, targets in small.epoch(1, 99)])
+    rest = torch.cat([targets for _, targets in large.epoch(1, 99, 3, 1)])
+    assert torch.equal(rest, whole[3:])
+    assert large.left(3, 1) == 2
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_a_checkpoint_that_is_further_than_the_run_is_refused(
+    size: int, tmp_path: Path
+) -> None:
+    run(1, tmp_path / "first")
+    saved = newest_up_to(tmp_path / "first", STEPS)
+    done = int(saved.name[5:])
+    for span in (dict(epochs=1, steps=None), dict(epochs=None, steps=done - 1)):
+        name, value = next((k, v) for k, v in span.items() if v)
+        words = rf"as many steps as the checkpoint .* has done, got {name}={value}, and"
+        with pytest.raises(ConfigError, match=words):
+            train(size, small_resnet("resnet8"), BATCHES, resume=saved, **span, **CUT)
+
+
+CUT: dict[str, Any] = dict(balance="1,2,1,1", queue_depth=1)
+
+
+def test_who_wants_to_write_is_told_when_all_is_accepted(tmp_path: Path) -> None:
+    begun: list[tuple[int, int]] = []
+
+    class Records:
+        def on_begin(self, step: int, total_steps: int) -> None:
+            begun.append((step, total_steps))
+
+        def on_step(self, record: object) -> None:
+            assert begun, "nothing comes before"
+
+        def on_evaluation(self, record: object) -> None:
+            pass
+
+    def fit(**options: Any) -> None:
+        made = trainer(World(), small_resnet("resnet8"), observer=Records(), **CUT)
+        made.fit(BATCHES, **options)
+        made.close()
+
+    told = Checkpoints(tmp_path, every=1, keep=99)
+    fit(epochs=2, checkpoints=told)
+    assert begun == [(0, STEPS)]
+    saved = newest_up_to(tmp_path, STEPS - 2)
+    with pytest.raises(ConfigError):
+        fit(steps=1, resume=saved)
+    assert len(begun) == 1
+    fit(epochs=2, resume=saved)
+    assert begun[1:] == [(int(saved.name[5:]), STEPS)]
+
+
 # -- when, and how many ---------------------------------------------------------------
 
 
@@ -428,6 +532,44 @@ def test_a_run_that_is_stopped_saves_and_goes_on(
     assert str(got.summary.exit_accuracy) == str(whole.summary.exit_accuracy)
     expected = [e for e in whole.records.evaluations if e.step >= int(found.name[5:])]
     assert str(got.records.evaluations) == str(expected)
+
+
+@pytest.mark.parametrize("moment", ["before", "step", "evaluation"])
+def test_a_run_that_is_asked_for_a_checkpoint_saves_one_and_goes_on(
+    moment: str, tmp_path: Path
+) -> None:
+    """Asked twice, of the last worker; a checkpoint made in the last evaluation is one of the end."""
+    trainers: dict[int, Trainer] = {}
+
+    def asking(world: World) -> tuple[bool, int]:
+        made = trainers[world.rank] = trainer(world, small_resnet("resnet8"))
+        if moment == "before" and world.rank == 1:
+            made.checkpoint()
+        loaders = [Asking(name == moment) for name in ("step", "evaluation")]
+        told = Checkpoints(tmp_path)
+        fitted = made.fit(loaders[0], epochs=1, evaluate=loaders[1], checkpoints=told)
+        made.close()
+        return made.ended_early, fitted.steps
+
+    class Asking(list[Batch]):
+        """Has the last worker asked for a checkpoint, twice, when the second batch is drawn for use."""
+
+        def __init__(self, asks: bool) -> None:
+            super().__init__(BATCHES)
+            self.left = 4 if asks else -1
+
+        def __iter__(self) -> Iterator[Batch]:
+            for batch in list.__iter__(self):
+                self.left -= 1
+                if self.left == 0:
+                    for _ in range(2):
+                        trainers[1].checkpoint()
+                yield batch
+
+    assert on_every_rank(2, asking) == [(False, len(BATCHES))] * 2
+    found, _ = newest(tmp_path)
+    assert found is not None
+    assert (int(found.name[5:]) == len(BATCHES)) == (moment == "evaluation")
 
 
 @pytest.mark.parametrize("size", [1, 2])

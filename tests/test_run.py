@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -12,18 +13,32 @@ from typing import Any
 
 import pytest
 import torch
-from commands import call, draw_images, module, percents, run, small_run, summary_of
+from commands import (
+    CLASSES,
+    call,
+    draw_images,
+    module,
+    percents,
+    run,
+    small_run,
+    summary_of,
+)
+from PIL import Image
+from safetensors import safe_open
+from worlds import on_every_rank
 
-from pglpipe import Trainer, state
+from pglpipe import Trainer, data, state
 from pglpipe.config import RunConfig
 from pglpipe.errors import PglpipeWarning
-from pglpipe.run import _warn_beyond
+from pglpipe.material import load
+from pglpipe.run import _warn_beyond, evaluate
 from pglpipe.run import plan as make_plan
 
 pytestmark = pytest.mark.together
 
 SUMMARY_KEYS = """
-    config versions num_stages num_workers steps global_steps wall_seconds sanity_check_seconds train_seconds
+    config versions classes mean std num_stages num_workers steps global_steps
+    wall_seconds sanity_check_seconds train_seconds
     samples_per_second step_seconds test_loss test_accuracy exit_accuracy gradient_cosine skipped_steps workers
     parameters_sha256
 """.split()
@@ -308,6 +323,68 @@ def test_data_that_live_on_the_device_train_the_same_network(
         assert first[key] == second[key]
 
 
+# -- its data, afterwards -------------------------------------------------------------
+
+
+def test_a_run_says_what_its_network_must_be_told_of_images(
+    finished: Path, images: Path, tmp_path: Path
+) -> None:
+    found = data.load("imagefolder", root=images)
+    expected = {
+        "classes": list(CLASSES),
+        "mean": list(found.recipe.mean),
+        "std": list(found.recipe.std),
+    }
+    summary = summary_of(finished)
+    assert {key: summary[key] for key in expected} == expected
+    output = tmp_path / "exported.safetensors"
+    words = ["--run-dir", str(finished), "--output", str(output)]
+    call("export", *words, cwd=tmp_path).check()
+    for path in (finished / "model.safetensors", output):
+        with safe_open(path, "pt") as file:
+            texts = file.metadata()
+        assert {key: json.loads(text) for key, text in texts.items()} == expected
+
+
+def test_every_worker_knows_the_classes(images: Path) -> None:
+    config = RunConfig(dataset="imagefolder", data_root=str(images))
+    first, second = on_every_rank(2, lambda world: load(config, world))
+    assert second.classes == CLASSES and second.about() == first.about()
+
+
+def test_a_run_is_evaluated_from_elsewhere_and_where_its_data_are_now(
+    images: Path, tmp_path: Path
+) -> None:
+    here, moved = tmp_path / "here", tmp_path / "moved"
+    shutil.copytree(images, here / "data")
+    words = [*small_run(Path("data")), "--run-dir", "run", "--quiet"]
+    trained = call("train", *words, cwd=here).check()
+    assert summary_of(here / "run")["config"]["data_root"] == str(here / "data")
+    again = ["evaluate", "--run-dir", str(here / "run")]
+    assert percents(call(*again, cwd=tmp_path).check()) == percents(trained)
+    (here / "data").rename(moved)
+    (said,) = call(*again, cwd=tmp_path).said
+    assert f"images at {here / 'data'}, found none; check --data-root" in said
+    # Other images to train on: they are normalized as when it was trained.
+    for file in (moved / "train").rglob("*.png"):
+        Image.new("RGB", (8, 8), (9, 8, 7)).save(file)
+    again += ["--data-root", "moved"]
+    assert percents(call(*again, cwd=tmp_path).check()) == percents(trained)
+    _, summary = evaluate(here / "run", str(moved))
+    assert summary.test_loss == summary_of(here / "run")["test_loss"]
+    for split in ("train", "test"):
+        (moved / split / "bee").rename(moved / split / "wasp")
+    (said,) = call(*again, cwd=tmp_path).said
+    assert "was trained for; different: bee, wasp; check --data-root" in said
+
+
+def test_a_summary_that_cannot_be_read_is_no_finished_run(tmp_path: Path) -> None:
+    (tmp_path / "summary.json").write_text('{"steps": 1')
+    ended = call("export", "--run-dir", str(tmp_path), cwd=tmp_path)
+    (said,) = ended.said
+    assert ended.status == 2 and "no summary.json there that can be read" in said
+
+
 # -- a user's own network -------------------------------------------------------------
 
 
@@ -331,6 +408,14 @@ def test_a_network_of_ones_own_is_found_in_the_current_directory(
     call("train", *own, "--run-dir", "run", cwd=tmp_path).check()
     weights = state.without_heads(state.load(tmp_path / "run" / "model.safetensors"))
     assert {name.split(".")[0] for name in weights} == {"0", "2"}
+    sys.modules.pop("own_network")
+    words = ["evaluate", "--run-dir", str(tmp_path / "run")]
+    call(*words, cwd=tmp_path).check()
+    sys.modules.pop("own_network")
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (said,) = call(*words, cwd=elsewhere).said
+    assert "installed, in the current directory or in one on PYTHONPATH" in said
 
 
 @pytest.mark.dist

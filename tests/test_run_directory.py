@@ -50,6 +50,7 @@ SUMMARY = Summary(
     workers=[{"rank": 0, "stages": [0, 1], "busy_fraction": 1.0}],
     parameters_sha256="0" * 64,
 )
+ABOUT = {"classes": ["cat", "dog"], "mean": [0.5], "std": [0.25]}
 
 
 @pytest.fixture
@@ -59,7 +60,7 @@ def folder(tmp_path: Path) -> Iterator[RunDirectory]:
     assert not directory.path.exists(), "a run that is refused later leaves nothing"
     directory.open(RunConfig())
     yield directory
-    directory.finish(RunConfig(), SUMMARY)
+    directory.finish(RunConfig(), SUMMARY, ABOUT)
 
 
 def strict(text: str) -> Any:
@@ -135,10 +136,11 @@ def test_the_configuration_can_be_read_again(folder: RunDirectory) -> None:
 def test_the_summary_has_configuration_versions_and_results(tmp_path: Path) -> None:
     folder, config = RunDirectory(tmp_path), resolve(None, {"stages": 2})
     folder.open(config)
-    folder.finish(config, SUMMARY)
+    folder.finish(config, SUMMARY, ABOUT)
     assert strict((tmp_path / "summary.json").read_text()) == {
         "config": dataclasses.asdict(config),
         "versions": versions(),
+        **ABOUT,
         **dataclasses.asdict(SUMMARY),
     }
 
@@ -147,7 +149,7 @@ def test_the_summary_of_a_diverged_run_is_json_all_the_same(tmp_path: Path) -> N
     diverged = dataclasses.replace(SUMMARY, test_loss=math.nan)
     folder = RunDirectory(tmp_path)
     folder.open(RunConfig())
-    folder.finish(RunConfig(), diverged)
+    folder.finish(RunConfig(), diverged, ABOUT)
     assert strict((tmp_path / "summary.json").read_text())["test_loss"] is None
 
 
@@ -169,7 +171,7 @@ def test_a_run_that_goes_on_forgets_what_came_after_its_checkpoint(
         file.write('{"event": "train"}\n[]\n\0\0\n{"step": null}\n')  # a power cut
         file.buffer.write(b"\xff\xfe\n")
         file.write('{"event": "train", "st')  # killed while it wrote
-    folder.finish(RunConfig(), SUMMARY)  # which closes it
+    folder.finish(RunConfig(), SUMMARY, ABOUT)  # which closes it
     del folder  # as when its process is gone
     again = RunDirectory(tmp_path)
     again.claim()
@@ -177,7 +179,7 @@ def test_a_run_that_goes_on_forgets_what_came_after_its_checkpoint(
     again.on_step(dataclasses.replace(STEP, step=STEP.step + 2))
     assert (tmp_path / "metrics.jsonl").read_text().splitlines()[:-1] == kept
     assert [line["step"] for line in lines(again)] == [3, 4, 5]
-    again.finish(RunConfig(), SUMMARY)
+    again.finish(RunConfig(), SUMMARY, ABOUT)
 
 
 @pytest.mark.parametrize("deeper", ["", "run", "far/away/run"])

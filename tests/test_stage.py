@@ -9,7 +9,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from pglpipe.errors import ConfigError
 from pglpipe.learning import Learning
 from pglpipe.losses import Supervised
 from pglpipe.reports import (

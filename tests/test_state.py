@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 from torch import Tensor, nn
 from worlds import same
 
@@ -130,6 +132,51 @@ def test_an_export_is_an_ordinary_state_dict(tmp_path: Path, name: str) -> None:
     other = body()
     other.load_state_dict(back, strict=True)
     assert same(dict(other.state_dict()), dict(module.state_dict()))
+
+
+def test_what_else_a_file_says_is_json_text(tmp_path: Path) -> None:
+    told = {"classes": ["cat", "d\u00f6g", "\udce9"], "mean": [0.5, 1e-7]}
+    weights = {"a": torch.zeros(2)}
+    state.save(tmp_path / "saved.safetensors", weights, {}, told)
+    state.export(tmp_path / "exported.safetensors", weights, told)
+    for name in ("saved", "exported"):
+        with safe_open(tmp_path / f"{name}.safetensors", "pt") as file:
+            texts = file.metadata()
+        assert {key: json.loads(text) for key, text in texts.items()} == told
+        assert same(state.load(tmp_path / f"{name}.safetensors"), weights)
+
+
+def test_weights_may_be_read_by_whoever_may_read_their_folder(tmp_path: Path) -> None:
+    path = tmp_path / "w.safetensors"
+    (tmp_path / "usual").touch()
+    usual = (tmp_path / "usual").stat().st_mode
+    state.save(path, {"a": torch.zeros(2)}, {})
+    assert path.stat().st_mode == usual
+    path.chmod(0o640)
+    state.save(path, {"a": torch.ones(2)}, {})
+    assert path.stat().st_mode & 0o777 == 0o640
+
+
+@pytest.mark.parametrize(
+    ("names", "layers", "left", "dropped"),
+    [
+        ("module.a module.b", "a b", "a b", "module."),
+        ("_orig_mod.a", "a", "a", "_orig_mod."),
+        ("module._orig_mod.a", "a", "a", "module._orig_mod."),
+        ("_orig_mod.module.a", "a", "a", "_orig_mod.module."),
+        ("module.a b", "a b", "module.a b", ""),
+        ("module.a", "module", "module.a", ""),
+        ("_orig_mod.module.a", "module", "module.a", "_orig_mod."),
+        ("modules.a", "a", "modules.a", ""),
+        ("", "a", "", ""),
+    ],
+)
+def test_the_prefix_of_a_wrapper_is_dropped_and_no_other(
+    names: str, layers: str, left: str, dropped: str
+) -> None:
+    tensors = {name: torch.zeros(1) for name in names.split()}
+    found, prefix = state.unwrapped(tensors, layers.split())
+    assert (" ".join(found), prefix) == (left, dropped)
 
 
 BROKEN: dict[str, bytes] = {

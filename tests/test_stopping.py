@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import pytest
 
 from pglpipe import stopping as module
-from pglpipe.stopping import stopping
+from pglpipe.stopping import ENDING, SAVING, not_yet_saving, stopping
 
 
 @pytest.fixture(autouse=True)
@@ -19,7 +19,7 @@ def heard() -> Iterator[None]:
     signal.signal(signal.SIGINT, before)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_the_first_asks_and_its_echo_is_none(number: signal.Signals) -> None:
     asked: list[str] = []
     before = signal.getsignal(number)
@@ -35,3 +35,31 @@ def test_a_later_one_ends_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(KeyboardInterrupt), stopping(lambda: None, lambda: None):
         signal.raise_signal(signal.SIGINT)
         signal.raise_signal(signal.SIGINT)
+
+
+def test_a_request_to_save_is_passed_on_each_time_and_ends_nothing() -> None:
+    asked: list[str] = []
+    with not_yet_saving() as early:
+        signal.raise_signal(SAVING)
+        with stopping(lambda: None, lambda: asked.append("save")) as caught:
+            signal.raise_signal(SAVING)
+            signal.raise_signal(SAVING)
+        signal.raise_signal(SAVING)
+    assert early == [SAVING] * 2 and asked == ["save"] * 2 and caught == []
+    assert signal.getsignal(SAVING) == signal.SIG_DFL
+
+
+@pytest.mark.parametrize("number", [*ENDING, SAVING])
+def test_what_was_ignored_when_the_program_began_stays_so(
+    number: signal.Signals,
+) -> None:
+    asked: list[str] = []
+    before = signal.signal(number, signal.SIG_IGN)
+    try:
+        with not_yet_saving() as early:
+            with stopping(lambda: asked.append("stop"), lambda: asked.append("save")):
+                signal.raise_signal(number)
+            signal.raise_signal(number)
+        assert (asked, early) == ([], []) and signal.getsignal(number) == signal.SIG_IGN
+    finally:
+        signal.signal(number, before)

@@ -99,13 +99,18 @@ def test_the_plan_shows_the_milliseconds_that_were_measured(
 def test_the_end_shows_every_exit_and_what_it_took(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    tables.show_exits(PLAN, SUMMARY, Path("runs/one"))
+    tables.show_exits(PLAN, SUMMARY, Path("runs/[bold]one[/]"))
     text = printed(capsys)
     assert "0 block1 – – 0 12.5 % 3 MiB" in text
     assert "1 block2 50.0 % 0.250 0 12.5 % 3 MiB" in text
     assert "2 classifier 100.0 % – 1 0.0 % 5 MiB" in text
     assert "20 steps, 4 of them guided, at 321 samples/s; 1:15 in all" in text
-    assert "written to runs/one" in text
+    assert "written to runs/[bold]one[/]" in text, "a path is no markup"
+
+
+def test_a_folder_is_named_as_it_is(capsys: pytest.CaptureFixture[str]) -> None:
+    tables.show_exits(PLAN, SUMMARY, Path("runs/[red]one[/]"))
+    assert "written to runs/[red]one[/]\n" in capsys.readouterr().out
 
 
 def test_the_end_counts_what_was_skipped(capsys: pytest.CaptureFixture[str]) -> None:

@@ -25,7 +25,7 @@ from worlds import (
 
 import pglpipe
 from pglpipe import Guidance, Trainer, UserError, state
-from pglpipe.errors import DataError
+from pglpipe.errors import DataError, PglpipeWarning
 from pglpipe.heads import Site, build_head
 from pglpipe.layer import assemble
 from pglpipe.transport import World
@@ -395,6 +395,28 @@ def test_weights_of_another_network_are_refused_by_their_path(tmp_path: Path) ->
     with pytest.raises(DataError, match="do not fit stage 0") as raised:
         made.fit(TRAIN, epochs=1)
     assert str(path) in str(raised.value)
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_weights_of_a_wrapped_network_are_read_and_it_is_said_once(
+    size: int, tmp_path: Path
+) -> None:
+    path = tmp_path / "wrapped.safetensors"
+    trained = train(1, small_resnet("resnet8"), TRAIN, steps=1).body
+    wrapped = {f"module._orig_mod.{name}": t for name, t in trained.items()}
+    state.save(path, wrapped, {})
+
+    def work(world: World) -> dict[str, Any]:
+        made = trainer(world, small_resnet("resnet8"), weights=path)
+        made.evaluate(TRAIN)
+        body, _ = made.weights()
+        made.close()
+        return body
+
+    with pytest.warns(PglpipeWarning, match="begin with module._orig_mod.,") as w:
+        body, *_ = on_every_rank(size, work)
+    assert len(w) == 1
+    assert same(body, trained)
 
 
 def test_optimizers_are_the_users_own() -> None:

@@ -9,6 +9,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from pglpipe.data.batches import Batches
@@ -83,7 +84,8 @@ def _load_all(
         raise DataError(
             f"expected the folder of {name}, got none; pass {setting('data_root')}"
         )
-    folder = Path(root).expanduser()
+    # Path.expanduser fails for a user without a home; this leaves the ~ and is refused by name.
+    folder = Path(os.path.expanduser(root))
     if name == "imagefolder":
         train, test = load_folder(folder, image_size)
         return train, test, folder_recipe(train)

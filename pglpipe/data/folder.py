@@ -6,8 +6,9 @@
     root/test/<class>/**.jpg                  (or root/val)
     root/.pglpipe/train-32x32-<key>.npy       what is read from the second time on
 
-The key is a hash of the files' names, sizes and times and of the size asked for, so a
-changed folder is read anew. The array is memory-mapped: runs on one machine share it.
+The key is a hash of the files' names, sizes and times, of the size asked for and of the rule
+by which images are decoded, so a changed folder is read anew. The array is memory-mapped: runs
+on one machine share it. One that is broken is made anew.
 """
 
 from __future__ import annotations
@@ -15,7 +16,6 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -24,20 +24,13 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
 from pglpipe.data.image_set import ImageSet, Recipe
+from pglpipe.data.listing import Listing, listing
 from pglpipe.errors import DataError, setting
-from pglpipe.shim import import_torchvision
 
 Bytes = NDArray[np.uint8]
 
-
-@dataclass(frozen=True)
-class Listing:
-    """The files of one split; ``labels`` are indices into ``classes``."""
-
-    folder: Path
-    files: tuple[Path, ...]
-    labels: tuple[int, ...]
-    classes: tuple[str, ...]
+# Raised when the same files are decoded to other bytes, so that no older cache is read.
+_RULE = 2
 
 
 def load_folder(root: Path, image_size: int) -> tuple[ImageSet, ImageSet]:
@@ -69,27 +62,6 @@ def folder_recipe(images: ImageSet) -> Recipe:
     return Recipe(tuple(mean.tolist()), tuple(std.tolist()), padding, flip=True)
 
 
-def listing(folder: Path) -> Listing:
-    """The class folders and the images in them, in the order of torchvision's ImageFolder.
-
-    Raises:
-        DataError: there is no class folder, or one without any image.
-    """
-    import_torchvision()
-    from torchvision.datasets.folder import IMG_EXTENSIONS, find_classes, make_dataset
-
-    try:
-        classes, indices = find_classes(folder)
-        samples = make_dataset(str(folder), indices, extensions=IMG_EXTENSIONS)
-    except FileNotFoundError as error:
-        remedy = "expected <class>/<image> in it: add images or remove the empty class"
-        raise DataError(
-            f"{folder}: {' '.join(str(error).split())}; {remedy}"
-        ) from error
-    files = tuple(Path(path) for path, _ in samples)
-    return Listing(folder, files, tuple(label for _, label in samples), tuple(classes))
-
-
 def decode(files: tuple[Path, ...], image_size: int) -> Bytes:
     """All files as RGB ``[N, H, W, 3]``.
 
@@ -110,12 +82,13 @@ def decode(files: tuple[Path, ...], image_size: int) -> Bytes:
 
 
 def fingerprint(found: Listing, image_size: int) -> str:
-    """Changes when a file is added, removed, renamed or rewritten, or with the size."""
-    digest = hashlib.blake2b(str(image_size).encode(), digest_size=8)
+    """Changes when a file is added, removed, renamed or rewritten, with the size and the rule."""
+    digest = hashlib.blake2b(f"{_RULE} {image_size}".encode(), digest_size=8)
     for file in found.files:
         status = file.stat()
-        name = file.relative_to(found.folder)
-        digest.update(f"\0{name}\0{status.st_size}\0{status.st_mtime_ns}".encode())
+        # Bytes, because a name on disk need not be Unicode.
+        digest.update(b"\0" + os.fsencode(file.relative_to(found.folder)))
+        digest.update(f"\0{status.st_size}\0{status.st_mtime_ns}".encode())
     return digest.hexdigest()
 
 
@@ -138,26 +111,48 @@ def _cached(found: Listing, root: Path, image_size: int) -> Bytes:
     prefix = f"{found.folder.name}-{f'{image_size}x{image_size}' if image_size else 'original'}-"
     name = f"{prefix}{fingerprint(found, image_size)}.npy"
     for folder in _cache_folders(root):
-        if (folder / name).is_file():
-            return _map(folder / name)
+        cached = _map(folder / name)
+        if cached is not None and _fits(cached, len(found.files), image_size):
+            return cached
     images = decode(found.files, image_size)
     for folder in _cache_folders(root):
         if _save(folder, prefix, name, images):
-            return _map(folder / name)
+            cached = _map(folder / name)
+            return images if cached is None else cached
     return images
 
 
 def _cache_folders(root: Path) -> Iterator[Path]:
     """Beside the data, or where that cannot be written, in the user's own cache."""
     yield root / ".pglpipe"
-    where = hashlib.blake2b(str(root.resolve()).encode(), digest_size=8).hexdigest()
-    yield Path.home() / ".cache" / "pglpipe" / where
+    where = hashlib.blake2b(os.fsencode(root.resolve()), digest_size=8).hexdigest()
+    try:
+        yield Path.home() / ".cache" / "pglpipe" / where
+    except RuntimeError:  # a user without a home
+        return
 
 
-def _map(path: Path) -> Bytes:
-    # Copy-on-write, because PyTorch has no tensors that cannot be written.
-    images: Bytes = np.load(path, mmap_mode="c")
-    return images
+def _map(path: Path) -> Bytes | None:
+    """The array in a file; None if there is none that can be read."""
+    try:
+        # Copy-on-write, because PyTorch has no tensors that cannot be written.
+        images = np.load(path, mmap_mode="c")
+    except Exception:  # a broken file can raise anything
+        return None
+    return images if isinstance(images, np.ndarray) else None
+
+
+def _fits(images: Bytes, number: int, image_size: int) -> bool:
+    """Whether an array is what :func:`decode` would have made of as many files."""
+    sides = {image_size} if image_size else set(images.shape[1:3])
+    return (
+        images.dtype == np.uint8
+        and images.flags.c_contiguous
+        and images.ndim == 4
+        and images.shape[0] == number
+        and set(images.shape[1:3]) == sides
+        and images.shape[3] == 3
+    )
 
 
 def _save(folder: Path, prefix: str, name: str, images: Bytes) -> bool:
@@ -187,17 +182,55 @@ def _write(path: Path, images: Bytes) -> None:
 def _decode_one(file: Path, image_size: int) -> Bytes:
     try:
         with Image.open(file) as opened:
-            image = opened.convert("RGB")
+            image = _as_rgb(opened)
+    except _OtherNumbers as error:
+        raise DataError(
+            f"expected an image of 8 or 16 bits per channel, but {file} holds {error}, whose range "
+            "nobody can know; convert it to 8 or 16 bits or remove it"
+        ) from None
     except (
         Exception
     ) as error:  # a broken file can raise anything, even DecompressionBombError
+        reason = getattr(error, "strerror", None) or error or type(error).__name__
         raise DataError(
-            f"expected an image, but {file} cannot be decoded ({error}); replace or remove it"
+            f"expected an image, but {file} cannot be decoded ({reason}); replace or remove it"
         ) from error
     if image_size:
         size = (image_size, image_size)
         image = ImageOps.fit(image, size, Image.Resampling.BILINEAR)
     return np.asarray(image)
+
+
+class _OtherNumbers(Exception):
+    """An image's pixels are no whole numbers of at most 16 bits."""
+
+
+def _as_rgb(opened: Image.Image) -> Image.Image:
+    """The image as a viewer shows it, the right way up, without its transparency."""
+    mode, bits = opened.mode, _gray_bits(opened)
+    image = ImageOps.exif_transpose(opened)
+    if bits:
+        # Pillow's own conversion cuts all values above 255.
+        pixels = np.asarray(image).astype(np.uint32) * 255 // (2**bits - 1)
+        image = Image.fromarray(pixels.astype(np.uint8))
+    elif mode in _OTHER_NUMBERS:
+        raise _OtherNumbers(_OTHER_NUMBERS[mode])
+    # Which is left out anyway; with it, Pillow warns of some palettes.
+    image.info.pop("transparency", None)
+    return image.convert("RGB")
+
+
+def _gray_bits(opened: Image.Image) -> int:
+    """Bits of a gray image of more than 8; 0 for any other."""
+    if opened.mode.startswith("I;16"):
+        tags = getattr(opened, "tag_v2", {})
+        return int(tags.get(_BITS_PER_SAMPLE, (16,))[0])
+    # PGM, and PNG with older versions of Pillow; neither has more.
+    return 16 if opened.mode == "I" and opened.format in ("PNG", "PPM") else 0
+
+
+_BITS_PER_SAMPLE = 258  # a TIFF's tag
+_OTHER_NUMBERS = {"F": "floating-point numbers", "I": "signed or 32-bit integers"}
 
 
 def _size(image: Bytes) -> str:

@@ -40,7 +40,7 @@ def _import(module_name: str, name: str) -> ModuleType:
         reason = " ".join(str(error).split())  # on one line
         raise ConfigError(
             f"cannot import {module_name!r} for the model {name}: {type(error).__name__}: {reason}; "
-            "expected PACKAGE.MODULE:FUNCTION, installed or in a directory on PYTHONPATH"
+            "expected PACKAGE.MODULE:FUNCTION, installed, in the current directory or in one on PYTHONPATH"
         ) from error
 
 

@@ -4,7 +4,7 @@ from pglpipe.transport.base import Inbox, Links, Nobody, Outbox
 from pglpipe.transport.links import TRANSPORTS, EdgePlan, Edges, pick_backend
 from pglpipe.transport.mailbox import Mailbox
 from pglpipe.transport.packing import is_dense, payload_bytes
-from pglpipe.transport.patience import FIRST_SECONDS, passed_since
+from pglpipe.transport.patience import FIRST_SECONDS, Wait
 from pglpipe.transport.world import World, join
 
 __all__ = [
@@ -17,10 +17,10 @@ __all__ = [
     "Mailbox",
     "Nobody",
     "Outbox",
+    "Wait",
     "World",
     "is_dense",
     "join",
-    "passed_since",
     "payload_bytes",
     "pick_backend",
 ]

@@ -68,7 +68,7 @@ class ReceivingEnd(Inbox, Protocol):
         ...
 
     def abandon(self) -> None:
-        """Lets what still comes go nowhere, so that no neighbour waits for a free slot here."""
+        """Gives the edge up, so that no neighbour waits for a free slot here."""
         ...
 
 

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 
 import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup, Work
 
-from pglpipe.errors import EdgeTimeout, PeerLost, ProtocolError
+from pglpipe.errors import EdgeTimeout, PeerLost, ProtocolError, WorkerError
 from pglpipe.recent import Recent
 from pglpipe.transport import packing
-from pglpipe.transport.patience import Patience, silence
+from pglpipe.transport.patience import Patience, Wait, in_seconds
 
-HEADER, PAYLOAD = 0, 1  # tags
+HEADER, PAYLOAD, NOTHING = 0, 1, 2  # tags
+CHECK_SECONDS = 0.25
+# An idle edge is healthy (gradients flow in global steps only), so a pending receive waits
+# for ever; who needs a message waits for at most the edge's time-out.
+FOREVER = timedelta(days=3650)
 
 
 @dataclass(frozen=True)
@@ -37,6 +42,7 @@ class Channel:
         patience: knows when ``timeout`` is too short.
         recent: where it stands for whom the worker waits.
         check: raises if some worker has declared the run failed.
+        is_over: set when it has been shut or broken.
     """
 
     headers: ProcessGroup
@@ -52,6 +58,7 @@ class Channel:
     patience: Patience
     recent: Recent
     check: Callable[[], None]
+    is_over: threading.Event = field(default_factory=threading.Event)
 
     def slot(self, capacity: int) -> Tensor:
         """A buffer of ``capacity`` bytes; page-locked where a GPU copies from it."""
@@ -65,14 +72,21 @@ class Channel:
 
         Both ends wait for each other here, so every worker shuts its channels in one order.
         """
+        self.is_over.set()
         if self.payloads is not self.headers:
             self.payloads.shutdown()
 
     def abort(self) -> None:
-        """Ends what NCCL has under way, for a GPU would wait for a lost neighbour for ever."""
-        if self.payloads is not self.headers:
-            with suppress(RuntimeError):  # the run is over anyway
+        """Breaks the channel: whoever waits at either end, a GPU too, hears of it at once."""
+        self.is_over.set()
+        with suppress(RuntimeError):  # the run is over anyway
+            if self.payloads is not self.headers:
                 self.payloads.abort()
+        # Gloo gives up what is under way only when some wait in the group has timed out.
+        with suppress(RuntimeError):
+            nothing = [torch.empty(1, dtype=torch.uint8)]
+            work = self.headers.recv(nothing, self.peer, NOTHING)
+            work.wait(timedelta(milliseconds=1))
 
     def wait(self, work: Work, group: ProcessGroup, limit: timedelta) -> None:
         """Waits for a send or receive in ``group``; names the neighbour when it fails.
@@ -86,16 +100,64 @@ class Channel:
                 work.wait()
         except RuntimeError as error:
             if "timed out" in str(error).lower():
-                raise self.silent(limit.total_seconds()) from error
+                raise self.silent(in_seconds(limit.total_seconds())) from error
             raise self.gone() from error
 
-    def silent(self, seconds: float) -> EdgeTimeout:
+    def silent(self, waited: object) -> EdgeTimeout:
         """What to raise for a neighbour that has said nothing for so long."""
-        return EdgeTimeout(silence(self.name, seconds), rank=self.rank)
+        return EdgeTimeout(f"{self.name} is silent for {waited}", rank=self.rank)
 
     def gone(self) -> PeerLost:
         """What to raise for an edge that broke."""
+        if self.patience.has_left(self.rank):
+            return self.patience.left_alone(self.rank)
         return PeerLost(f"{self.name} is gone", rank=self.rank)
+
+
+class Watchdog:
+    """Ends a wait for gloo when it has taken too long, by breaking the channel from a thread of its own.
+
+    Gloo's own time-out would go on while this process is stopped, and closes the connection.
+    """
+
+    def __init__(self, channel: Channel) -> None:
+        self._channel = channel
+        self._wait: Wait | None = None
+        self._found: WorkerError | None = None
+        name = f"pglpipe sender to {channel.name}"
+        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+        self._thread.start()
+
+    def __enter__(self) -> None:
+        channel = self._channel
+        self._wait = channel.patience.for_message(channel.rank, channel.timeout)
+
+    def __exit__(
+        self, kind: object, error: BaseException | None, traceback: object
+    ) -> None:
+        self._wait = None
+        if isinstance(error, PeerLost) and self._found is not None:
+            raise self._found from error
+
+    def end(self) -> None:
+        """Nobody waits any more."""
+        self._channel.is_over.set()
+        self._thread.join()
+
+    def _run(self) -> None:
+        channel = self._channel
+        while not channel.is_over.wait(CHECK_SECONDS):
+            if (wait := self._wait) is None:
+                continue
+            try:
+                if not wait.is_over():
+                    continue
+                self._found = channel.silent(wait)
+            except WorkerError as error:
+                self._found = error
+            except RuntimeError:  # the store is gone, and with it the run
+                return
+            channel.abort()
 
 
 class Fence:

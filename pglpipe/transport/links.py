@@ -71,6 +71,7 @@ class Edges:
     ) -> None:
         self._check = world.mailbox.check
         self._run = next(world.runs)
+        world.patience.left.clear()
         self._stalls = Stalls()
         self._channels: list[Channel] = []
         self._senders: list[SendingEnd] = []
@@ -117,7 +118,7 @@ class Edges:
             self._rpc.close()
 
     def abandon(self) -> None:
-        """Leaves the neighbours to themselves, but in nobody's way."""
+        """Breaks every edge, so that no neighbour waits at one."""
         for receiver in self._receivers:
             receiver.abandon()
         for channel in self._channels:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import threading
 import time
+from collections.abc import Callable
 from typing import Any
 
 from torch.distributed import Store
@@ -20,7 +21,7 @@ from pglpipe.reports import (
     decode_report,
     encode_report,
 )
-from pglpipe.transport.patience import passed_since
+from pglpipe.transport.patience import Wait
 
 _POLL_SECONDS = 0.01
 # What one worker finds at once, another finds when it next reads its figures.
@@ -28,12 +29,25 @@ _FINDING_SECONDS = 1.0
 
 
 class Mailbox:
-    """One worker's view of the store that all workers share."""
+    """One worker's view of the store that all workers share.
 
-    def __init__(self, store: Store, rank: int, size: int, timeout: float) -> None:
+    Args:
+        timeout: seconds to wait for a word.
+        wait: begins a wait of so many seconds for the worker of a rank.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        rank: int,
+        size: int,
+        timeout: float,
+        wait: Callable[[int, float], Wait] = lambda rank, timeout: Wait(timeout),
+    ) -> None:
         self._store = store
         self._rank = rank
         self._timeout = timeout
+        self.wait_for = wait
         self._posted = 0
         self._posting = threading.Lock()
         self._fetched = [0] * size
@@ -84,12 +98,11 @@ class Mailbox:
 
     def _wait_for(self, key: str, timeout: float, rank: int) -> str:
         """What a worker, the one of this rank, is to say."""
-        waited, last = 0.0, time.monotonic()
+        wait = self.wait_for(rank, timeout)
         # Polled, because a blocking get would keep other threads from reporting a failure.
         while not self._store.check([key]):
             self.check()
-            waited, last = waited + passed_since(last), time.monotonic()
-            if waited > timeout:
+            if wait.is_over():
                 raise EdgeTimeout(
                     f"rank {rank} has not said {key} for {timeout:g} s", rank=rank
                 )

@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from torch.distributed import Store
 
 from pglpipe.errors import EdgeTimeout
+from pglpipe.transport.patience import Wait
 
 _POLL_SECONDS = 0.01
 
@@ -59,8 +60,8 @@ def meet(store: Store, rank: int, size: int, about: str, timeout: float) -> Meet
     store.set(f"hello/{rank}", mine)
     host = _Host(store, size) if rank == 0 else None
     acknowledged = ""
-    deadline = time.monotonic() + timeout
-    while time.monotonic() < deadline:
+    wait = Wait(timeout)
+    while not wait.is_over():
         if host:
             host.look_around()
         if store.check(["welcome"]):

@@ -27,7 +27,6 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
-from datetime import timedelta
 from typing import NamedTuple
 
 import torch
@@ -39,21 +38,20 @@ from pglpipe.errors import PeerLost, WorkerError
 from pglpipe.stopwatch import Stalls, stalling
 from pglpipe.transport import packing
 from pglpipe.transport.channel import (
+    CHECK_SECONDS,
+    FOREVER,
     HEADER,
     PAYLOAD,
     Channel,
     Fence,
     Slot,
+    Watchdog,
     check_greeting,
     greet,
     own_stream,
 )
-from pglpipe.transport.patience import Wait
 
-# An idle edge is healthy (gradients flow in global steps only), so a pending receive waits
-# for ever; who needs a message waits for at most the edge's time-out.
-_FOREVER = timedelta(days=3650)
-_CHECK_SECONDS = 0.25
+_ABANDON_SECONDS = 5.0
 
 
 class Sender:
@@ -69,14 +67,8 @@ class Sender:
         self._slots = [channel.slot(capacity) for _ in range(depth)]
         self._under_way: list[tuple[list[tuple[Work, ProcessGroup]], Tensor]] = []
         self._sequence = 0
-        self._to_await: queue.SimpleQueue[list[tuple[Work, ProcessGroup]] | None]
-        self._to_await = queue.SimpleQueue()
-        self._sent: queue.SimpleQueue[WorkerError | None] = queue.SimpleQueue()
         greet(channel, capacity)
-        self._thread = threading.Thread(
-            target=self._run, name=f"pglpipe sender to {channel.name}", daemon=True
-        )
-        self._thread.start()
+        self._watchdog = Watchdog(channel)
 
     def put(self, message: Message) -> None:
         """Copies the message into a free slot and sends it."""
@@ -88,13 +80,18 @@ class Sender:
 
     def close(self) -> None:
         """Tells the neighbour that nothing more will come, and waits until it knows."""
-        if len(self._under_way) == len(self._slots):
-            self._finish_oldest()
-        self._send(packing.encode_closed(self._sequence), self._slots[0][:0])
-        while self._under_way:
-            self._finish_oldest()
-        self._to_await.put(None)
-        self._thread.join(self._channel.timeout)
+        channel = self._channel
+        try:
+            if len(self._under_way) == len(self._slots):
+                self._finish_oldest()
+            self._send(packing.encode_closed(self._sequence), self._slots[0][:0])
+            while self._under_way:
+                self._finish_oldest()
+        except PeerLost:
+            # Whoever has left does not wait for ever to hear it.
+            if not channel.patience.has_left(channel.rank):
+                raise
+        self._watchdog.end()
 
     def _send(self, numbers: list[int], payload: Tensor) -> None:
         channel = self._channel
@@ -113,7 +110,6 @@ class Sender:
             raise channel.gone() from error
         # The header must live as long as its send.
         self._under_way.append((works, header))
-        self._to_await.put(works)
         self._sequence += 1
         self.sent_bytes += header.nbytes + payload.numel()
 
@@ -122,38 +118,11 @@ class Sender:
         channel = self._channel
         works, _ = self._under_way.pop(0)
         channel.recent.waits_for = channel.rank
-        with stalling(channel.device, self._stalls.sent):
-            if error := self._await_sent():
-                raise error
+        with self._watchdog, stalling(channel.device, self._stalls.sent):
             for work, group in works:
-                if group is not channel.headers:
-                    channel.wait(work, group, _FOREVER)
+                channel.wait(work, group, FOREVER)
         channel.recent.waits_for = None
         self.waited += time.perf_counter() - started
-
-    def _await_sent(self) -> WorkerError | None:
-        """Waits until gloo has sent the oldest message; what went wrong, if anything did."""
-        channel = self._channel
-        wait = Wait(channel.patience, channel.timeout)
-        while not wait.is_over():
-            with suppress(queue.Empty):
-                return self._sent.get(timeout=_CHECK_SECONDS)
-            # A neighbour that failed elsewhere may be alive and silent.
-            channel.check()
-        return channel.silent(wait.seconds)
-
-    def _run(self) -> None:
-        """Waits for what gloo sends, in its order. gloo's own time-out would break the edge."""
-        channel = self._channel
-        while (works := self._to_await.get()) is not None:
-            try:
-                for work, group in works:
-                    if group is channel.headers:
-                        channel.wait(work, group, _FOREVER)
-            except WorkerError as error:
-                self._sent.put(error)
-                return
-            self._sent.put(None)
 
 
 class Receiver:
@@ -204,31 +173,28 @@ class Receiver:
     def close(self) -> None:
         """Waits for the neighbour's last message."""
         self._thread.join(self._channel.timeout)
+        if self._thread.is_alive():
+            self.abandon()
 
     def abandon(self) -> None:
-        """Lets what still comes go nowhere, so that no neighbour waits for a free slot here."""
+        """Breaks the edge, so that nobody waits at either end."""
         self._abandoned = True
-        self._discard()
-
-    def _discard(self) -> None:
-        with suppress(queue.Empty):
-            while True:
-                arrival = self._ready.get_nowait()
-                if isinstance(arrival, _Arrival) and arrival.slot is not None:
-                    self._offer(arrival.slot)
+        self._channel.abort()
+        # A thread that is still in gloo when Python ends would end the process with SIGABRT.
+        self._thread.join(_ABANDON_SECONDS)
 
     def _next(self) -> _Arrival | WorkerError:
         channel = self._channel
-        wait = Wait(channel.patience, channel.timeout)
+        wait = channel.patience.for_message(channel.rank, channel.timeout)
         channel.recent.waits_for = channel.rank
         while not wait.is_over():
             with suppress(queue.Empty):
-                arrival = self._ready.get(timeout=_CHECK_SECONDS)
+                arrival = self._ready.get(timeout=CHECK_SECONDS)
                 channel.recent.waits_for = None
                 return arrival
             # A neighbour that failed elsewhere may be alive and silent.
             channel.check()
-        return channel.silent(wait.seconds)
+        return channel.silent(wait)
 
     def _open(self, arrival: _Arrival) -> Message:
         assert arrival.envelope.command is not None, "the thread ends with its edge"
@@ -260,7 +226,8 @@ class Receiver:
                 else WorkerError(f"the edge from {self._channel.name} broke: {error}")
             )
             self._ready.put(failure)
-            self._on_failure(failure)
+            if not self._abandoned:
+                self._on_failure(failure)
             self._channel.abort()
 
     def _receive_until_closed(self) -> None:
@@ -269,16 +236,15 @@ class Receiver:
         work = self._post(channel.headers, header, HEADER)
         sequence = 0
         while True:
-            channel.wait(work, channel.headers, _FOREVER)
+            channel.wait(work, channel.headers, FOREVER)
             envelope = packing.decode(header.tolist(), sequence, self._capacity)
             if envelope.command is None:
                 # Nobody waits for a message after the last one, unless the neighbour gave up.
-                self._ready.put(PeerLost(f"{channel.name} has left the run"))
+                channel.patience.left.add(channel.rank)
+                self._ready.put(channel.patience.left_alone(channel.rank))
                 return
             work = self._post(channel.headers, header, HEADER)
             self._ready.put(_Arrival(envelope, self._fill_slot(envelope.nbytes)))
-            if self._abandoned:
-                self._discard()
             sequence += 1
 
     def _offer(self, slot: Slot) -> None:
@@ -298,7 +264,7 @@ class Receiver:
         if work is None:
             slot.fence.await_emptied()
             work = self._post(self._channel.payloads, slot.buffer[:nbytes], PAYLOAD)
-        self._channel.wait(work, self._channel.payloads, _FOREVER)
+        self._channel.wait(work, self._channel.payloads, FOREVER)
         slot.fence.filled()
         return slot
 

@@ -10,6 +10,9 @@ the store, each counts itself out again, and something is new until nobody is le
     worker 0   Evaluate +3 ───────────▶ -1
     worker 1        Evaluate ────────────────▶ -1
     worker 2             Evaluate ──────────────────▶ -1      from now on nothing is new
+
+A worker that shows signs of life while it is at the user's own code (it reads the next batch, or the script
+does something between two calls) is waited for as long as that takes, and named in one warning.
 """
 
 from __future__ import annotations
@@ -19,11 +22,15 @@ from collections.abc import Callable
 
 from torch.distributed import Store
 
-from pglpipe.errors import setting, warn
+from pglpipe.errors import PeerLeft, warn
 
 FIRST_SECONDS = 300.0
 
 _KEY = "new"
+_TOLD = "told of own code"
+# What one look counts at most: a process that was itself stopped has not waited meanwhile.
+_LOOK_SECONDS = 1.0
+_LEFT_SECONDS = 3.0
 
 
 def in_seconds(waited: float) -> str:
@@ -35,42 +42,32 @@ def in_seconds(waited: float) -> str:
     return f"{round(waited, 1) if waited < 10 else round(waited)} s"
 
 
-def silence(name: str, seconds: float) -> str:
-    """What to say of a neighbour that says nothing, and what to do where that is no fault."""
-    return f"{name} is silent for {in_seconds(seconds)}; if it may be, raise {setting('edge_timeout')}"
-
-
 class Wait:
-    """One wait for a neighbour, which is looked at again and again.
-
-    What is added up is the time between two looks, but never more than a second: a process that was
-    itself stopped meanwhile has not waited.
+    """One wait, as its own looks count it: a time in which this process was stopped is none.
 
     Args:
-        patience: of this worker.
         timeout: seconds that are enough.
 
     Attributes:
         seconds: waited so far.
     """
 
-    MOST = 1.0
-
-    def __init__(self, patience: Patience, timeout: float) -> None:
+    def __init__(self, timeout: float) -> None:
         self.seconds = 0.0
-        self._patience, self._timeout = patience, timeout
+        self._timeout = timeout
         self._last = time.monotonic()
 
     def is_over(self) -> bool:
-        """Whether that is too long by now."""
-        self.seconds += passed_since(self._last)
-        self._last = time.monotonic()
-        return self._patience.is_over(self.seconds, self._timeout)
+        """Has a look, which is due several times a second; whether that was long enough."""
+        now = time.monotonic()
+        self.seconds += min(now - self._last, _LOOK_SECONDS)
+        self._last = now
+        return self.seconds > self._timeout
 
-
-def passed_since(last_look: float) -> float:
-    """Seconds since a look, by :func:`time.monotonic`, as far as they count as waiting."""
-    return min(time.monotonic() - last_look, Wait.MOST)
+    def __str__(self) -> str:
+        """How long it was, for messages; what a look came late does not count."""
+        late = self.seconds - self._timeout
+        return in_seconds(self._timeout if 0 < late < _LOOK_SECONDS else self.seconds)
 
 
 class Patience:
@@ -79,7 +76,13 @@ class Patience:
     Args:
         store: where the workers of a run count.
         rank, size: this worker's number, and how many there are.
-        is_reading: whether all wait for worker 0, which says that it lives and reads its data.
+        own_code: who keeps a worker waiting, and at what of the user's own; empty if nobody is known to
+            be at such.
+        has_left: whether a worker has said that it has nothing more to do with the others.
+        name: what to call a worker in messages.
+
+    Attributes:
+        left: the neighbours that have ended their edges.
     """
 
     def __init__(
@@ -87,39 +90,75 @@ class Patience:
         store: Store,
         rank: int,
         size: int,
-        is_reading: Callable[[], bool] = lambda: False,
+        own_code: Callable[[int], str] = lambda rank: "",
+        has_left: Callable[[int], bool] = lambda rank: False,
+        name: Callable[[int], str] = lambda rank: f"rank {rank}",
     ) -> None:
         self._store = store
         self._rank, self._size = rank, size
-        self._is_reading = is_reading
-        self._is_told = False
+        self._own_code, self._has_left, self._name = own_code, has_left, name
+        self.left: set[int] = set()
 
     def first(self, begins: bool) -> None:
         """This worker begins, or has done, what it has not done before."""
         if not begins:
             self._store.add(_KEY, -1)
-            return
-        if self._rank == 0:
+        elif self._rank == 0:
             self._store.add(_KEY, self._size)
 
-    def is_over(self, waited: float, timeout: float) -> bool:
-        """Whether ``waited`` seconds for a message are too many.
+    def for_message(self, rank: int, timeout: float) -> Wait:
+        """A wait for a neighbour to send a message, or to take one.
 
         Args:
             timeout: seconds that are enough where nothing is new.
         """
-        if waited <= timeout:
-            return False
-        if waited <= FIRST_SECONDS and self._is_something_new():
-            return False
-        if not self._is_reading():
-            return True
-        if not self._is_told:
-            self._is_told = True
-            warn(
-                f"rank 0 has been reading its next batch for more than {in_seconds(timeout)}, and the others wait for it"
-            )
-        return False
+        return _PatientWait(self, rank, timeout, knows_new=True)
 
-    def _is_something_new(self) -> bool:
+    def for_word(self, rank: int, timeout: float) -> Wait:
+        """A wait for what a worker is to say beside the edges."""
+        return _PatientWait(self, rank, timeout, knows_new=False)
+
+    def has_left(self, rank: int) -> bool:
+        """Whether a worker has nothing more to do with this one."""
+        return rank in self.left or self._has_left(rank)
+
+    def left_alone(self, rank: int) -> PeerLeft:
+        """What to raise where a worker that has left is still needed."""
+        return PeerLeft(f"{self._name(rank)} has left the run")
+
+    def is_something_new(self) -> bool:
+        """Whether some worker is at what it has not done before."""
         return self._store.add(_KEY, 0) > 0
+
+    def is_at_own_code(self, rank: int, wait: Wait) -> bool:
+        """Whether the user's own code is all that keeps a worker; told once, by one of those who wait."""
+        if not (found := self._own_code(rank)):
+            return False
+        if self._store.add(_TOLD, 1) == 1:
+            warn(f"{found}, for {wait} so far; it is alive, so the others wait for it")
+        return True
+
+
+class _PatientWait(Wait):
+    """A wait for a worker that may be slow for a good reason, or have left."""
+
+    def __init__(
+        self, patience: Patience, rank: int, timeout: float, *, knows_new: bool
+    ) -> None:
+        super().__init__(timeout)
+        self._patience, self._rank, self._knows_new = patience, rank, knows_new
+
+    def is_over(self) -> bool:
+        is_over, patience = super().is_over(), self._patience
+        # A moment later, for at the end all leave.
+        if self.seconds > _LEFT_SECONDS and patience.has_left(self._rank):
+            raise patience.left_alone(self._rank)
+        if not is_over:
+            return False
+        if self._knows_new and self.seconds <= FIRST_SECONDS:
+            if patience.is_something_new():
+                return False
+        if patience.is_at_own_code(self._rank, self):
+            self.seconds = 0.0  # what comes of it may take its time, too
+            return False
+        return True

@@ -55,6 +55,8 @@ class Network:
     Attributes:
         interfaces: IPv4 address by name.
         listens: address at which edges over gloo listen.
+        name: of this machine, where torchrun will have its workers meet unless it is told otherwise.
+        unresolved: why that name stands for no address; empty if it does.
         store: ``MASTER_ADDR``; empty without a launcher.
         route: this machine's address on its way to the store; empty if there is no way.
         refusal: why no port can be opened there; empty if one can.
@@ -64,6 +66,8 @@ class Network:
 
     interfaces: dict[str, str] = field(default_factory=dict)
     listens: str = LOOPBACK
+    name: str = ""
+    unresolved: str = ""
     store: str = ""
     route: str = ""
     refusal: str = ""
@@ -93,9 +97,12 @@ def look_around() -> Network:
     chosen = os.environ.get("GLOO_SOCKET_IFNAME", "").split(",")[0]
     listens = interfaces.get(chosen) or _own_address()
     store = os.environ.get("MASTER_ADDR", "")
+    name = socket.getfqdn()
     return Network(
         interfaces=interfaces,
         listens=listens,
+        name=name,
+        unresolved=_unresolved(name),
         store=store,
         route=_route(store) if store else "",
         refusal=_refusal(listens),
@@ -244,6 +251,15 @@ def _own_address() -> str:
         return LOOPBACK
     addresses = [str(where[0]) for *_, where in found]
     return next((a for a in addresses if not _refusal(a)), LOOPBACK)
+
+
+def _unresolved(name: str) -> str:
+    """Why a host's name stands for no address; empty if it does."""
+    try:
+        socket.getaddrinfo(name, None)
+    except (OSError, UnicodeError) as error:
+        return getattr(error, "strerror", None) or str(error)
+    return ""
 
 
 def _refusal(address: str) -> str:

@@ -27,7 +27,7 @@ from contextlib import suppress
 
 from torch.distributed import Store
 
-from pglpipe.recent import READING, Recent
+from pglpipe.recent import Recent
 from pglpipe.transport.mailbox import Mailbox
 from pglpipe.transport.passport import Passport
 from pglpipe.transport.signs import BEAT_SECONDS, LEFT, Beat, Other
@@ -100,11 +100,6 @@ class Pulse:
         """What a worker was at not long ago: ``at step 17, local step``."""
         return self._latest(rank).doing
 
-    @property
-    def reads(self) -> bool:
-        """Whether worker 0 was reading its data not long ago; if it is silent, others see to that."""
-        return self._latest(0).doing.startswith(f"while {READING}")
-
     def suspect(self, rank: int) -> int:
         """Who keeps a worker that says nothing: itself, or one for whom it waits in turn."""
         passed = {self._rank}
@@ -116,6 +111,18 @@ class Pulse:
                 return found
             found = waits_for
         return rank
+
+    def own_code(self, rank: int) -> str:
+        """Who keeps a worker waiting at the user's own code, and at what; empty if it is another thing."""
+        culprit = self.suspect(rank)
+        beat = self._latest(culprit)
+        if not beat.at_own_code or self.has_left(culprit):
+            return ""
+        return f"{self._names[culprit]} keeps the others waiting {beat.doing}"
+
+    def has_left(self, rank: int) -> bool:
+        """Whether a worker has said that it has nothing more to do with the others."""
+        return self._thread is not None and self._others[rank].left
 
     def lost_store(self, error: Exception) -> str:
         """Tells that the store is gone, where nobody else can be told; returns it."""
@@ -154,7 +161,11 @@ class Pulse:
         recent = self._recent
         self._count += 1
         beat = Beat(
-            self._count, recent.doing, recent.waits_for, settled=recent.is_settled
+            self._count,
+            recent.doing,
+            recent.waits_for,
+            settled=recent.is_settled,
+            at_own_code=recent.is_at_own_code,
         )
         self._store.set(self._key(self._rank), json.dumps(beat))
 
@@ -230,14 +241,17 @@ class NoPulse:
         """Nothing."""
         return ""
 
-    @property
-    def reads(self) -> bool:
-        """Nobody knows."""
-        return False
-
     def suspect(self, rank: int) -> int:
         """The one that is named."""
         return rank
+
+    def own_code(self, rank: int) -> str:
+        """Nothing is known."""
+        return ""
+
+    def has_left(self, rank: int) -> bool:
+        """Nothing is known."""
+        return False
 
 
 def _tell(text: str) -> None:

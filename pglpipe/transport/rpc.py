@@ -33,7 +33,6 @@ from pglpipe.commands import Message
 from pglpipe.errors import PeerLost, ProtocolError, WorkerError
 from pglpipe.stopwatch import stalling
 from pglpipe.transport import packing
-from pglpipe.transport.patience import Wait
 from pglpipe.transport.rpc_agent import Reply
 from pglpipe.transport.rpc_line import Call, Line, error_of
 
@@ -195,7 +194,8 @@ class RpcReceiver:
         self._expected += 1
         if envelope.command is None:
             # Nobody waits for a message after the last one, unless the neighbour gave up.
-            self._ready.put(PeerLost(f"{self._line.name} has left the run"))
+            self._line.patience.left.add(self._line.peer)
+            self._ready.put(self._line.patience.left_alone(self._line.peer))
             self._ended.set()
             answered.append(arrival.reply)
             return
@@ -217,7 +217,7 @@ class RpcReceiver:
 
     def _next(self) -> _Opened | WorkerError:
         line = self._line
-        wait = Wait(line.patience, line.timeout)
+        wait = line.patience.for_message(line.peer, line.timeout)
         line.recent.waits_for = line.peer
         while not wait.is_over():
             with suppress(queue.Empty):
@@ -225,7 +225,7 @@ class RpcReceiver:
                 line.recent.waits_for = None
                 return opened
             line.check()
-        return line.silent(wait.seconds)
+        return line.silent(wait)
 
     def _watch_ended(self, reply: Reply) -> None:
         if error_of(reply) is not None and not self._ended.is_set():

@@ -19,7 +19,6 @@ from __future__ import annotations
 import atexit
 import os
 import threading
-import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -30,6 +29,7 @@ from torch.distributed import PrefixStore, Store, register_rendezvous_handler, r
 from torch.futures import Future
 
 from pglpipe.errors import EdgeTimeout
+from pglpipe.transport.patience import Wait
 from pglpipe.transport.world import World
 
 Address = tuple[int, int]  # of a channel: the number of its run, its own within the run
@@ -206,10 +206,10 @@ def _in_time(
 
     thread = threading.Thread(target=run, name="pglpipe RPC", daemon=True)
     thread.start()
-    deadline = time.monotonic() + timeout
+    wait = Wait(timeout)
     while thread.is_alive():
         check()
-        if time.monotonic() > deadline:
+        if wait.is_over():
             raise EdgeTimeout(f"not all workers met over RPC within {timeout:g} s")
         thread.join(_CHECK_SECONDS)
     for error in errors:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -13,7 +12,7 @@ from torch import Tensor
 from pglpipe.errors import EdgeTimeout, PeerLost
 from pglpipe.recent import Recent
 from pglpipe.stopwatch import Stalls
-from pglpipe.transport.patience import Patience, Wait, silence
+from pglpipe.transport.patience import Patience, Wait
 from pglpipe.transport.rpc_agent import Address, Agent, Reply
 
 _CHECK_SECONDS = 0.25
@@ -65,12 +64,14 @@ class Line:
         except RuntimeError as error:
             raise self.gone() from error
 
-    def silent(self, seconds: float) -> EdgeTimeout:
+    def silent(self, wait: Wait) -> EdgeTimeout:
         """What to raise for a neighbour that has not answered for so long."""
-        return EdgeTimeout(silence(self.name, seconds), rank=self.peer)
+        return EdgeTimeout(f"{self.name} is silent for {wait}", rank=self.peer)
 
     def gone(self) -> PeerLost:
         """What to raise for a call that broke."""
+        if self.patience.has_left(self.peer):
+            return self.patience.left_alone(self.peer)
         return PeerLost(f"{self.name} is gone", rank=self.peer)
 
 
@@ -90,13 +91,13 @@ class Call:
             EdgeTimeout: the neighbour did not answer.
         """
         line = self._line
-        wait = Wait(line.patience, line.timeout)
+        wait = line.patience.for_message(line.peer, line.timeout)
         line.recent.waits_for = line.peer
         while not self._ended.wait(min(_CHECK_SECONDS, line.timeout)):
             # A neighbour that failed elsewhere may be alive and silent.
             line.check()
             if wait.is_over():
-                raise line.silent(wait.seconds)
+                raise line.silent(wait)
         line.recent.waits_for = None
         if (error := error_of(self._reply)) is not None:
             raise line.gone() from error

@@ -23,12 +23,14 @@ class Beat(NamedTuple):
         doing: what the worker is at.
         waits_for: the rank of the neighbour for whom it waits.
         settled: whether it does only what it has done before.
+        at_own_code: whether it is at the user's own code, not at pglpipe's.
     """
 
     number: int = 0
     doing: str = "while joining the run"
     waits_for: int | None = None
     settled: bool = False
+    at_own_code: bool = False
 
 
 @dataclass

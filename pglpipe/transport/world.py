@@ -12,6 +12,7 @@ from functools import cache, cached_property
 
 from torch.distributed import HashStore, PrefixStore, Store, TCPStore
 
+from pglpipe.errors import ConfigError, EdgeTimeout
 from pglpipe.recent import Recent
 from pglpipe.transport.mailbox import Mailbox
 from pglpipe.transport.meeting import meet
@@ -61,12 +62,22 @@ class World:
     @cached_property
     def mailbox(self) -> Mailbox:
         """This worker's view of what all of them share."""
-        return Mailbox(self.store, self.rank, self.size, self.timeout)
+        return Mailbox(
+            self.store, self.rank, self.size, self.timeout, self.patience.for_word
+        )
 
     @cached_property
     def patience(self) -> Patience:
         """How long this worker waits for a silent neighbour."""
-        return Patience(self.store, self.rank, self.size, lambda: self.pulse.reads)
+        return Patience(
+            self.store,
+            self.rank,
+            self.size,
+            # The pulse is made later, and needs to know what is done.
+            own_code=lambda rank: self.pulse.own_code(rank),
+            has_left=lambda rank: self.pulse.has_left(rank),
+            name=lambda rank: self.names[rank],
+        )
 
     @cached_property
     def recent(self) -> Recent:
@@ -111,16 +122,19 @@ def join(timeout: float = FIRST_SECONDS) -> World:
         timeout: seconds to wait for the store and for each other, if more than ``FIRST_SECONDS``.
 
     Raises:
+        ConfigError: the environment describes half a launch.
         EdgeTimeout: not all workers came.
     """
     timeout = max(timeout, FIRST_SECONDS)
     if "RANK" not in os.environ:
         return World(timeout=timeout)
-    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    rank, size, port = (_number(name) for name in ("RANK", "WORLD_SIZE", "MASTER_PORT"))
+    address = os.environ.get("MASTER_ADDR", "")
+    if not address or rank >= size:
+        raise _half_launched()
     # torchrun keeps the store in its agent, where it outlives every worker; other launchers
     # leave it to worker 0.
     agent_keeps_store = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     is_master = rank == 0 and not agent_keeps_store
     store = _launcher_store(address, port, size, is_master, timeout)
     # A second run of the same script may not meet the first one's keys. All workers join the
@@ -149,4 +163,30 @@ def _launcher_store(
 ) -> Store:
     """The launcher's store; one connection (and, for a master, one port) per process."""
     limit = timedelta(seconds=timeout)
-    return TCPStore(address, port, size, is_master=is_master, timeout=limit)
+    try:
+        return TCPStore(address, port, size, is_master=is_master, timeout=limit)
+    except RuntimeError as error:
+        reason = (str(error).splitlines() or [""])[0]
+        raise EdgeTimeout(
+            f"no store for all workers at MASTER_ADDR={address} MASTER_PORT={port}: {reason}; start every "
+            "worker with one torchrun per host, or unset RANK for a run with one worker"
+        ) from error
+
+
+def _number(name: str) -> int:
+    """A number in the environment that a launcher has set."""
+    value = os.environ.get(name, "")
+    if not value.isdecimal():
+        raise _half_launched()
+    return int(value)
+
+
+def _half_launched() -> ConfigError:
+    names = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    there = " ".join(
+        f"{n}={os.environ[n]}" if n in os.environ else f"no {n}" for n in names
+    )
+    return ConfigError(
+        "expected RANK below WORLD_SIZE, MASTER_ADDR and MASTER_PORT in the environment, as torchrun sets them, "
+        f"or no RANK for one worker; got {there}; start with torchrun, or unset RANK"
+    )

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import struct
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +13,7 @@ import torch
 from PIL import Image
 
 from pglpipe.data import folder, load
+from pglpipe.data.listing import listing
 from pglpipe.errors import DataError
 
 RNG = np.random.default_rng(0)
@@ -168,6 +171,253 @@ def test_gray_and_transparent_images_become_rgb(root):
     Image.new("RGBA", (8, 8), (1, 2, 3, 4)).save(root / "train" / "cat" / "1.png")
     images = load("imagefolder", root=root).train.images
     assert images[:2, 0, 0].tolist() == [[7, 7, 7], [1, 2, 3]]
+
+
+RAMP = np.array([0, 1, 255, 256, 257, 4095, 32768, 65534, 65535], np.uint16)
+EIGHT_BITS = [0, 0, 0, 0, 1, 15, 127, 254, 255]
+
+
+def tiff(values: np.ndarray, bits: int, data: bytes) -> bytes:
+    """A TIFF of one row of gray pixels."""
+    tags = {256: len(values), 257: 1, 258: bits, 259: 1, 262: 1, 277: 1, 278: 1}
+    tags |= {273: 8 + 2 + 12 * 9 + 4, 279: len(data)}
+    entries = b"".join(struct.pack("<HHII", t, 4, 1, tags[t]) for t in sorted(tags))
+    return b"II*\0" + struct.pack("<IH", 8, 9) + entries + bytes(4) + data
+
+
+def test_gray_images_of_more_than_8_bits_are_scaled_to_8(root, tmp_path):
+    ramp = np.tile(RAMP, (9, 1))
+    folder_ = root / "train" / "cat"
+    little, big = Image.fromarray(ramp), Image.frombytes(
+        "I;16B", (9, 9), ramp.astype(">u2").tobytes()
+    )
+    little.save(folder_ / "0.png")
+    little.save(folder_ / "1.tif")
+    big.save(folder_ / "2.tif")
+    little.save(folder_ / "3.pgm")
+    with Image.open(folder_ / "2.tif") as opened, Image.open(folder_ / "3.pgm") as gray:
+        assert (opened.mode, gray.mode) == ("I;16B", "I")
+    names = ("0.png", "1.tif", "2.tif", "3.pgm")
+    images = folder.decode(tuple(folder_ / name for name in names), 0)
+    assert images[:, 0, :, 0].tolist() == 4 * [EIGHT_BITS]
+    assert (images == images[..., :1]).all()
+    # Two values in three bytes.
+    dozen = tmp_path / "12.tif"
+    dozen.write_bytes(tiff(RAMP[:4], 12, bytes.fromhex("000fff800101")))
+    assert folder.decode((dozen,), 0)[0, 0, :, 0].tolist() == [0, 255, 127, 16]
+
+
+def test_resizing_16_bits_comes_after_scaling_them(root):
+    for file in (root / "train" / "cat").iterdir():
+        Image.fromarray(np.full((12, 20), 30000, np.uint16)).save(file)
+    images = load("imagefolder", root=root, image_size=4).train.images
+    assert set(images[:3].flatten().tolist()) == {30000 // 257}
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [(np.float32, "floating-point"), (np.int32, "signed or 32-bit integers")],
+)
+def test_images_of_other_numbers_are_refused_by_name(root, kind, name):
+    Image.fromarray(np.ones((8, 8), kind)).save(root / "train" / "cat" / "0.tif")
+    with pytest.raises(DataError, match=rf"cat.0\.tif holds {name}.*convert") as caught:
+        load("imagefolder", root=root)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "png", "tif", "webp"])
+def test_a_picture_stands_as_its_camera_was_held(tmp_path, suffix):
+    pixels = np.zeros((16, 32, 3), np.uint8)
+    pixels[:, 16:] = 255  # the right half
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned clockwise by 90 degrees
+    file = tmp_path / f"turned.{suffix}"
+    Image.fromarray(pixels).save(file, exif=exif)
+    (image,) = folder.decode((file,), 0)
+    assert image.shape == (32, 16, 3)
+    assert image[:14].max() < 30 and image[18:].min() > 225
+
+
+def test_transparent_palettes_lose_their_transparency_without_a_warning(root):
+    drawn = Image.new("P", (8, 8), 1)
+    drawn.putpalette([0, 0, 0, 10, 20, 30])
+    drawn.save(root / "train" / "cat" / "0.png", transparency=b"\xff\x80")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        images = load("imagefolder", root=root).train.images
+    assert images[0, 0, 0].tolist() == [10, 20, 30]
+
+
+def test_of_several_frames_the_first_counts(root):
+    frames = [Image.new("RGB", (8, 8), (v, v, v)) for v in (7, 99)]
+    rest = {"save_all": True, "append_images": frames[1:]}
+    frames[0].save(root / "train" / "cat" / "0.png", "GIF", **rest)
+    frames[0].save(root / "train" / "cat" / "00.TIFF", **rest)
+    images = load("imagefolder", root=root).train.images
+    assert images[:2, 0, 0].tolist() == 2 * [[7, 7, 7]]
+
+
+def test_another_rule_of_decoding_reads_no_older_cache(root, decoded, monkeypatch):
+    load("imagefolder", root=root)
+    decoded.clear()
+    monkeypatch.setattr(folder, "_RULE", folder._RULE + 1)
+    load("imagefolder", root=root)
+    assert len(decoded) == 8
+    assert len(list((root / ".pglpipe").iterdir())) == 2
+
+
+BROKEN_CACHES = {
+    "cut short": lambda file: os.truncate(file, file.stat().st_size - 1),
+    "empty": lambda file: os.truncate(file, 0),
+    "text": lambda file: file.write_text("no array"),
+    "archive": lambda file: np.savez(file, np.zeros(3))
+    or file.with_name(f"{file.name}.npz").replace(file),
+    "objects": lambda file: np.save(file, np.array([{}]), allow_pickle=True),
+    "fewer": lambda file: np.save(file, np.load(file)[1:]),
+    "another side": lambda file: np.save(file, np.load(file)[:, 1:]),
+    "another type": lambda file: np.save(file, np.load(file).astype(np.float32)),
+    "flat": lambda file: np.save(file, np.load(file).reshape(6, -1)),
+}
+
+
+@pytest.mark.parametrize("kind", BROKEN_CACHES)
+def test_a_broken_cache_is_made_anew(root, decoded, kind):
+    kept = load("imagefolder", root=root, image_size=8).train.images.clone()
+    (file,) = (root / ".pglpipe").glob("train-*.npy")
+    whole = file.read_bytes()
+    BROKEN_CACHES[kind](file)
+    decoded.clear()
+    assert torch.equal(load("imagefolder", root=root, image_size=8).train.images, kept)
+    assert len(decoded) == 6 and file.read_bytes() == whole
+    # And is read again: mapped, not decoded.
+    load("imagefolder", root=root, image_size=8)
+    assert len(decoded) == 6
+
+
+def test_a_user_without_a_home_has_no_cache_there(root, decoded, monkeypatch):
+    monkeypatch.delenv("HOME")
+    monkeypatch.setattr(os, "getuid", lambda: 2**31 - 5)  # whom no passwd file knows
+    with pytest.raises(RuntimeError, match="home"):
+        Path.home()
+    (root / ".pglpipe").write_text("")
+    for _ in range(2):
+        decoded.clear()
+        assert len(load("imagefolder", root=root).train) == 6
+        assert len(decoded) == 8
+    with pytest.raises(DataError, match="folder of images at ~/pictures, found none"):
+        load("imagefolder", root="~/pictures")
+
+
+def test_what_is_hidden_is_neither_a_class_nor_an_image(root):
+    before = listing(root / "train")
+    for split in ("train", "test"):
+        picture(root / split / ".ipynb_checkpoints" / "0-checkpoint.png")
+        (root / split / "cat" / "._0.png").write_bytes(b"Mac OS X")
+    picture(root / "train" / "cat" / "deep" / ".thumbnails" / "0.png")
+    assert listing(root / "train") == before
+    assert load("imagefolder", root=root).test.classes == ("cat", "dog")
+    (root / "train" / "ant").mkdir()
+    (root / "train" / "ant" / "._0.png").write_bytes(b"Mac OS X")
+    with pytest.raises(DataError, match="none for the classes ant;"):
+        load("imagefolder", root=root)
+
+
+def test_the_order_is_that_of_torchvision(root):
+    from torchvision.datasets import ImageFolder
+
+    for name in (
+        "b/1.PNG",
+        "b-c/0.jpeg",
+        "b/c/2.png",
+        "B/0.png",
+        "b.png/0.png",
+        "é.png",
+    ):
+        picture(root / "train" / "cat" / name)
+    (root / "train" / "cat" / "notes.txt").write_text("")
+    expected = ImageFolder(root / "train")
+    found = listing(root / "train")
+    assert [*map(str, found.files)] == [path for path, _ in expected.samples]
+    assert list(found.labels) == expected.targets
+    assert list(found.classes) == expected.classes
+
+
+def test_links_that_lead_back_end_and_others_are_followed(root, tmp_path):
+    before = listing(root / "train")
+    cat = root / "train" / "cat"
+    for name, target in (
+        ("itself", cat),
+        ("above", root / "train"),
+        ("root", tmp_path),
+    ):
+        (cat / name).symlink_to(target, target_is_directory=True)
+    (root / "train" / "all").symlink_to(root / "train", target_is_directory=True)
+    assert listing(root / "train") == before
+    # Two folders elsewhere, each with a link to the other.
+    for name, other in (("east", "west"), ("west", "east")):
+        picture(tmp_path / name / "0.png")
+        (tmp_path / name / other).symlink_to(tmp_path / other)
+    (cat / "far").symlink_to(tmp_path / "east")
+    (cat / "near.png").symlink_to("0.png")
+    added = set(listing(root / "train").files) - set(before.files)
+    ways = ("far/0.png", "far/west/0.png", "near.png")
+    assert added == {cat / name for name in ways}
+
+
+@pytest.mark.parametrize("name", ["cat/3.png", "cat/photos", "ant"])
+def test_a_link_that_leads_nowhere_is_named(root, name):
+    (root / "train" / name).symlink_to("/gone/away")
+    with pytest.raises(DataError, match=rf"{name} is a link to /gone/away, which"):
+        load("imagefolder", root=root)
+
+
+def test_what_is_named_like_an_image_and_is_no_file_is_no_image(root):
+    before = listing(root / "train")
+    (root / "train" / "cat" / "folder.png").mkdir()
+    os.mkfifo(root / "train" / "cat" / "pipe.png")  # reading it would wait for ever
+    assert listing(root / "train") == before
+
+
+def test_a_folder_that_cannot_be_read_is_named(root, monkeypatch):
+    original = os.scandir
+
+    def refuse(path):  # as for anybody but the superuser, who may run the tests
+        if str(path).endswith("cat"):
+            raise PermissionError(13, "Permission denied")
+        return original(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(DataError, match="cat, got: Permission denied; change"):
+        listing(root / "train")
+
+
+def test_an_image_that_cannot_be_read_is_named(root, monkeypatch):
+    def refuse(path):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Image, "open", refuse)
+    expected = r"cat.0\.png cannot be decoded \(Permission denied\); replace"
+    with pytest.raises(DataError, match=expected):
+        load("imagefolder", root=root)
+
+
+def test_names_on_disk_may_be_anything_and_stay_on_one_line(root, decoded):
+    for name in ("two\nlines.png", "[red] é.png", os.fsdecode(b"caf\xe9.png")):
+        picture(root / "train" / "cat" / name)
+    for _ in range(2):
+        assert len(load("imagefolder", root=root).train) == 9
+    assert len(decoded) == 9 + 2
+    for name, told in (
+        ("two\nlines.png", r"cat/two\nlines.png cannot"),
+        ("[red] é.png", "cat/[red] é.png cannot"),
+        (os.fsdecode(b"caf\xe9.png"), r"cat/caf\udce9.png cannot"),
+    ):
+        (root / "train" / "cat" / name).write_bytes(b"")
+        with pytest.raises(DataError) as caught:
+            load("imagefolder", root=root)
+        assert told in str(caught.value)
+        assert str(caught.value).isprintable()
+        (root / "train" / "cat" / name).unlink()
 
 
 def test_an_empty_class_folder_is_named(root):

@@ -131,6 +131,30 @@ def test_the_others_know_what_a_worker_is_at_and_who_keeps_them_waiting() -> Non
         each.leave()
 
 
+@pytest.mark.usefixtures("quick")
+def test_who_keeps_the_others_at_the_users_own_code_is_known_until_it_leaves() -> None:
+    store, recent = HashStore(), Recent(0)
+    reader, waiter = made(store, 0, recent), made(store, 2)
+    store.set("alive/1", json.dumps(Beat(waits_for=0)))
+    recent.begin(LocalStep(7, 0))
+    for each in (reader, waiter):
+        each.start()
+    assert waiter.own_code(1) == "", "it is at a step"
+    recent.pause()
+    reader._beat()
+    words = (
+        "keeps the others waiting while reading the next batch after step 7, local step"
+    )
+    assert waiter.own_code(1).endswith(words) and "rank 0" in waiter.own_code(1)
+    reader.leave()
+    deadline = time.monotonic() + 10
+    while not waiter.has_left(0):
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+    assert waiter.own_code(1) == ""
+    waiter.leave()
+
+
 def test_whoever_waits_in_a_circle_is_named_itself() -> None:
     store = HashStore()
     one = made(store, 0)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import socket
 from collections import Counter
 
 import pytest
 from torch.distributed import TCPStore
 
+from pglpipe.errors import ConfigError, EdgeTimeout
 from pglpipe.transport import World, join
 from pglpipe.transport.passport import here
 
@@ -33,6 +35,50 @@ def test_without_torchrun_a_worker_is_alone(environment: pytest.MonkeyPatch) -> 
     assert (world.rank, world.size, world.local_rank) == (0, 1, 0)
     world.store.set("a", "b")
     assert World().store.num_keys() < world.store.num_keys()
+
+
+@pytest.mark.parametrize(
+    ("changed", "told"),
+    [
+        ({"WORLD_SIZE": None}, "RANK=1 no WORLD_SIZE MASTER_ADDR=localhost"),
+        ({"MASTER_ADDR": None}, "no MASTER_ADDR MASTER_PORT=29500"),
+        ({"MASTER_PORT": None}, "no MASTER_PORT"),
+        ({"MASTER_PORT": "http"}, "MASTER_PORT=http"),
+        ({"RANK": "2"}, "RANK=2 WORLD_SIZE=2"),
+        ({"RANK": "-1"}, "RANK=-1"),
+    ],
+)
+def test_half_a_launch_is_told_with_what_is_there(
+    changed: dict[str, str | None], told: str, environment: pytest.MonkeyPatch
+) -> None:
+    whole: dict[str, str | None] = {"RANK": "1", "WORLD_SIZE": "2"}
+    whole |= {"MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}
+    for name, value in (whole | changed).items():
+        if value is not None:
+            environment.setenv(name, value)
+    with pytest.raises(ConfigError, match="start with torchrun, or unset RANK") as said:
+        join()
+    assert told in str(said.value)
+
+
+def test_a_store_where_nobody_is_is_named_within_the_time_out(
+    environment: pytest.MonkeyPatch,
+) -> None:
+    environment.setattr("pglpipe.transport.world.FIRST_SECONDS", 0.5)
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = str(free.getsockname()[1])
+        for name, value in {
+            "RANK": "1",
+            "WORLD_SIZE": "2",
+            "MASTER_ADDR": "localhost",
+            "MASTER_PORT": port,
+        }.items():
+            environment.setenv(name, value)
+        with pytest.raises(EdgeTimeout) as said:
+            join(0.5)
+    assert f"MASTER_ADDR=localhost MASTER_PORT={port}: " in str(said.value)
+    assert "\n" not in str(said.value)
 
 
 def test_under_torchrun_its_store_and_numbers_are_taken(
