@@ -45,7 +45,7 @@ OPTIONS = """
     --balance 3,-1,3                          => 1 layer or more & '-1'
     --balance 3,x,1                           => whole numbers such as 2,3,3 & 'x'
     --balance flopps                          => 'flopps' & did you mean 'flops'?
-    --balance=                                => unknown balance '' & flops & 2,3,3
+    --balance=                                => unknown --balance '' & flops & 2,3,3
     --balance published                       => published & resnet8
     # unknown words
     --stagse 2                                => --stagse & --stages
@@ -91,7 +91,7 @@ OPTIONS = """
     --guidance-warmup -1                      => --guidance-warmup of at least 0, got -1
     --guidance-final -2                       => --guidance-final of at least -1, got -2
     --guidance-final -0.5                     => --guidance-final of at least 0, or -1 to leave it open, got -0.5
-    --guidance-final 2.5                      => a final phase of whole steps, or a share of the run below 1, got 2.5
+    --guidance-final 2.5                      => whole steps, or a share of the run below 1, for --guidance-final, got 2.5
     --guidance-window 0                       => --guidance-window of at least 1, got 0
     --guidance-delay -1                       => --guidance-delay of at least 0, got -1
     --guidance-delay 0.5                      => --guidance-delay & valid
@@ -105,7 +105,7 @@ OPTIONS = """
     --final-lr -1                             => --final-lr of at least 0, got -1
     # what contradicts something else
     --batch-size 4 --microbatches 8           => --batch-size 4 & --microbatches 8 & lower --microbatches
-    --guidance-period 3 --guidance-duration 4 => to the period 3 & got 4 & lower --guidance-duration
+    --guidance-period 3 --guidance-duration 4 => --guidance-duration from 0 & to the period 3 & got 4 & raise --guidance-period
     --guidance-period 5 --guidance-reach stale --compile => --guidance-reach stale or --compile, got both & drop one
     --guidance-period 5 --guidance-reach stale --memory-budget 9MiB => --guidance-reach stale or --memory-budget, got both & drop one
     --guidance-period 5 --guidance-reach stale --local-microbatches 2 => --guidance-reach stale or --local-microbatches, got both & drop one
@@ -139,7 +139,7 @@ OPTIONS = """
     --guidance-duration 0 --guided-heads trained => guided steps for --guided-heads trained & drop one
     --refresh-every 5                         => a --head that borrows layers (man, solo, thin-D) for --refresh-every 5, got 1c2f & drop one
     --refresh-every 5 --head auglocal-2       => for --refresh-every 5, got auglocal-2 & drop one
-    --guidance-period 5 --guidance-reach stale-window --guidance-delay 0 => delay of at least 1, got 0
+    --guidance-period 5 --guidance-reach stale-window --guidance-delay 0 => a --guidance-delay of at least 1 for --guidance-reach stale-window, got 0
     --infopro-lambdas 1,2,3,4                 => --local-loss infopro & got ce & drop one
     --infopro-lambdas 1,2,3                   => four numbers for --infopro-lambdas, such as 5,0.05,0.2,0.5 & '1,2,3'
     --infopro-lambdas 1,2,3,x                 => four numbers for --infopro-lambdas & '1,2,3,x'
@@ -162,7 +162,7 @@ OPTIONS = """
     --data-root {place}/classless             => {place}/classless/train & <class>/<image>
     --data-root {place}/hollow                => {place}/hollow/test & elk & remove the empty class
     --data-root {place}/corrupt               => {place}/corrupt/train/bee/3.png & cannot be decoded & replace or remove
-    --data-root {place}/mixed                 => {place}/mixed/test/cat/2.png is 9x7 & --image-size N
+    --data-root {place}/mixed                 => {place}/mixed/test/cat/2.png is 9x7 & pass --image-size
     --data-root {place}/lopsided              => same classes for training and test & dog
     --image-size 4                            => at least 8x8 & got 4x4
     --dataset cifar10 --data-root {place}/empty => cifar10 & --download

@@ -31,7 +31,7 @@ def test_heads_are_asked_where_they_learn_or_where_their_loss_counts(
 @pytest.mark.parametrize("name", ["weight", "local_weight", "lr_scale", "shrink"])
 @pytest.mark.parametrize("value", [-0.1, math.inf, math.nan, "1", None, True])
 def test_a_weight_is_a_finite_number_of_at_least_0(name: str, value: Any) -> None:
-    option = rf"at least 0 for Guided\({name}=\), got {value}"
+    option = rf"at least 0 for Guided\({name}=\), got {value!r}"
     with pytest.raises(ConfigError, match=option):
         Guided(**{name: value})
     for allowed in (0.0, 3.0):

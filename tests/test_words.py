@@ -43,7 +43,7 @@ TOLD = ("the optimizer's lr", "the loader's batch size")
 # What is told to users of the command line alone.
 COMMANDS = (
     *("run", "config", "config_checks", "config_file", "options", "resuming", "cli"),
-    *("findings", "tables", "run_directory", "ingredients", "errors", "doctor"),
+    *("findings", "tables", "run_directory", "ingredients", "material", "errors"),
 )
 # The same, of the texts that two options are given as.
 TYPED = ("expected bytes for --memory-budget", "expected four numbers for --infopro")
