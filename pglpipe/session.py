@@ -91,7 +91,7 @@ class Session:
             sample = Sample.from_json(wanted)
             if self._plan is None or not self._has_begun:
                 known = self._sample.to_json() if self._sample and self._plan else None
-                if wanted != known or (trains and not self._trains):
+                if sample.to_json() != known or (trains and not self._trains):
                     self._plan = self._draft(sample, trains)
             elif self._sample is None or sample.nbytes > self._sample.nbytes:
                 self._grow(sample)
