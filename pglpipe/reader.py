@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDataset
@@ -201,7 +202,7 @@ def as_batch(item: Any, option: str) -> Batch:
     got = _described(item)
     if isinstance(item, (tuple, list)) and len(item) == 2:
         with suppress(TypeError, ValueError, RuntimeError):
-            x, targets = map(torch.as_tensor, item)
+            x, targets = map(_as_tensor, item)
             if x.ndim and targets.ndim and len(x) == len(targets) and len(x):
                 return x, targets
             got = f"shapes {tuple(x.shape)} and {tuple(targets.shape)}"
@@ -209,6 +210,13 @@ def as_batch(item: Any, option: str) -> Batch:
         f"expected batches (x [B, ...], targets [B, ...]) from the {option} loader, got {got}; have it yield pairs of "
         "tensors, for example with a collate_fn"
     )
+
+
+def _as_tensor(part: Any) -> Tensor:
+    """What is no tensor yet as one; an array that runs backwards, as one that was flipped, is copied."""
+    if isinstance(part, np.ndarray) and min(part.strides, default=0) < 0:
+        part = part.copy()
+    return torch.as_tensor(part)
 
 
 def _described(item: Any) -> str:

@@ -120,6 +120,8 @@ def test_what_is_no_batch_is_described(item: Any, got: str) -> None:
 def test_arrays_and_lists_are_batches() -> None:
     x, targets = as_batch([np.ones((2, 3), np.float32), [0, 1]], "training")
     assert x.shape == (2, 3) and targets.tolist() == [0, 1]
+    flipped = np.arange(6.0).reshape(2, 3)[:, ::-1]
+    assert as_batch((flipped, [0, 1]), "training")[0].tolist() == flipped.tolist()
 
 
 @pytest.mark.parametrize(
