@@ -57,7 +57,10 @@ def shares(
     if is_sum(loss):
         return [1.0] * len(parts)
     try:
-        first, second = (_probed(loss, parts, shape, even) for even in (True, False))
+        try:
+            first, second = _probe(loss, parts, shape, torch.float64)
+        except Exception:  # such as one with weights in float32
+            first, second = _probe(loss, parts, shape, torch.float32)
     except Exception as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise _refusal(option, f"that of a part cannot be computed: {reason}") from None
@@ -104,8 +107,23 @@ def as_cross_entropy(loss: Any) -> nn.CrossEntropyLoss | nn.NLLLoss | None:
     return loss if is_own else None
 
 
+def _probe(
+    loss: Any, parts: Sequence[Tensor], shape: Sequence[int], dtype: torch.dtype
+) -> tuple[list[float | None], list[float | None]]:
+    """Shares by two sets of outputs."""
+    return (
+        _probed(loss, parts, shape, dtype, even=True),
+        _probed(loss, parts, shape, dtype, even=False),
+    )
+
+
 def _probed(
-    loss: Any, parts: Sequence[Tensor], shape: Sequence[int], even: bool
+    loss: Any,
+    parts: Sequence[Tensor],
+    shape: Sequence[int],
+    dtype: torch.dtype,
+    *,
+    even: bool,
 ) -> list[float | None]:
     """Shares by the gradients for one set of outputs; None for a part that has none.
 
@@ -120,7 +138,7 @@ def _probed(
     if not even:
         ramp = torch.linspace(0.3, 1.0, len(targets))
         outputs = outputs * ramp.reshape(-1, *[1] * len(shape))
-    outputs = outputs.to(targets.device)
+    outputs = outputs.to(targets.device, dtype)
     whole = _gradient(loss, outputs, targets)
     sizes = [len(part) for part in parts]
     found: list[float | None] = []
