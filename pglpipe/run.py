@@ -87,7 +87,7 @@ def evaluate(run_dir: Path, data_root: str = "") -> tuple[Plan, Summary]:
     trainer = _trainer(config, material, world, weights=weights)
     summary = trainer.evaluate(material.test)
     trainer.close()
-    return trainer.prepare(material.test), summary
+    return trainer.plan, summary
 
 
 def export(run_dir: Path, output: Path) -> None:

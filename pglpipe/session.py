@@ -60,6 +60,12 @@ class Session:
         """How many take part."""
         return self._world.size
 
+    @property
+    def current_plan(self) -> Plan:
+        """Who holds what, as it was last worked out."""
+        assert self._plan is not None, "plan comes first"
+        return self._plan
+
     def agree(self, compute: Callable[[], Any], *, timeout: float | None = None) -> Any:
         """What ``compute`` gives on worker 0 (anything JSON can hold), on every worker.
 

@@ -224,6 +224,11 @@ class Trainer:
         )
 
     @checked(FIT)
+    @property
+    def plan(self) -> Plan:
+        """Who holds what, as :meth:`prepare`, :meth:`fit` or :meth:`evaluate` last worked it out."""
+        return self._session.current_plan
+
     def fit(
         self,
         train: Loader,

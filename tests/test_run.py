@@ -352,6 +352,19 @@ def test_every_worker_knows_the_classes(images: Path) -> None:
     assert second.classes == CLASSES and second.about() == first.about()
 
 
+def test_a_budget_that_one_worker_cannot_meet_keeps_nobody_from_evaluating(
+    finished: Path, tmp_path: Path
+) -> None:
+    """As where several workers met it in training."""
+    run = shutil.copytree(finished, tmp_path / "run")
+    settings = (run / "config.toml").read_text()
+    assert 'memory_budget = ""' in settings
+    settings = settings.replace('memory_budget = ""', 'memory_budget = "1B"')
+    (run / "config.toml").write_text(settings)
+    ended = call("evaluate", "--run-dir", str(run), cwd=tmp_path).check()
+    assert len(percents(ended)) == 3
+
+
 def test_a_run_is_evaluated_from_elsewhere_and_where_its_data_are_now(
     images: Path, tmp_path: Path
 ) -> None:
