@@ -223,12 +223,12 @@ class Trainer:
             lambda: largest_batch([self._read(each, "training") for each in loaders])
         )
 
-    @checked(FIT)
     @property
     def plan(self) -> Plan:
         """Who holds what, as :meth:`prepare`, :meth:`fit` or :meth:`evaluate` last worked it out."""
         return self._session.current_plan
 
+    @checked(FIT)
     def fit(
         self,
         train: Loader,
