@@ -88,10 +88,11 @@ class Body:
     ) -> Tensor:
         """Runs the layers on ``x`` ``[B, ...]`` and keeps what backward will need."""
         buffers = copies_of(self._layers) if recompute else []
+        again = copies_of(self._layers) if recompute and self.checks else []
         if recompute:
             output, kept = self._run_without_graph(x, step, microbatch), None
             if self.checks:
-                self._check_repeats(x, output, step, microbatch)
+                self._check_repeats(x, output, step, microbatch, again)
         else:
             output = self._run(x, step, microbatch)
             kept = Held(output)
@@ -117,13 +118,13 @@ class Body:
         """Runs the layers on a batch ``[B, ...]`` from which nothing is learned now."""
         return self._run_without_graph(x, step, 0)
 
-    def replay(self, x: Tensor, step: int, microbatch: int = 0) -> Tensor:
+    def replay(self, x: Tensor, step: int) -> Tensor:
         """Runs the layers as they are now on the batch of an earlier step, with a graph.
 
         The buffers have met this batch before and stay as they are.
         """
         with unmoved(self._layers):
-            return self._run(x, step, microbatch)
+            return self._run(x, step, 0)
 
     def _check_owners(self, output: Tensor, x: Tensor) -> None:
         """Refuses layers that depend on parameters of others."""
@@ -132,15 +133,16 @@ class Body:
             raise untrained(f"{name_of(leaf, None)} in stage {self._index}")
 
     def _check_repeats(
-        self, x: Tensor, output: Tensor, step: int, microbatch: int
+        self, x: Tensor, output: Tensor, step: int, microbatch: int, buffers: Buffers
     ) -> None:
-        """Refuses layers whose second run gives other numbers."""
-        again = self.replay(x, step, microbatch).detach()
+        """Refuses layers whose second run, which begins with the same buffers, gives other numbers."""
+        with statistics_untold(self._layers), holding(buffers):
+            again = self._run_without_graph(x, step, microbatch)
         if not torch.allclose(again, output, rtol=1e-2, atol=1e-4, equal_nan=True):
             raise ConfigError(
                 f"expected stage {self._index} to give the same numbers when it is run again, but it does not: its "
-                "layers draw from a generator that is not theirs, or count their calls; keep the generator "
-                f"as an attribute of the layer, or drop {setting('recompute')} and stale guidance"
+                "layers draw from a generator that is not theirs, or count their calls; keep generator and count "
+                f"as attributes of the layer, or drop {setting('recompute')} and stale guidance"
             )
 
     @torch.no_grad()

@@ -5,7 +5,8 @@ such a step should not be found out after nine tenths of the time. So the coordi
 the first batch, and the smaller last batch of an epoch if its size is known, through a step of each kind and through
 an evaluation, between two commands :class:`~pglpipe.commands.SanityCheck`. In between
 
-* no parameter moves, and buffers and random number generators are put back afterwards,
+* no parameter moves; buffers, tensors and numbers that layers keep as attributes, and random number
+  generators are put back afterwards,
 * nothing is reported, counted or clocked,
 * stages look closely at what they run: whether a loss remembers something, whether parameters belong to
   nobody, whether a second run gives the same numbers.
@@ -15,10 +16,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from pglpipe.buffers import copied, remembered
 from pglpipe.commands import Command, kind_of
 from pglpipe.errors import ConfigError, PglpipeError, setting
 from pglpipe.seeding import generators, set_generators
@@ -35,13 +38,13 @@ class Trial:
         self._on_gpu = (
             torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None  # type: ignore[no-untyped-call]
         )
-        self._buffers: list[tuple[nn.Module, str, Tensor, Tensor]] = []
+        self._remembered: list[tuple[nn.Module, str, Any, Any]] = []
         for stage in stages:
             stage.checks = True
-            self._buffers += [
-                (module, name, buffer, buffer.clone())
+            self._remembered += [
+                (module, name, value, copied(value))
                 for module in stage.modules()
-                for name, buffer in module.named_buffers(recurse=False)
+                for name, value in remembered(module)
             ]
 
     @torch.no_grad()
@@ -50,9 +53,10 @@ class Trial:
         for stage in self._stages:
             stage.zero_grad()
             stage.checks = False
-        for module, name, buffer, value in self._buffers:
-            buffer.copy_(value)
-            setattr(module, name, buffer)
+        for module, name, present, before in self._remembered:
+            if isinstance(present, Tensor):
+                present.copy_(before)
+            setattr(module, name, present)
         set_generators(self._generators)
         if self._on_gpu is not None:
             torch.cuda.set_rng_state(self._on_gpu)

@@ -1,6 +1,6 @@
 """A network that strikes itself, copied beside a run that is to fail.
 
-``order.json`` says in which stage, in which phase and how. The stage strikes in its fifth forward in training (the first one only shows whether it overwrites its input), or
+``order.json`` says in which stage, in which phase and how. The stage strikes in its fourth forward in training, or
 as soon as it evaluates, or is copied for a checkpoint; or its worker where it asks for the network. Once only, so that
 a run can begin again.
 """
@@ -67,7 +67,7 @@ class Part(nn.Linear):
         if x.device.type != "meta":
             self.forwards += self.training
             due = {"evaluate": not self.training, "checkpoint": False}
-            if self.lies_in_wait and due.get(order()["phase"], self.forwards == 5):
+            if self.lies_in_wait and due.get(order()["phase"], self.forwards == 4):
                 strike(order()["strike"])
         return y
 

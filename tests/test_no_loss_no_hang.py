@@ -39,8 +39,7 @@ class Bomb(nn.Module):
 
     def __init__(self, when: int, backward: bool) -> None:
         super().__init__()
-        # Its first run only shows whether it overwrites its input.
-        self.left, self.backward = when + 1, backward
+        self.left, self.backward = when, backward
 
     def forward(self, x: Tensor) -> Tensor:
         if x.device.type == "meta":

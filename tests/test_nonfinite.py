@@ -55,14 +55,15 @@ class Spoils(nn.Module):
     def __init__(self, at: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(1))
-        self.left = at + 1  # the first run only shows whether it overwrites its input
+        # In a list, so that runs that only look, and those of an earlier batch, count as well.
+        self.left = [at + 1]
 
     def forward(self, x: Tensor) -> Tensor:
         y = x * self.weight
         if y.device.type != "meta" and self.training and y.requires_grad:
-            if self.left == 0:
+            if self.left[0] == 0:
                 y.register_hook(lambda gradient: gradient * math.nan)  # type: ignore[no-untyped-call]
-            self.left -= 1
+            self.left[0] -= 1
         return y
 
 
@@ -293,7 +294,7 @@ from torch import nn
 class Spoils(nn.Module):
     def __init__(self):
         super().__init__()
-        self.left = 2
+        self.left = 1
 
     def forward(self, x):
         if x.device.type != "meta" and self.training:

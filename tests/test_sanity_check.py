@@ -272,6 +272,47 @@ def test_a_generator_that_nobody_knows_is_told_where_a_stage_is_run_again() -> N
         run(1, mlp(layer), balance="2,1", guidance=ALWAYS, recompute=True)
 
 
+class Centred(nn.Module):
+    """Keeps a running mean, in a buffer or not, and a count."""
+
+    def __init__(self, *, buffer: bool) -> None:
+        super().__init__()
+        self.calls = 0
+        self.mean: Tensor
+        if buffer:
+            self.register_buffer("mean", torch.zeros(8))
+        else:
+            self.mean = torch.zeros(8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training and not x.is_meta:
+            self.calls += 1
+            self.mean = 0.9 * self.mean + 0.1 * x.detach().mean(0)
+        return (x - self.mean) / (1 + self.calls)
+
+
+@pytest.mark.parametrize("size", [1, 2])
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("buffer", [False, True])
+def test_what_layers_remember_moves_once_a_batch(
+    size: int, recompute: bool, buffer: bool
+) -> None:
+    def trained(layer: Centred, **options: Any) -> Trained:
+        layers = mlp(layer)
+        options = dict(balance="2,1", guidance=ALWAYS, epochs=2) | options
+        return run(1, layers, **options)
+
+    layers = Centred(buffer=buffer), Centred(buffer=buffer)
+    plain = trained(layers[0], sanity_check=False)
+    checked = trained(layers[1], recompute=recompute)
+    assert same(checked.body, plain.body)
+    assert layers[0].calls == layers[1].calls == 2 * len(VECTORS)
+    assert torch.equal(layers[0].mean, layers[1].mean)
+    options: dict[str, Any] = dict(balance="2,1", guidance=ALWAYS, epochs=2)
+    apart = run(size, mlp(Centred(buffer=buffer)), recompute=recompute, **options)
+    assert same(apart.body, plain.body)
+
+
 @pytest.mark.parametrize("parts", [{"microbatches": 2}, {"local_microbatches": 2}])
 @pytest.mark.parametrize(
     "loss",
