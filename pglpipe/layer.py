@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from pglpipe.seeding import derive, seeded
 
@@ -35,7 +35,13 @@ class Layer:
         """The layer on the meta device: shapes, but neither memory nor values."""
         with torch.device("meta"):
             # A copy, because ``build`` may hand out a module that the user holds.
-            return copy.deepcopy(self.build()).to("meta")
+            module = copy.deepcopy(self.build()).to("meta")
+        # PyTorch moves parameters and buffers, and not tensors that are plain attributes.
+        for part in module.modules():
+            for name, value in list(vars(part).items()):
+                if isinstance(value, Tensor):
+                    setattr(part, name, value.to("meta"))
+        return module
 
 
 def initialize(layer: Layer, index: int, seed: int) -> nn.Module:

@@ -66,3 +66,18 @@ def test_a_skeleton_of_the_users_module_leaves_it_where_it_is() -> None:
     assert layer.skeleton().weight.is_meta
     assert not module.weight.is_meta
     assert initialize(layer, 0, 0) is module
+
+
+def test_a_skeleton_has_no_values_in_plain_attributes_either() -> None:
+    class Shifts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.shift = torch.ones(3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x + self.shift
+
+    held = Shifts()
+    skeleton = Layer("shifts", lambda: held).skeleton()
+    assert skeleton(torch.empty(2, 3, device="meta")).shape == (2, 3)
+    assert held.shift.device.type == "cpu"
