@@ -111,7 +111,9 @@ def measure_cuts(workload: Workload, ranks: int) -> Cuts:
     seconds = [cost.seconds for cost in costs]
     free = [0.0] * len(exits)
     return Cuts(
-        local=balance_by_cost(seconds, [cost.seconds if cost else 0.0 for cost in exits], ranks),
+        local=balance_by_cost(
+            seconds, [cost.seconds if cost else 0.0 for cost in exits], ranks
+        ),
         schedule=balance_by_cost(seconds, free, ranks),
         interleaved=balance_by_cost(seconds, free, min(2 * ranks, len(seconds))),
     )

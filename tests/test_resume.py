@@ -542,7 +542,10 @@ def test_a_run_that_is_stopped_saves_and_goes_on(
 def test_a_run_that_is_asked_for_a_checkpoint_saves_one_and_goes_on(
     moment: str, tmp_path: Path
 ) -> None:
-    """Asked twice, of the last worker; a checkpoint made in the last evaluation is one of the end."""
+    """Asked twice, of the last worker; a checkpoint made in the last evaluation is one of the end.
+
+    There it is the first worker that is asked: the last one may be heard when the evaluation is over.
+    """
     trainers: dict[int, Trainer] = {}
 
     def asking(world: World) -> tuple[bool, int]:
@@ -567,7 +570,7 @@ def test_a_run_that_is_asked_for_a_checkpoint_saves_one_and_goes_on(
                 self.left -= 1
                 if self.left == 0:
                     for _ in range(2):
-                        trainers[1].checkpoint()
+                        trainers[int(moment == "step")].checkpoint()
                 yield batch
 
     assert on_every_rank(2, asking) == [(False, len(BATCHES))] * 2
