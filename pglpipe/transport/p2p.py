@@ -147,7 +147,7 @@ class Receiver:
         self._capacity = capacity
         self._on_failure = on_failure
         self._abandoned = False
-        self._free: queue.SimpleQueue[_Landing] = queue.SimpleQueue()
+        self._free: queue.SimpleQueue[_Landing | None] = queue.SimpleQueue()
         self._ready: queue.SimpleQueue[_Arrival | WorkerError] = queue.SimpleQueue()
         check_greeting(channel, capacity)
         for _ in range(depth):
@@ -180,6 +180,7 @@ class Receiver:
         """Breaks the edge, so that nobody waits at either end."""
         self._abandoned = True
         self._channel.abort()
+        self._free.put(None)  # the thread may be waiting for a slot
         # A thread that is still in gloo when Python ends would end the process with SIGABRT.
         self._thread.join(_ABANDON_SECONDS)
 
@@ -260,7 +261,10 @@ class Receiver:
     def _fill_slot(self, nbytes: int) -> Slot | None:
         if nbytes == 0:
             return None
-        slot, work = self._free.get()
+        landing = self._free.get()
+        if landing is None:
+            raise self._channel.gone()
+        slot, work = landing
         if work is None:
             slot.fence.await_emptied()
             work = self._post(self._channel.payloads, slot.buffer[:nbytes], PAYLOAD)
