@@ -233,6 +233,9 @@ class Coordinator:
             is_last = self._at.step >= span.total_steps or epoch == span.epochs - 1
             if test is not None and (is_last or (epoch + 1) % span.evaluate_every == 0):
                 yield from self._evaluate(test, epoch)
+            if is_last and not self.ended_early:
+                self._await_saved()  # the last one may have become due meanwhile
+                yield from self._checkpoint()
             if is_last or self.ended_early:
                 break
             self._at.batches = self._at.samples = 0
@@ -387,7 +390,11 @@ class Coordinator:
                     )
                 time.sleep(_POLL_SECONDS)
                 self._listen()
-        while self._is_saving():  # which takes as long as the disk takes
+        self._await_saved()
+
+    def _await_saved(self) -> None:
+        """Waits for a checkpoint that is being written, as long as the disk takes."""
+        while self._is_saving():
             time.sleep(_POLL_SECONDS)
             self._listen()
 

@@ -178,7 +178,7 @@ class Ledger:
     def due(self, step: int, *, is_last: bool = False) -> bool:
         """Whether one should be made after so many steps.
 
-        One that is due while the one before is still being written is made right after that.
+        One that is due while the one before is still being written is made after that, at the latest at the end.
 
         Args:
             is_last: whether one is asked for at once, as where the run ends with this step.

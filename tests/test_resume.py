@@ -690,9 +690,10 @@ def test_the_end_of_a_run_waits_for_a_disk_however_slow_and_no_step_does(
     assert stops or ends[0][1] == 6 * len(BATCHES)
     text, *_ = texts()
     assert "rank 0, 1 still writes" in text and "training goes on" in text
-    # The one that was under way, and not the one before.
+    # The one that was under way, and not the one before; of a run that has all its steps, the last one.
     found, damaged = newest(tmp_path)
     assert found and found > folder_of(tmp_path, 1) and not damaged
+    assert stops or found == folder_of(tmp_path, 6 * len(BATCHES))
 
 
 def test_what_is_asked_of_one_run_is_not_obeyed_by_the_next(tmp_path: Path) -> None:
