@@ -16,18 +16,24 @@ agree to rounding: ``torch.compile`` makes other kernels where no graph is kept.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from pglpipe.buffers import Buffers, copies_of, holding, statistics_untold, unmoved
-from pglpipe.errors import ConfigError, setting
+from pglpipe.errors import ConfigError
 from pglpipe.losses.state import foreign_leaf, name_of, untrained
 from pglpipe.saved_bytes import Held
 from pglpipe.seeding import Draws, derive, seeded
 from pglpipe.transport import is_dense
+
+NOT_REPEATED = (
+    "something draws from a generator, or counts calls, that no layer holds, so that the numbers would depend on how "
+    "many workers there are; keep the generator or the count as an attribute of the layer"
+)
 
 
 class Kept(NamedTuple):
@@ -62,17 +68,26 @@ class Body:
         run: runs them as one, and leaves its input as it is.
         index: the stage's.
         seed: where the run's randomness starts.
+        compiled: whether a run without a graph, which a step does not need, is compiled first.
     """
 
     def __init__(
-        self, layers: nn.Module, run: Callable[[Tensor], Tensor], index: int, seed: int
+        self,
+        layers: nn.Module,
+        run: Callable[[Tensor], Tensor],
+        index: int,
+        seed: int,
+        *,
+        compiled: bool = False,
     ) -> None:
         self.checks = False
+        self._compiled = compiled
         self._layers = layers
         self._forward = run
         self._index = index
         self._seed = seed
         self._draws = Draws(layers)
+        self._backward_draws = Draws()
         self._kept: deque[Kept] = deque()
 
     def forward(
@@ -88,23 +103,28 @@ class Body:
     ) -> Tensor:
         """Runs the layers on ``x`` ``[B, ...]`` and keeps what backward will need."""
         buffers = copies_of(self._layers) if recompute else []
-        again = copies_of(self._layers) if recompute and self.checks else []
+        again = copies_of(self._layers) if self.checks else []
         if recompute:
             output, kept = self._run_without_graph(x, step, microbatch), None
-            if self.checks:
-                self._check_repeats(x, output, step, microbatch, again)
         else:
             output = self._run(x, step, microbatch)
             kept = Held(output)
-            if self.checks:
+        if self.checks:
+            if recompute or not self._compiled:
+                self._check_repeats(x, output, step, microbatch, again)
+            if not recompute:
                 self._check_owners(output, x)
         held = Held(x), kept, Held(targets)
         seen = None if image is None else Held(image)
         self._kept.append(Kept(*held, step, microbatch, share, buffers, seen))
         return output.detach()
 
-    def take(self) -> tuple[Tensor, Tensor, Kept]:
-        """Input and output of what was kept first, with the graph between them."""
+    @contextmanager
+    def taken(self) -> Iterator[tuple[Tensor, Tensor, Kept]]:
+        """Input and output of what was kept first, with the graph between them, for its backward.
+
+        What hooks and backward functions draw within belongs to the stage, step and microbatch.
+        """
         kept = self._kept.popleft()
         x = kept.input.tensor
         if kept.output is None:
@@ -112,19 +132,29 @@ class Body:
                 output = Held(self._run(x, kept.step, kept.microbatch))
             kept = kept._replace(output=output)
         assert kept.output is not None
-        return x, kept.output.tensor, kept
+        with self._seeded_backward(kept.step, kept.microbatch):
+            yield x, kept.output.tensor, kept
 
     def pass_on(self, x: Tensor, step: int) -> Tensor:
         """Runs the layers on a batch ``[B, ...]`` from which nothing is learned now."""
         return self._run_without_graph(x, step, 0)
 
-    def replay(self, x: Tensor, step: int) -> Tensor:
-        """Runs the layers as they are now on the batch of an earlier step, with a graph.
+    @contextmanager
+    def replayed(self, x: Tensor, step: int) -> Iterator[Tensor]:
+        """Runs the layers as they are now on the batch of an earlier step, for its backward.
 
         The buffers have met this batch before and stay as they are.
         """
         with unmoved(self._layers):
-            return self._run(x, step, 0)
+            output = self._run(x, step, 0)
+        with self._seeded_backward(step, 0):
+            yield output
+
+    def _seeded_backward(
+        self, step: int, microbatch: int
+    ) -> AbstractContextManager[None]:
+        seed = derive(self._seed, "backward", self._index, step, microbatch)
+        return self._backward_draws.seeded(seed)
 
     def _check_owners(self, output: Tensor, x: Tensor) -> None:
         """Refuses layers that depend on parameters of others."""
@@ -140,9 +170,8 @@ class Body:
             again = self._run_without_graph(x, step, microbatch)
         if not torch.allclose(again, output, rtol=1e-2, atol=1e-4, equal_nan=True):
             raise ConfigError(
-                f"expected stage {self._index} to give the same numbers when it is run again, but it does not: its "
-                "layers draw from a generator that is not theirs, or count their calls; keep generator and count "
-                f"as attributes of the layer, or drop {setting('recompute')} and stale guidance"
+                f"expected stage {self._index} to give the same numbers when it is run again, but it does not: "
+                f"{NOT_REPEATED}"
             )
 
     @torch.no_grad()

@@ -54,9 +54,9 @@ class Crossing:
         Returns:
             The gradient for the stage before ``[B, ...]``, and the microbatch's part of the loss.
         """
-        x, output, kept = self._runs.take()
-        loss = self._exit.loss(output, kept)
-        weighted(loss, self._guided.weight).backward()  # type: ignore[no-untyped-call]
+        with self._runs.taken() as (x, output, kept):
+            loss = self._exit.loss(output, kept)
+            weighted(loss, self._guided.weight).backward()  # type: ignore[no-untyped-call]
         return self._gradient_of(x), loss.detach()
 
     def backward(
@@ -75,19 +75,19 @@ class Crossing:
             The gradient for the stage before ``[B, ...]``, None on the first stage; and the
             microbatch's part of the local loss, if the head was asked.
         """
-        x, output, kept = self._runs.take()
         loss = None
-        if compares or self._guided.asks_heads:
-            weight = self._exit.weight(kept.step)
-            # Times 0 a gradient has no direction to compare: it is found as it is, and dropped.
-            self._counts = weight > 0
-            loss, own = self._local_gradient(
-                output, kept, self._guided.heads, weight or 1.0
-            )
-            if compares or self._guided.local_weight:
-                self._remember(output, own)
-        if output.requires_grad:
-            output.backward(gradient)  # type: ignore[no-untyped-call]
+        with self._runs.taken() as (x, output, kept):
+            if compares or self._guided.asks_heads:
+                weight = self._exit.weight(kept.step)
+                # Times 0 a gradient has no direction to compare: it is found as it is, and dropped.
+                self._counts = weight > 0
+                loss, own = self._local_gradient(
+                    output, kept, self._guided.heads, weight or 1.0
+                )
+                if compares or self._guided.local_weight:
+                    self._remember(output, own)
+            if output.requires_grad:
+                output.backward(gradient)  # type: ignore[no-untyped-call]
         return self._gradient_of(x), loss
 
     def settle(self, *, compares: bool) -> Tensor | None:
@@ -157,32 +157,32 @@ class Crossing:
             Their gradients of this stage's input ``[B, ...]``, and the microbatch's part of this
             stage's own loss.
         """
-        x, output, kept = self._runs.take()
-        weight = self._exit.weight(kept.step)
-        if self._exit.head is None and guided:
-            weight = self._guided.weight
-        loss, own = self._local_gradient(output, kept, "trained", weight)
-        at_output = {**arriving, self._index: own}
-        leaving = {
-            source: _through(output, x, at_output[source])
-            for source in passing
-            if source != farthest
-        }
-        if farthest is not None and output.requires_grad:
-            output.backward(at_output[farthest])  # type: ignore[no-untyped-call]
-        if farthest is not None and farthest in passing:
-            leaving[farthest] = torch.zeros_like(x) if x.grad is None else x.grad
+        with self._runs.taken() as (x, output, kept):
+            weight = self._exit.weight(kept.step)
+            if self._exit.head is None and guided:
+                weight = self._guided.weight
+            loss, own = self._local_gradient(output, kept, "trained", weight)
+            at_output = {**arriving, self._index: own}
+            leaving = {
+                source: _through(output, x, at_output[source])
+                for source in passing
+                if source != farthest
+            }
+            if farthest is not None and output.requires_grad:
+                output.backward(at_output[farthest])  # type: ignore[no-untyped-call]
+            if farthest is not None and farthest in passing:
+                leaving[farthest] = torch.zeros_like(x) if x.grad is None else x.grad
         return leaving, loss
 
     # -- stale guidance ---------------------------------------------------------------
 
     def blend(self) -> Tensor:
         """What the local loss of the last forward adds to a stale gradient; returns the loss."""
-        _, output, kept = self._runs.take()
-        weight = self._exit.weight(kept.step)
-        loss, own = self._local_gradient(output, kept, self._guided.heads, weight)
-        if self._guided.local_weight and output.requires_grad:
-            output.backward(self._guided.local_weight * own)  # type: ignore[no-untyped-call]
+        with self._runs.taken() as (_, output, kept):
+            weight = self._exit.weight(kept.step)
+            loss, own = self._local_gradient(output, kept, self._guided.heads, weight)
+            if self._guided.local_weight and output.requires_grad:
+                output.backward(self._guided.local_weight * own)  # type: ignore[no-untyped-call]
         return loss
 
     def replay(
@@ -202,11 +202,11 @@ class Crossing:
         x = x.detach()
         if self._index > 0:
             x.requires_grad_()
-        output = self._runs.replay(x, step)
-        if not learns:
-            return _through(output, x, gradient)
-        if output.requires_grad:
-            output.backward(gradient)  # type: ignore[no-untyped-call]
+        with self._runs.replayed(x, step) as output:
+            if not learns:
+                return _through(output, x, gradient)
+            if output.requires_grad:
+                output.backward(gradient)  # type: ignore[no-untyped-call]
         return self._gradient_of(x)
 
     # -- private ----------------------------------------------------------------------

@@ -7,12 +7,14 @@ and its loss is the true one.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from pglpipe.body import Kept
+from pglpipe.body import NOT_REPEATED, Kept
+from pglpipe.buffers import unmoved
 from pglpipe.errors import ConfigError, setting
 from pglpipe.in_place import KeepsInputs
 from pglpipe.learning import Learning, compiled
@@ -104,11 +106,15 @@ class Exit:
         seed = derive(
             self._learning.seed, "head", self._index, kept.step, kept.microbatch
         )
-        said, loss = self._compute(output, kept, seed)
-        if self.checks:
+        if not self.checks:
+            said, loss = self._compute(output, kept, seed)
+        else:
+            with unmoved(self.head) if self.head else nullcontext():
+                _, first = self._compute(output, kept, seed)
             remembered = Remembered(self._learned_loss)
             said, loss = self._compute(output, kept, seed)
             remembered.check(setting(self._option))
+            self._check_repeats(first, loss)
             self._check_owners(loss, output)
         share = kept.share
         if self._parts:
@@ -194,6 +200,17 @@ class Exit:
                 'reduction="mean"'
             )
         return loss
+
+    def _check_repeats(self, loss: Tensor, again: Tensor) -> None:
+        """Refuses a head or a loss that gives another number for the same batch."""
+        if not torch.allclose(loss, again, rtol=1e-3, atol=1e-6, equal_nan=True):
+            what = setting(self._option)
+            if self.head is not None:
+                what = f"{setting('head')} and {what}"
+            raise ConfigError(
+                f"expected {what} of stage {self._index} to give the same number when it is computed again, but it "
+                f"does not: {NOT_REPEATED}"
+            )
 
     def _check_owners(self, loss: Tensor, output: Tensor) -> None:
         """Refuses a loss that depends on parameters which no stage trains."""

@@ -9,7 +9,34 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
+from pglpipe.errors import ConfigError, setting
+from pglpipe.seeding import generators_kept
+
 LearningRate = Callable[[int, int], float]
+
+
+def check_schedule(schedule: LearningRate, total_steps: int) -> None:
+    """Asks for the first, the middle and the last step, twice.
+
+    Raises:
+        ConfigError: it gives no number, or another one the second time.
+    """
+    name = setting("learning_rate")
+    with generators_kept():
+        for step in (0, total_steps // 2, total_steps - 1):
+            try:
+                first, second = (float(schedule(step, total_steps)) for _ in range(2))
+            except Exception as error:
+                reason = f"{type(error).__name__}: {str(error) or 'no reason given'}"
+                raise ConfigError(
+                    f"expected a number from {name} for step {step} of {total_steps}, got {reason}; give a function "
+                    "(step, total_steps) -> factor"
+                ) from error
+            if first != second:
+                raise ConfigError(
+                    f"expected {name} to depend on step and total_steps alone, but for step {step} of {total_steps} it "
+                    f"gave {first:g} and then {second:g}: every stage asks it; have it neither draw nor count"
+                )
 
 
 def constant(step: int, total_steps: int) -> float:

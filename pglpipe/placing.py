@@ -9,7 +9,8 @@ cut. So there are two builders::
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 from torch import Tensor, nn
 
@@ -18,7 +19,7 @@ from pglpipe.errors import PartitionError
 from pglpipe.guided import place_of
 from pglpipe.heads import Site, build_head
 from pglpipe.layer import Layer
-from pglpipe.partition import HeadBuilder, slices
+from pglpipe.partition import HeadBuilder, check_heads, slices
 
 
 def head_builder(
@@ -64,8 +65,16 @@ def head_skeletons(
     Args:
         outputs: of every layer for a batch, on the meta device.
     """
-    ends = [part.stop - 1 for part in slices(balance)[:-1]]
-    return [_skeleton(head, outputs[end], end) for end in ends]
+    return [
+        Layer("head", build).skeleton() for build in _builders(head, balance, outputs)
+    ]
+
+
+def check_apart(
+    head: HeadBuilder, balance: Sequence[int], outputs: Sequence[Tensor]
+) -> None:
+    """Raises PartitionError if two of them share a parameter or a buffer."""
+    check_heads(_builders(head, balance, outputs))
 
 
 def alike(some: Sequence[nn.Module], others: Sequence[nn.Module]) -> bool:
@@ -73,10 +82,14 @@ def alike(some: Sequence[nn.Module], others: Sequence[nn.Module]) -> bool:
     return [_shapes(head) for head in some] == [_shapes(head) for head in others]
 
 
-def _skeleton(head: HeadBuilder, output: Tensor, position: int) -> nn.Module:
-    return Layer(
-        "head", lambda: head(tuple(output.shape[1:]), position).to(output.dtype)
-    ).skeleton()
+def _builders(
+    head: HeadBuilder, balance: Sequence[int], outputs: Sequence[Tensor]
+) -> list[Callable[[], nn.Module]]:
+    def build(end: int) -> nn.Module:
+        output = outputs[end]
+        return head(tuple(output.shape[1:]), end).to(output.dtype)
+
+    return [partial(build, part.stop - 1) for part in slices(balance)[:-1]]
 
 
 def _shapes(head: nn.Module) -> dict[str, tuple[int, ...]]:

@@ -42,7 +42,7 @@ from pglpipe.partition import (
     measure,
     slices,
 )
-from pglpipe.placing import alike, head_builder, head_skeletons
+from pglpipe.placing import alike, check_apart, head_builder, head_skeletons
 from pglpipe.refresh import Loans
 from pglpipe.state import StateLayout
 from pglpipe.transport import World
@@ -123,6 +123,7 @@ def draft(
     ends = [part.stop - 1 for part in slices(balance)]
     if costs is None:
         costs = weighed(layers, sample.x, head, ends)
+    check_apart(head, balance, outputs)
     heads = head_skeletons(head, balance, outputs)
     if stand_in and not alike(heads, head_skeletons(stand_in, balance, outputs)):
         costs = weighed(layers, sample.x, head, ends)

@@ -105,7 +105,7 @@ class Draws:
                 np.random.set_state(before[1])
 
 
-_GENERATORS = (
+GENERATORS = (
     torch.Generator,
     np.random.Generator,
     np.random.RandomState,
@@ -119,11 +119,12 @@ def generators_of(module: nn.Module | None) -> list[Any]:
         value
         for part in (module.modules() if module is not None else ())
         for value in vars(part).values()
-        if isinstance(value, _GENERATORS)
+        if isinstance(value, GENERATORS)
     ]
 
 
-def _state_of(generator: Any) -> Any:
+def state_of(generator: Any) -> Any:
+    """The state of one of :data:`GENERATORS`."""
     if isinstance(generator, torch.Generator):
         return generator.get_state()
     if isinstance(generator, np.random.Generator):
@@ -169,7 +170,7 @@ def _is_recording() -> bool:
 @contextmanager
 def generators_kept(module: nn.Module | None = None) -> Iterator[None]:
     """Puts the process' own generators, and those that a module holds, back after its block."""
-    held = [(own, _state_of(own)) for own in generators_of(module)]
+    held = [(own, state_of(own)) for own in generators_of(module)]
     with _generator_lock:
         before = torch.default_generator.get_state()
         others = random.getstate(), np.random.get_state()

@@ -67,7 +67,7 @@ class Stage:
         self.body = body
         self.head = head
         self._learning = learning
-        self._updates = Updates(self.parameters(), learning)
+        self._updates = Updates(self.parameters(), learning, index)
         first = next(iter(self.tensors()), None)
         self._device = torch.device("cpu") if first is None else first.device
         self.watch = watch(index, body, head, learning.on_nonfinite, self._device)
@@ -83,7 +83,7 @@ class Stage:
             body,
             uncompiled=partial(self._in_precision, body),
         )
-        self._runs = Body(body, run, index, learning.seed)
+        self._runs = Body(body, run, index, learning.seed, compiled=learning.compile)
         self._exit = Exit(index, body, head, learning, self._device, place)
         self.crossing = Crossing(body, self._runs, self._exit, learning, index)
         self._learned: list[Tensor] = []
@@ -250,11 +250,13 @@ class Stage:
 
     def _learn_part(self) -> Tensor:
         """Adds the gradient of what was kept first; returns its share of the local loss."""
-        _, output, kept = self._runs.take()
-        loss = self._exit.loss(output, kept)
-        if loss.requires_grad:  # a last stage without parameters has nothing to learn
-            weight = self._exit.weight(kept.step)
-            weighted(loss, weight).backward()  # type: ignore[no-untyped-call]
+        with self._runs.taken() as (_, output, kept):
+            loss = self._exit.loss(output, kept)
+            if (
+                loss.requires_grad
+            ):  # a last stage without parameters has nothing to learn
+                weight = self._exit.weight(kept.step)
+                weighted(loss, weight).backward()  # type: ignore[no-untyped-call]
         return loss.detach()
 
     def pass_on(self, x: Tensor, step: int) -> Tensor:

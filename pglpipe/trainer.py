@@ -31,7 +31,7 @@ from pglpipe.learning import (
     placed,
     placed_locally,
 )
-from pglpipe.learning_rate import LearningRate, constant
+from pglpipe.learning_rate import LearningRate, check_schedule, constant
 from pglpipe.loaders import check_passes, check_start, largest_batch, span_of
 from pglpipe.losses import LocalLoss, Loss
 from pglpipe.losses.state import check_untrained
@@ -206,7 +206,7 @@ class Trainer:
         self._session = Session(world, blueprint, observer or Observers())
         self._idle = partial(idle, guidance, num_stages, refresh_every, compare_every)
         self._guidance, self._fitted = guidance, False
-        self._sanity_check = sanity_check
+        self._sanity_check, self._learning_rate = sanity_check, learning_rate
         self._held = HeldModules(blueprint.layers)
         self._readers: dict[int, BatchReader] = {}
 
@@ -279,6 +279,7 @@ class Trainer:
             reader, *tests = readers()
             span = span_of(reader, epochs, steps, self._guidance, at, evaluate_every)
             check_passes(reader, tests[0] if tests else None, span, at)
+            check_schedule(self._learning_rate, span.total_steps)
             if found:
                 asked = setting("steps", steps) if steps else setting("epochs", epochs)
                 check_start(reader, span, at, found, asked)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from pglpipe.arguments import described
 from pglpipe.errors import ConfigError, DataError, PglpipeError, setting
 from pglpipe.learning import Learning, OptimizerFactory
+from pglpipe.seeding import Draws, derive
 from pglpipe.snapshot import Snapshot
 
 OPTIMIZER_EXAMPLE = "lambda parameters: torch.optim.SGD(parameters, lr=0.1)"
@@ -25,10 +26,15 @@ class Updates:
     Args:
         parameters: of its body and head.
         learning: what makes the optimizers and chooses the learning rate.
+        stage: whose they are, which what an optimizer draws depends on.
     """
 
-    def __init__(self, parameters: Sequence[nn.Parameter], learning: Learning) -> None:
+    def __init__(
+        self, parameters: Sequence[nn.Parameter], learning: Learning, stage: int = 0
+    ) -> None:
         self._learning = learning
+        self._stage = stage
+        self._draws = Draws()
         self._was_guided: bool | None = None
         self._optimizers: list[torch.optim.Optimizer] = []
         if parameters:
@@ -61,7 +67,9 @@ class Updates:
             factor *= self._learning.guided.lr_scale
         for group in optimizer.param_groups:
             group["lr"] = group["initial_lr"] * factor
-        optimizer.step()
+        seed = derive(self._learning.seed, "update", self._stage, step)
+        with self._draws.seeded(seed):
+            optimizer.step()
 
     # -- checkpoints ------------------------------------------------------------------
 

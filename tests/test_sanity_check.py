@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Callable
 from typing import Any
@@ -203,17 +204,32 @@ def scaled_by(parameter: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
     return lambda outputs, targets: F.cross_entropy(outputs * parameter, targets)
 
 
+def scaled_by_next(draw: Callable[[], float]) -> Callable[[Tensor, Tensor], Tensor]:
+    return lambda outputs, targets: F.cross_entropy(outputs, targets) * draw()
+
+
 @pytest.mark.parametrize(
     ("loss", "words"),
     [
         (Temperature(), "'t' of loss does not, and no stage would train it"),
         (Average(), "loss to remember nothing .* its 'loss.m' changes"),
         (counting(), "loss to remember nothing .* 'loss.calls.n' changes"),
+        (scaled_by_next(np.random.default_rng(0).random), "'loss.draw.self' changes"),
+        (scaled_by_next(itertools.count(1).__next__), "'loss.draw.self' changes"),
         (scaled_by(nn.Parameter(torch.ones(()))), "'loss.parameter' in loss of stage"),
         (nn.CrossEntropyLoss(reduction="none"), "one number|reduction"),
         (lambda o, t: F.cross_entropy(o, t, reduction="none"), "one number from loss"),
     ],
-    ids=["parameter", "buffer", "closure", "foreign", "vector", "function"],
+    ids=[
+        "parameter",
+        "buffer",
+        "closure",
+        "generator",
+        "iterator",
+        "foreign",
+        "vector",
+        "function",
+    ],
 )
 @pytest.mark.parametrize("size", [1, 2])
 def test_a_loss_with_a_life_of_its_own_is_refused_by_name(
@@ -261,7 +277,64 @@ def test_what_a_layer_draws_belongs_to_its_stage_and_step(name: str) -> None:
         assert same(trained(size, recompute).body, first.body)
 
 
-def test_a_generator_that_nobody_knows_is_told_where_a_stage_is_run_again() -> None:
+class Noisy(torch.optim.SGD):
+    """Adds noise to what it has learned, as stochastic gradient Langevin dynamics does."""
+
+    def step(self, closure: Any = None) -> None:
+        super().step()
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                parameter.data += 0.01 * torch.randn_like(parameter)
+
+
+def with_noisy_gradients() -> list[Any]:
+    layers = mlp(nn.Linear(8, 8), nn.Tanh())
+    layers[0], layers[-1] = layers[0](), layers[-1]()
+    for layer in layers:
+        for parameter in layer.parameters():
+            parameter.register_hook(lambda g: g + 0.01 * torch.randn_like(g))
+    return layers
+
+
+@pytest.mark.parametrize("guidance", [ALWAYS, *GUIDANCE.values()])
+def test_what_updates_and_gradients_draw_belongs_to_a_stage_and_step(
+    guidance: Guidance,
+) -> None:
+    def trained(size: int, noisy: bool = True) -> Trained:
+        torch.manual_seed(0)  # for the first weights, and not for the noise
+        layers = with_noisy_gradients() if noisy else mlp(nn.Linear(8, 8), nn.Tanh())
+        torch.manual_seed(size)
+        options: dict[str, Any] = dict(guidance=guidance, balance="2,2")
+        if noisy:
+            options["optimizer"] = lambda parameters: Noisy(parameters, lr=0.1)
+        return run(size, layers, **options)
+
+    first = trained(1)
+    assert same(trained(2).body, first.body)
+    assert not same(trained(1, noisy=False).body, first.body)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "words"),
+    [
+        (lambda step, total: random.random(), "step 0 of 4 it gave .* and then"),
+        (lambda step, total, it=itertools.count(1): next(it), "neither draw nor count"),
+        (lambda step, total: [1.0, 0.5][step], "step 2 of 4, got IndexError"),
+        (lambda step, total: None, "a number from learning_rate .* got TypeError"),
+    ],
+    ids=["draws", "counts", "too short", "nothing"],
+)
+def test_a_learning_rate_that_is_no_function_of_the_step_is_refused(
+    schedule: Any, words: str
+) -> None:
+    before = random.getstate()
+    with pytest.raises(ConfigError, match=words):
+        run(1, mlp(nn.Tanh), learning_rate=schedule)
+    assert random.getstate() == before
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_a_generator_that_no_layer_holds_is_told(recompute: bool) -> None:
     hidden = np.random.default_rng(0)
     layer = Drops(lambda _: hidden.choice([0.0, 1.0]))
     layer.draw = lambda _: next(turns)
@@ -269,7 +342,7 @@ def test_a_generator_that_nobody_knows_is_told_where_a_stage_is_run_again() -> N
     with pytest.raises(
         ConfigError, match="stage 0 to give the same numbers when it is run"
     ):
-        run(1, mlp(layer), balance="2,1", guidance=ALWAYS, recompute=True)
+        run(1, mlp(layer), balance="2,1", guidance=ALWAYS, recompute=recompute)
 
 
 class Centred(nn.Module):

@@ -7,6 +7,8 @@ must not learn, count or average: the numbers would depend on who calls it.
 from __future__ import annotations
 
 import itertools
+import operator
+import pickle
 import types
 from collections.abc import Iterator, Mapping
 from functools import partial
@@ -16,8 +18,9 @@ import numpy as np
 from torch import Tensor, nn
 
 from pglpipe.errors import ConfigError
+from pglpipe.seeding import GENERATORS, state_of
 
-_DEPTH = 4  # of objects within objects
+_DEPTH = 5  # of objects within objects
 _MOST = 10_000  # values that are looked at
 _LARGE = 2**20  # bytes of an array that is not compared by its values
 _SIMPLE = (int, float, complex, str, bytes, type(None))
@@ -47,7 +50,7 @@ def untrained(what: str) -> ConfigError:
 
 
 class Remembered:
-    """What a loss remembers at a moment: numbers, and versions of tensors."""
+    """What a loss remembers at a moment: numbers, versions of tensors, states of generators and iterators."""
 
     def __init__(self, loss: Any) -> None:
         self._loss = loss
@@ -65,7 +68,8 @@ class Remembered:
             if name not in now or not _same(before, _known(now[name])):
                 raise ConfigError(
                     f"expected {option} to remember nothing from one call to the next, but its {name!r} changes: "
-                    "every stage calls it, and no checkpoint holds it; compute it from outputs and targets alone"
+                    "every stage calls it, and no checkpoint holds it; compute it from outputs and targets, and draw "
+                    "from the generators of torch, numpy or random, which are seeded for it"
                 )
 
 
@@ -74,11 +78,16 @@ def _known(value: Any) -> Any:
         return value, value._version
     if isinstance(value, np.ndarray):
         return value.tobytes() if value.nbytes <= _LARGE else id(value)
+    if isinstance(value, GENERATORS):
+        state = state_of(value)
+        return state.tolist() if isinstance(state, Tensor) else pickle.dumps(state)
+    if isinstance(value, Iterator):
+        return repr(value), operator.length_hint(value, -1)
     return value
 
 
 def _same(before: Any, now: Any) -> bool:
-    if isinstance(before, tuple) and isinstance(now, tuple):
+    if isinstance(before, tuple) and isinstance(before[0], Tensor):
         return before[0] is now[0] and bool(before[1] == now[1])
     return type(before) is type(now) and bool(before == now)
 
@@ -88,8 +97,8 @@ def _values(loss: Any) -> Iterator[tuple[str, Any]]:
 
 
 def _walk(value: Any, name: str, depth: int) -> Iterator[tuple[str, Any]]:
-    """Tensors, arrays and simple values that can be reached, each with the name of its place."""
-    if isinstance(value, (Tensor, np.ndarray, *_SIMPLE)):
+    """What may change of what can be reached, each with the name of its place."""
+    if isinstance(value, (Tensor, np.ndarray, Iterator, *GENERATORS, *_SIMPLE)):
         yield name or "value", value
         return
     if depth == 0 or isinstance(value, (type, types.ModuleType)):
@@ -110,6 +119,8 @@ def _parts(value: Any) -> dict[str, Any]:
     if isinstance(value, partial):
         return {"func": value.func, "args": value.args, "keywords": value.keywords}
     if isinstance(value, types.MethodType):
+        return {"self": value.__self__, "func": value.__func__}
+    if isinstance(value, (types.BuiltinMethodType, types.MethodWrapperType)):
         return {"self": value.__self__}
     if isinstance(value, types.FunctionType):
         code, beyond = value.__code__, value.__globals__

@@ -33,8 +33,7 @@ class Built:
     """A builder that hands out a module which exists already.
 
     Attributes:
-        module: what the builder returns. ``partition.check_cut`` looks for this attribute to
-            find the parameters that two layers share.
+        module: what the builder returns.
     """
 
     module: nn.Module

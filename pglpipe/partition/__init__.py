@@ -13,7 +13,14 @@ from pglpipe.partition.choose import MEASURES, choose_balance, given_balance
 from pglpipe.partition.cost import Costs, HeadBuilder, LayerCost, activations, analyse
 from pglpipe.partition.published import published_balance
 from pglpipe.partition.randomness import check_draws_nothing
-from pglpipe.partition.split import StageRow, check_cut, check_sizes, describe, slices
+from pglpipe.partition.split import (
+    StageRow,
+    check_cut,
+    check_heads,
+    check_sizes,
+    describe,
+    slices,
+)
 from pglpipe.partition.timing import measure
 
 __all__ = [
@@ -26,6 +33,7 @@ __all__ = [
     "analyse",
     "balance_by_cost",
     "check_cut",
+    "check_heads",
     "check_draws_nothing",
     "check_sizes",
     "choose_balance",

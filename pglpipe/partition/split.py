@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, chain
 
+import torch
 from torch import Tensor, nn
 
 from pglpipe.errors import PartitionError, setting
 from pglpipe.layer import Layer
 from pglpipe.partition.cost import LayerCost
+from pglpipe.seeding import generators_kept
 
 
 def slices(balance: Sequence[int]) -> list[slice]:
@@ -50,19 +52,50 @@ def check_cut(layers: Sequence[Layer], balance: Sequence[int]) -> None:
     """Refuses a cut between two layers that share a parameter or a buffer.
 
     Stages learn apart, each with an optimizer and perhaps a process of its own, so a shared
-    tensor would become two. Only layers that hold a built module (``layer.build.module``) can
-    share; builders make tensors of their own.
+    tensor would become two.
 
     Raises:
         PartitionError: names the tensor, the two layers, and a balance that keeps them together.
     """
-    owners: dict[int, tuple[int, Layer]] = {}
+    owners: dict[int, tuple[int, Layer, Tensor]] = {}
     for stage, part in enumerate(slices(balance)):
         for layer in layers[part]:
-            for name, tensor in _tensors(layer):
-                owner_stage, owner = owners.setdefault(id(tensor), (stage, layer))
+            for name, tensor in held(layer.build):
+                owner_stage, owner, _ = owners.setdefault(
+                    id(tensor), (stage, layer, tensor)
+                )
                 if owner_stage != stage:
                     _refuse(name, owner, layer, merged(balance, owner_stage, stage))
+
+
+def check_heads(heads: Sequence[Callable[[], nn.Module]]) -> None:
+    """Refuses heads that share a parameter or a buffer.
+
+    Args:
+        heads: what makes the head of each stage, on the meta device.
+
+    Raises:
+        PartitionError: names the tensor and the two stages.
+    """
+    owners: dict[int, tuple[int, Tensor]] = {}
+    for stage, build in enumerate(heads):
+        for name, tensor in held(build):
+            owner, _ = owners.setdefault(id(tensor), (stage, tensor))
+            if owner != stage:
+                raise PartitionError(
+                    f"expected a head of its own for every stage, but those of stages {owner} and {stage} share "
+                    f"{name!r}; have {setting('head')} make a new module each time it is called"
+                )
+
+
+def held(build: Callable[[], nn.Module]) -> Iterator[tuple[str, Tensor]]:
+    """Parameters and buffers, with their names, that were there before the module was built."""
+    with torch.device("meta"), generators_kept():
+        module, again = build(), build()
+    known = {id(tensor) for tensor in chain(again.parameters(), again.buffers())}
+    for name, tensor in chain(module.named_parameters(), module.named_buffers()):
+        if id(tensor) in known:
+            yield name, tensor
 
 
 def merged(balance: Sequence[int], first: int, last: int) -> list[int]:
@@ -72,12 +105,6 @@ def merged(balance: Sequence[int], first: int, last: int) -> list[int]:
     [2, 4, 4]
     """
     return [*balance[:first], sum(balance[first : last + 1]), *balance[last + 1 :]]
-
-
-def _tensors(layer: Layer) -> Iterator[tuple[str, Tensor]]:
-    module = getattr(layer.build, "module", None)
-    if isinstance(module, nn.Module):
-        yield from chain(module.named_parameters(), module.named_buffers())
 
 
 def _refuse(name: str, owner: Layer, layer: Layer, balance: list[int]) -> None:

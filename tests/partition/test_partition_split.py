@@ -11,7 +11,14 @@ from torch import nn
 from pglpipe.errors import PartitionError
 from pglpipe.layer import Layer
 from pglpipe.models import as_layers
-from pglpipe.partition import LayerCost, check_cut, check_sizes, describe, slices
+from pglpipe.partition import (
+    LayerCost,
+    check_cut,
+    check_heads,
+    check_sizes,
+    describe,
+    slices,
+)
 
 
 @pytest.mark.parametrize("balance", [[1], [5], [2, 3], [1, 1, 3], [4, 1, 7, 2]])
@@ -67,14 +74,32 @@ def test_a_shared_buffer_is_refused_like_a_parameter() -> None:
         check_cut(as_layers([norm, norm]), [1, 1])
 
 
+def test_builders_that_hand_out_one_module_share_it() -> None:
+    shared = nn.Linear(4, 4)
+    layers = [Layer("a", lambda: nn.Sequential(shared)), Layer("b", lambda: shared)]
+    with pytest.raises(PartitionError, match="layers 'a' and 'b' share 'weight'"):
+        check_cut(layers, [1, 1])
+    check_cut(layers, [2])
+
+
 def test_modules_without_tensors_and_builders_can_be_cut_anywhere() -> None:
     activation = nn.ReLU()
     check_cut(as_layers([activation, activation]), [1, 1])
 
-    def fails() -> nn.Module:
-        raise AssertionError("a builder must not run here")
+    def build() -> nn.Module:
+        return nn.Linear(4, 4)
 
-    check_cut([Layer("a", fails), Layer("b", fails)], [1, 1])
+    check_cut([Layer("a", build), Layer("b", build)], [1, 1])
+
+
+def test_heads_that_share_a_module_are_refused() -> None:
+    def build() -> nn.Module:
+        return nn.Linear(4, 4)
+
+    shared = build()
+    check_heads([build, build, lambda: shared])
+    with pytest.raises(PartitionError, match="stages 1 and 2 share 'weight'"):
+        check_heads([build, lambda: shared, lambda: shared])
 
 
 def costs(*, timed: bool) -> tuple[list[LayerCost], list[LayerCost]]:
