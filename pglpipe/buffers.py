@@ -39,6 +39,11 @@ def statistics_untold(layers: nn.Module) -> Iterator[None]:
 def remembered(module: nn.Module) -> Iterator[tuple[str, Any]]:
     """Names and values of what one module, without its parts, remembers beside parameters."""
     yield from module.named_buffers(recurse=False)
+    yield from attributes(module)
+
+
+def attributes(module: nn.Module) -> Iterator[tuple[str, Any]]:
+    """Names and values of the tensors, numbers and flags that are plain attributes of one module."""
     for name, value in vars(module).items():
         if isinstance(value, (Tensor, int, float)) and name != "training":
             yield name, value

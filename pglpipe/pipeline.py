@@ -101,13 +101,16 @@ class Pipeline:
             self.worker.recall.load(own)
             return True
         bodies: state.Tensors = {}
+        attributes = Snapshot()
         for index in range(len(manifest["balance"])):
             stage_was = read_stage(path, manifest, index).part("stage")
             bodies |= stage_was.part("body").tensors
+            attributes.update(stage_was.part("attributes"))
         for stage in self._stages:
             names = module_snapshot(stage.body).tensors
             mine = {name: t for name, t in bodies.items() if name in names}
             fill_module(stage.body, Snapshot(mine), f"stage {stage.index}")
+            stage.attributes.load(attributes)
         return False
 
     def set_total_steps(self, total_steps: int) -> None:

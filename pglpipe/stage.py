@@ -33,7 +33,7 @@ from pglpipe.exit import Exit, weighted
 from pglpipe.in_place import KeepsInputs
 from pglpipe.learning import Learning, compiled
 from pglpipe.reports import ExitCount
-from pglpipe.snapshot import Snapshot, fill_module, module_snapshot
+from pglpipe.snapshot import Attributes, Snapshot, fill_module, module_snapshot
 from pglpipe.updates import Updates
 from pglpipe.watch import watch
 
@@ -52,6 +52,7 @@ class Stage:
     Attributes:
         crossing: what it does with gradients from elsewhere.
         watch: looks at its loss and gradients.
+        attributes: what the body's modules remember beside parameters and buffers.
     """
 
     def __init__(
@@ -86,6 +87,7 @@ class Stage:
         self._runs = Body(body, run, index, learning.seed, compiled=learning.compile)
         self._exit = Exit(index, body, head, learning, self._device, place)
         self.crossing = Crossing(body, self._runs, self._exit, learning, index)
+        self.attributes, self._head_attributes = Attributes(body), Attributes(head)
         self._learned: list[Tensor] = []
 
     @property
@@ -281,6 +283,8 @@ class Stage:
         found = Snapshot()
         found.add("body", module_snapshot(self.body))
         found.add("head", module_snapshot(self.head))
+        found.add("attributes", self.attributes.snapshot())
+        found.add("head_attributes", self._head_attributes.snapshot())
         found.add("updates", self._updates.snapshot())
         return found
 
@@ -292,6 +296,8 @@ class Stage:
         """
         fill_module(self.body, snapshot.part("body"), f"stage {self.index}")
         fill_module(self.head, snapshot.part("head"), f"the head of stage {self.index}")
+        self.attributes.load(snapshot.part("attributes"))
+        self._head_attributes.load(snapshot.part("head_attributes"))
         self._updates.load(snapshot.part("updates"))
 
     # -- evaluation -------------------------------------------------------------------

@@ -446,6 +446,45 @@ def test_another_cut_keeps_the_bodies_and_says_what_begins_anew(
     assert same(recut.body, kept.body)
 
 
+class Wanes(nn.Module):
+    """Divides by how often it was called and subtracts a running mean, both plain attributes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls = 0
+        self.mean: Tensor | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not x.is_meta and self.training:
+            self.calls += 1
+            now = x.detach().mean(dim=0)
+            self.mean = now if self.mean is None else 0.9 * self.mean + 0.1 * now
+        return x / (1 + self.calls) - (0.0 if self.mean is None else self.mean)
+
+
+def test_what_layers_keep_as_plain_attributes_goes_on(
+    prompt_disk: None, tmp_path: Path
+) -> None:
+    batches = [(torch.randn(4, 6), torch.tensor([0, 1, 2, 0])) for _ in range(4)]
+    layers = [lambda: nn.Linear(6, 8), Wanes, nn.Tanh, lambda: nn.Linear(8, 3)]
+
+    def trained(size: int, balance: str = "2,2", **options: Any) -> Trained:
+        options |= dict(num_stages=1 + balance.count(","), balance=balance)
+        options |= dict(head=lambda shape: nn.Sequential(Wanes(), nn.Linear(8, 3)))
+        return train(size, layers, batches, evaluate=batches, **options)
+
+    told = Checkpoints(tmp_path, every=1, keep=9)
+    whole = trained(1, checkpoints=told)
+    for size in (1, 2):
+        got = trained(size, resume=folder_of(tmp_path, 2))
+        assert_goes_on(got, whole, 2)
+    # Cut otherwise, too; with no step left to do, a run is what its checkpoint is.
+    ends = dict[str, Any](resume=folder_of(tmp_path, 4))
+    with pytest.warns(UserWarning, match="begin anew"):
+        recut = trained(1, "1,3", **ends)
+    assert recut.summary.test_loss == whole.summary.test_loss
+
+
 def test_those_that_have_lost_their_manifests_are_not_begun_anew(
     tmp_path: Path,
 ) -> None:
