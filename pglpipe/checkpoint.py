@@ -33,7 +33,7 @@ from safetensors import SafetensorError
 from pglpipe.errors import DataError
 from pglpipe.snapshot import Snapshot
 
-FORMAT = 2
+FORMAT = 3
 MANIFEST = "manifest.json"
 UNFINISHED = "unfinished"
 _STEP = re.compile(r"step-(\d{8,})")

@@ -32,6 +32,7 @@ class Updates:
     def __init__(
         self, parameters: Sequence[nn.Parameter], learning: Learning, stage: int = 0
     ) -> None:
+        self._parameters = parameters
         self._learning = learning
         self._stage = stage
         self._draws = Draws()
@@ -74,7 +75,7 @@ class Updates:
     # -- checkpoints ------------------------------------------------------------------
 
     def snapshot(self) -> Snapshot:
-        """What the optimizers remember: ``OPTIMIZER.PARAMETER.NAME``, both counted from 0.
+        """What the optimizers remember: ``OPTIMIZER.PARAMETER.NAME``, both counted from 0, in the stage's order.
 
         Raises:
             ConfigError: an optimizer remembers what is neither a tensor nor a number.
@@ -83,7 +84,8 @@ class Updates:
         for number, optimizer in enumerate(self._optimizers):
             found.numbers[f"{number}.groups"] = _plain("groups", _groups(optimizer))
             found.numbers[f"{number}.asked"] = _plain("groups", self._asked[number])
-            for index, parameter in enumerate(_parameters(optimizer)):
+            found.numbers[f"{number}.kind"] = type(optimizer).__qualname__
+            for index, parameter in enumerate(self._parameters):
                 for name, value in optimizer.state.get(parameter, {}).items():
                     key = f"{number}.{index}.{name}"
                     if not isinstance(value, Tensor):
@@ -99,7 +101,7 @@ class Updates:
         """Has the optimizers remember what others did; options that they were given stay theirs.
 
         Raises:
-            DataError: the others were not as many, or of fewer parameters.
+            DataError: the others were not as many, of another kind, or with other groups of parameters.
         """
         self._was_guided = snapshot.numbers["was_guided"]
         expected = {f"{number}.groups" for number, _ in enumerate(self._optimizers)}
@@ -109,9 +111,16 @@ class Updates:
                 f"expected {len(expected)} optimizers in the checkpoint, got {len(groups)}"
             )
         for number, optimizer in enumerate(self._optimizers):
-            known = (
+            known = [
                 snapshot.numbers[f"{number}.{what}"] for what in ("groups", "asked")
-            )
+            ]
+            told = snapshot.numbers[f"{number}.kind"], len(known[0])
+            mine = type(optimizer).__qualname__, len(optimizer.param_groups)
+            if told != mine:
+                raise DataError(
+                    f"expected {setting('optimizer')} to make what the checkpoint was made with, {_described(*told)}, "
+                    f"got {_described(*mine)}; resume with the former, or begin anew from {setting('weights')}"
+                )
             now = json.loads(
                 json.dumps(self._asked[number])
             )  # as what was saved is spelled
@@ -120,7 +129,7 @@ class Updates:
                 same = {k: v for k, v in saved.items() if asked.get(k) == before.get(k)}
                 group.update(_as_tuples(group, same))
             state = snapshot.part(str(number))
-            for index, parameter in enumerate(_parameters(optimizer)):
+            for index, parameter in enumerate(self._parameters):
                 own = state.part(str(index))
                 if not own.tensors and not own.numbers:
                     continue
@@ -179,8 +188,8 @@ def needs_closure(kind: type[Any]) -> bool:
     return any(p.default is p.empty and p.kind not in varying for p in others)
 
 
-def _parameters(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
-    return [p for group in optimizer.param_groups for p in group["params"]]
+def _described(kind: str, groups: int) -> str:
+    return f"{kind} with {groups} group{'s' if groups > 1 else ''} of parameters"
 
 
 def _groups(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:

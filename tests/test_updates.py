@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from pglpipe.errors import DataError
 from pglpipe.guided import Guided
 from pglpipe.learning import Learning
 from pglpipe.losses import Supervised
@@ -153,3 +154,39 @@ def test_options_that_are_given_stay_and_what_is_learned_goes_on() -> None:
     (group,) = now._optimizers[0].param_groups
     found = {name: group[name] for name in ("lr", "weight_decay", "learned")}
     assert found == {"lr": 0.25, "weight_decay": 0.1, "learned": 7.0}
+
+
+def two_groups(*, swapped: bool) -> Any:
+    def make(parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+        one, other = ({"params": [p]} for p in parameters)
+        groups = [other, one] if swapped else [one, other]
+        return torch.optim.SGD(groups, lr=0.5, momentum=0.5)
+
+    return make
+
+
+def moving(make: Any) -> Updates:
+    weights = [nn.Parameter(torch.zeros(())) for _ in range(2)]
+    updates = Updates(weights, learning(optimizer=make))
+    for number, weight in enumerate(weights, start=1):
+        weight.grad = torch.full((), float(number))
+    updates.apply(0, 4, guided=False)
+    return updates
+
+
+def test_what_is_remembered_of_a_parameter_follows_it_into_another_group() -> None:
+    saved = moving(two_groups(swapped=False)).snapshot()
+    then = moving(two_groups(swapped=True))
+    then.load(saved)
+    momenta = {k: float(t) for k, t in then.snapshot().tensors.items()}
+    assert momenta == {"0.0.momentum_buffer": 1.0, "0.1.momentum_buffer": 2.0}
+
+
+def test_what_another_kind_of_optimizer_remembers_is_refused() -> None:
+    saved = moving(two_groups(swapped=False)).snapshot()
+    for make, got in (
+        (torch.optim.Adam, "Adam with 1 group of"),
+        (lambda p: torch.optim.SGD(p, 0.5), "SGD with 1 group of"),
+    ):
+        with pytest.raises(DataError, match=f"SGD with 2 groups of .*, got {got}"):
+            moving(make).load(saved)
