@@ -12,6 +12,8 @@ from typing import Any, TypeGuard
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from pglpipe.snapshot import Snapshot
+
 # What some modules remembered: module, name, value.
 Buffers = list[tuple[nn.Module, str, Any]]
 
@@ -75,6 +77,60 @@ def holding(buffers: Buffers) -> Iterator[None]:
     finally:
         for owner in present:
             setattr(*owner)
+
+
+class Attributes:
+    """Tensors, numbers and flags that a module and its parts keep as plain attributes.
+
+    Those that are as they were when this was made belong to how the module was built, and not to what it has
+    learned: they are left out of snapshots.
+
+    Args:
+        module: none has no attributes.
+    """
+
+    def __init__(self, module: nn.Module | None) -> None:
+        self._module = module
+        self._built = {name: _state_of(value) for name, value in self._all()}
+
+    def snapshot(self) -> Snapshot:
+        """Those that have changed."""
+        found = Snapshot()
+        for name, value in self._all():
+            if name in self._built and _same(self._built[name], _state_of(value)):
+                continue
+            if isinstance(value, Tensor):
+                found.tensors[name] = value
+                found.numbers[f"{name}:device"] = str(value.device)
+            else:
+                found.numbers[name] = value
+        return found
+
+    def load(self, snapshot: Snapshot) -> None:
+        """Sets them to what another module's have become; those that this module lacks are left out."""
+        parts = {} if self._module is None else dict(self._module.named_modules())
+        values = snapshot.tensors | snapshot.numbers
+        for name, value in values.items():
+            owner, _, attribute = name.rpartition(".")
+            if owner in parts and ":" not in attribute:
+                if isinstance(value, Tensor):
+                    value = value.clone().to(values[f"{name}:device"])
+                setattr(parts[owner], attribute, value)
+
+    def _all(self) -> Iterator[tuple[str, Any]]:
+        for owner, part in () if self._module is None else self._module.named_modules():
+            for name, value in attributes(part):
+                yield f"{owner}.{name}", value
+
+
+def _state_of(value: Any) -> Any:
+    return (value, value._version) if isinstance(value, Tensor) else value
+
+
+def _same(built: Any, now: Any) -> bool:
+    if isinstance(built, tuple) and isinstance(now, tuple):
+        return built[0] is now[0] and bool(built[1] == now[1])
+    return type(built) is type(now) and bool(built == now)
 
 
 def _knows_its_batch(module: nn.Module) -> TypeGuard[_BatchNorm]:

@@ -147,7 +147,8 @@ class Exit:
             if self._classifies:
                 right = count_correct(self._evaluated, logits, targets)
         correct, classified = right or (None, 0)
-        known, weight = self._counted, self._weight_of(targets)
+        known = self._counted
+        weight = self._weight_of(targets, len(targets) if right is None else classified)
         before = known.correct
         self._counted = ExitCount(
             classified=known.classified + classified,
@@ -186,11 +187,16 @@ class Exit:
             return shares(self._learning.loss, parts, shape, option)
         return self._learning.local_loss.shares(parts, shape, option)
 
-    def _weight_of(self, targets: Tensor) -> float | None:
+    def _weight_of(self, targets: Tensor, counted: int) -> float | None:
+        """What the loss of a batch counts for among others.
+
+        Args:
+            counted: samples that it does not ignore, as far as that is known.
+        """
         if is_sum(self._evaluated):
             return None
         weight = weight_of(self._evaluated, targets)
-        return float(len(targets)) if weight is None else weight
+        return float(counted) if weight is None else weight
 
     def _scalar(self, loss: Any) -> Tensor:
         if not isinstance(loss, Tensor) or loss.numel() != 1:

@@ -107,18 +107,16 @@ def check_passes(
         ConfigError: says which.
     """
     if train.is_one_shot and train.length and span.epochs > 1:
-        raise ConfigError(
-            f"expected a training loader that begins anew for each of {span.epochs} epochs, got an iterator that can be "
-            "looped over once; pass a list, a DataLoader, or another object with __iter__"
-        )
+        raise _one_shot("training", f"each of {span.epochs} epochs")
     if train.is_one_shot and at.batches:
-        raise ConfigError(
-            "expected a training loader that begins anew for a run that goes on in the middle of an epoch, got an iterator "
-            "that can be looped over once; pass a list, a DataLoader, or another object with __iter__"
-        )
+        raise _one_shot("training", "a run that goes on in the middle of an epoch")
     passes_once = train.is_one_shot or span.epochs <= max(1, span.evaluate_every)
     if test is not None and test.is_one_shot and not passes_once:
-        raise ConfigError(
-            "expected an evaluation loader that begins anew for each evaluation, got an iterator that can be looped over "
-            "once; pass a list, a DataLoader, or another object with __iter__"
-        )
+        raise _one_shot("evaluation", "each evaluation")
+
+
+def _one_shot(option: str, purpose: str) -> ConfigError:
+    return ConfigError(
+        f"expected a loader that begins anew for {purpose}, got {option} batches from an object that is its own iterator, as a "
+        "generator is; pass a list, a DataLoader, or an object whose __iter__ makes a new iterator"
+    )

@@ -27,13 +27,14 @@ import torch
 from torch import Tensor, nn
 
 from pglpipe.body import Body, dense
+from pglpipe.buffers import Attributes
 from pglpipe.clipping import clip_alone, clip_with_others, norms_of
 from pglpipe.crossing import Crossing
 from pglpipe.exit import Exit, weighted
 from pglpipe.in_place import KeepsInputs
 from pglpipe.learning import Learning, compiled
 from pglpipe.reports import ExitCount
-from pglpipe.snapshot import Attributes, Snapshot, fill_module, module_snapshot
+from pglpipe.snapshot import Snapshot, fill_module, module_snapshot
 from pglpipe.updates import Updates
 from pglpipe.watch import watch
 

@@ -182,7 +182,7 @@ def test_what_changed_after_the_choice_is_noticed_by_who_reads_it(root: Path) ->
 
 def test_another_format_is_refused(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(checkpoint, "FORMAT", checkpoint.FORMAT + 1)
-    with pytest.raises(Damaged, match="expected format 3, got 2"):
+    with pytest.raises(Damaged, match="expected format 4, got 3"):
         examine(folder_of(root, 10))
 
 

@@ -141,6 +141,19 @@ def test_counts_are_those_of_all_samples_however_they_come(parts: list[int]) -> 
     assert exit.conclude() == ExitCount(0, 0, 0.0, 0.0)
 
 
+def test_samples_that_a_function_ignores_count_nothing_in_the_mean_of_batches() -> None:
+    def ignoring(outputs: Tensor, targets: Tensor) -> Tensor:
+        return nn.functional.cross_entropy(outputs, targets, ignore_index=0)
+
+    exit = made(None, loss=ignoring)
+    for output, targets in zip(OUTPUT.split(4), TARGETS.split(4), strict=True):
+        exit.count(output, targets)
+    found = exit.conclude()
+    assert found.weight == found.classified == 4
+    whole = float(ignoring(OUTPUT, TARGETS))
+    assert found.loss_sum / found.weight == pytest.approx(whole)
+
+
 INFOPRO = (5, 0.05, 0.2, 0.5), (0.5,), (0.25,)
 
 

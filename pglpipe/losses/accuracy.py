@@ -9,6 +9,8 @@ from torch import Tensor
 
 from pglpipe.losses.parts import as_cross_entropy
 
+_ASKED = 32  # outputs that nothing depends on
+
 
 def count_correct(
     loss: Callable[[Tensor, Tensor], Tensor], outputs: Tensor, targets: Tensor
@@ -18,7 +20,8 @@ def count_correct(
     Outputs ``[B, N]`` and whole numbers ``[B]`` alone do not say that the one are scores of the classes that
     the others name: a regression may have such shapes, too. So, unless the loss is PyTorch's
     cross-entropy, it is asked: where all outputs are equal, it must want the one at the target to rise, and none of the
-    others. Samples that it ignores are not counted.
+    others; and an output that nothing depends on must be that of a class, too, which it can be asked for. Samples that
+    it ignores are not counted.
 
     Returns:
         None where an accuracy has no meaning.
@@ -33,7 +36,12 @@ def count_correct(
     else:
         gradient = _gradient(loss, outputs, targets)
         counted = (gradient != 0).any(dim=1)
+        if not counted.any():
+            return 0, 0
         if not _raises_targets_alone(gradient[counted], targets[counted]):
+            return None
+        unused = (gradient == 0).all(dim=0).nonzero().flatten()[-_ASKED:]
+        if len(unused) and not _are_classes(loss, outputs, unused):
             return None
     correct = (outputs.argmax(dim=1) == targets) & counted
     return int(correct.sum()), int(counted.sum())
@@ -52,9 +60,24 @@ def _gradient(
     return found
 
 
+def _are_classes(
+    loss: Callable[[Tensor, Tensor], Tensor], outputs: Tensor, columns: Tensor
+) -> bool:
+    """Whether the numbers of these outputs can be targets; asked on the CPU, where a wrong one does no harm."""
+    like = outputs[:1].expand(len(columns), -1).cpu()
+    try:
+        gradient = _gradient(loss, like, columns.cpu())
+    except Exception:
+        return False
+    asked = gradient.nan_to_num().any(dim=1)
+    return not asked.any() or _raises_targets_alone(
+        gradient[asked], columns.cpu()[asked]
+    )
+
+
 def _raises_targets_alone(gradient: Tensor, targets: Tensor) -> bool:
     """Whether a step down the gradient ``[B, N]`` would do so for the targets ``[B]``."""
-    if not len(targets) or targets.min() < 0 or targets.max() >= gradient.shape[1]:
+    if targets.min() < 0 or targets.max() >= gradient.shape[1]:
         return False
     at_target = gradient.gather(1, targets.long().unsqueeze(1))
     others = gradient.scatter(1, targets.long().unsqueeze(1), 0.0)

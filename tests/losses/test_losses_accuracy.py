@@ -13,6 +13,7 @@ from pglpipe.losses.accuracy import count_correct
 
 OUTPUTS = torch.tensor([[3.0, 1.0], [0.0, 2.0], [5.0, 4.0], [1.0, 0.0]])
 TARGETS = torch.tensor([0, 1, 1, 0])
+BESIDE = torch.cat([OUTPUTS, torch.full((4, 1), 9.0)], dim=1)
 
 
 @pytest.mark.parametrize(
@@ -40,6 +41,7 @@ def test_a_classification_is_counted(loss: Any) -> None:
 )
 def test_ignored_samples_are_not_counted(loss: Any) -> None:
     assert count_correct(loss, OUTPUTS, TARGETS) == (2, 2)
+    assert count_correct(loss, OUTPUTS, torch.ones_like(TARGETS)) == (0, 0)
 
 
 @pytest.mark.parametrize(
@@ -63,13 +65,32 @@ def test_ignored_samples_are_not_counted(loss: Any) -> None:
             OUTPUTS,
             TARGETS,
         ),
+        (lambda o, t: F.cross_entropy(o[:, :2] * o[:, 2:].exp(), t), BESIDE, TARGETS),
+        (lambda o, t: F.nll_loss(o[:, :2].log_softmax(1), t), BESIDE, TARGETS),
         (nn.BCEWithLogitsLoss(), OUTPUTS, torch.ones(4, 2)),
         (nn.CrossEntropyLoss(), OUTPUTS, torch.full((4, 2), 0.5)),
         (nn.MSELoss(), OUTPUTS, torch.ones(4, 2)),
     ],
-    ids=["binary", "gaussian", "ordinal", "labels", "soft", "regression"],
+    ids=[
+        "binary",
+        "gaussian",
+        "ordinal",
+        "temperature",
+        "unused",
+        "labels",
+        "soft",
+        "regression",
+    ],
 )
 def test_what_is_no_classification_has_no_accuracy(
     loss: Any, outputs: Any, targets: Any
 ) -> None:
     assert count_correct(loss, outputs, targets) is None
+
+
+def test_a_class_that_no_sample_has_is_one_nevertheless() -> None:
+    def picked(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        return -outputs.gather(1, targets[:, None]).mean()
+
+    assert count_correct(picked, BESIDE, TARGETS) == (0, 4)
+    assert count_correct(picked, OUTPUTS, TARGETS * 0) == (3, 4)
