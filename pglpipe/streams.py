@@ -24,8 +24,9 @@ class Lasting(io.TextIOBase):
     """
 
     def __init__(self, stream: TextIO | None, name: str) -> None:
+        self._nowhere: TextIO | None = None
         if stream is None:
-            stream = open(os.devnull, "w", encoding="utf-8")
+            stream = self._nowhere = open(os.devnull, "w", encoding="utf-8")
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
         self._stream = stream
@@ -65,9 +66,15 @@ class Lasting(io.TextIOBase):
         """Of the stream."""
         return self._stream.fileno()
 
+    def close(self) -> None:
+        """Lets go of it; what the process was given stays open."""
+        if self._nowhere is not None:
+            self._nowhere.close()
+
     def _give_up(self, error: Exception) -> None:
         """From now on everything goes nowhere, what is still buffered too."""
-        broken, self._stream = self._stream, open(os.devnull, "w", encoding="utf-8")
+        self._nowhere = open(os.devnull, "w", encoding="utf-8")
+        broken, self._stream = self._stream, self._nowhere
         with suppress(OSError, ValueError):
             os.dup2(self._stream.fileno(), broken.fileno())
         if self._name == "stdout":

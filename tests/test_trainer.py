@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -430,3 +431,49 @@ def test_optimizers_are_the_users_own() -> None:
     two = train(2, small_resnet("resnet8"), TRAIN, optimizer=adam)
     assert len(made) == 8 and sgd is not adam
     assert one.summary.parameters_sha256 == two.summary.parameters_sha256
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_a_users_own_modules_hold_what_was_trained_on_worker_0(size: int) -> None:
+    network = nn.Sequential(
+        nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Linear(8, 3)
+    ).eval()
+    x, targets = torch.randn(4, 6), torch.tensor([0, 1, 2, 0])
+    before = network(x)
+
+    def work(world: World) -> tuple[Tensor, bool, Any]:
+        own = copy.deepcopy(network)  # as in a process of its own
+        made = trainer(world, own, num_stages=2, balance="2,2", head="0c1f")
+        made.fit([(x, targets)] * 4, epochs=2)
+        body, _ = made.weights()
+        made.close()
+        return own(x), own.training, (body, own.state_dict())
+
+    (output, training, (body, held)), *others = on_every_rank(size, work)
+    assert same(body, held) and not training
+    network.load_state_dict(body)
+    assert output.equal(network(x)) and not output.equal(before)
+    for _, training, _ in others:
+        assert not training
+
+
+@pytest.mark.parametrize("balance", ["2,3", [2, 3]])
+def test_a_head_is_asked_for_where_the_network_is_cut_and_nowhere_else(
+    balance: Any,
+) -> None:
+    shapes = set[tuple[int, ...]]()
+
+    def head(shape: tuple[int, ...]) -> nn.Module:
+        shapes.add(shape)
+        return nn.Sequential(nn.Flatten(), nn.Linear(math.prod(shape), 2))
+
+    layers = [
+        lambda: nn.Conv3d(1, 4, 3, padding=1),
+        nn.ReLU,
+        lambda: nn.AdaptiveAvgPool3d(1),
+        nn.Flatten,
+        lambda: nn.Linear(4, 2),
+    ]
+    batches = [(torch.rand(2, 1, 4, 8, 8), torch.arange(2))]
+    train(2, layers, batches, num_stages=2, balance=balance, head=head)
+    assert shapes == {(4, 4, 8, 8)}
