@@ -30,7 +30,7 @@ from pglpipe.errors import DataError, setting
 Bytes = NDArray[np.uint8]
 
 # Raised when the same files are decoded to other bytes, so that no older cache is read.
-_RULE = 2
+_RULE = 3
 
 
 def load_folder(root: Path, image_size: int) -> tuple[ImageSet, ImageSet]:
@@ -213,6 +213,8 @@ def _as_rgb(opened: Image.Image) -> Image.Image:
     if bits:
         # Pillow's own conversion cuts all values above 255.
         pixels = np.asarray(image).astype(np.uint32) * 255 // (2**bits - 1)
+        if getattr(opened, "tag_v2", {}).get(_PHOTOMETRIC) == 0:  # whose 0 is white
+            pixels = 255 - pixels
         image = Image.fromarray(pixels.astype(np.uint8))
     elif mode in _OTHER_NUMBERS:
         raise _OtherNumbers(_OTHER_NUMBERS[mode])
@@ -241,7 +243,7 @@ def _gray_bits(opened: Image.Image) -> int:
     return 16 if opened.mode == "I" and opened.format in ("PNG", "PPM") else 0
 
 
-_BITS_PER_SAMPLE, _ORIENTATION = 258, 274  # tags of TIFF and EXIF
+_BITS_PER_SAMPLE, _PHOTOMETRIC, _ORIENTATION = 258, 262, 274  # tags of TIFF and EXIF
 _TURNS: dict[object, Image.Transpose] = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,

@@ -177,9 +177,9 @@ RAMP = np.array([0, 1, 255, 256, 257, 4095, 32768, 65534, 65535], np.uint16)
 EIGHT_BITS = [0, 0, 0, 0, 1, 15, 127, 254, 255]
 
 
-def tiff(values: np.ndarray, bits: int, data: bytes) -> bytes:
-    """A TIFF of one row of gray pixels."""
-    tags = {256: len(values), 257: 1, 258: bits, 259: 1, 262: 1, 277: 1, 278: 1}
+def tiff(values: np.ndarray, bits: int, data: bytes, *, zero_is: int = 1) -> bytes:
+    """A TIFF of one row of gray pixels, where 0 is black (1) or white (0)."""
+    tags = {256: len(values), 257: 1, 258: bits, 259: 1, 262: zero_is, 277: 1, 278: 1}
     tags |= {273: 8 + 2 + 12 * 9 + 4, 279: len(data)}
     entries = b"".join(struct.pack("<HHII", t, 4, 1, tags[t]) for t in sorted(tags))
     return b"II*\0" + struct.pack("<IH", 8, 9) + entries + bytes(4) + data
@@ -205,6 +205,10 @@ def test_gray_images_of_more_than_8_bits_are_scaled_to_8(root, tmp_path):
     dozen = tmp_path / "12.tif"
     dozen.write_bytes(tiff(RAMP[:4], 12, bytes.fromhex("000fff800101")))
     assert folder.decode((dozen,), 0)[0, 0, :, 0].tolist() == [0, 255, 127, 16]
+    white = tmp_path / "white.tif"
+    white.write_bytes(tiff(RAMP, 16, RAMP.astype("<u2").tobytes(), zero_is=0))
+    inverted = [255 - value for value in EIGHT_BITS]
+    assert folder.decode((white,), 0)[0, 0, :, 0].tolist() == inverted
 
 
 def test_resizing_16_bits_comes_after_scaling_them(root):
