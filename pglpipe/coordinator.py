@@ -215,7 +215,7 @@ class Coordinator:
         if on_begin := getattr(self._observer, "on_begin", None):
             on_begin(self._at.step, span.total_steps)
         self._began = time.perf_counter() - self._at.seconds
-        for epoch in range(self._at.epoch, span.epochs):
+        for epoch in itertools.count(self._at.epoch):
             for batch in self._batches_of(reader, epoch, span):
                 yield from self._step(epoch, span, *batch)
                 self._listen()
@@ -230,7 +230,9 @@ class Coordinator:
                 )
             self._tell_of_length(reader, span)
             # Counted in steps, for a loader without a length has as many epochs as it takes.
-            is_last = self._at.step >= span.total_steps or epoch == span.epochs - 1
+            is_last = self._at.step >= span.total_steps or (
+                epoch >= span.epochs - 1 and not span.in_steps
+            )
             if test is not None and (is_last or (epoch + 1) % span.evaluate_every == 0):
                 yield from self._evaluate(test, epoch)
             if is_last and not self.ended_early:
@@ -242,8 +244,8 @@ class Coordinator:
 
     def _tell_of_length(self, reader: BatchReader, span: Span) -> None:
         """Tells once of a loader whose length is not that of its epochs."""
-        if self._at.epoch == self._resumed_epoch:
-            return  # some of it may have come in batches of another size
+        if span.in_steps or self._at.epoch == self._resumed_epoch:
+            return  # nothing depends on it, or some of it may have come in batches of another size
         found, said = self._at.batches, reader.length
         is_cut = self._at.step >= span.total_steps
         if said is None or found == said or (is_cut and found < said):

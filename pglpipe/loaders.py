@@ -47,7 +47,8 @@ def span_of(
             f"{setting('guidance_unit', 'step')}"
         )
     if steps is not None:
-        return Span(_epochs(steps, length, reader, at), steps, evaluate_every)
+        epochs = _epochs(steps, length, reader, at)
+        return Span(epochs, steps, evaluate_every, in_steps=True)
     assert epochs is not None
     if not length:
         raise ConfigError(

@@ -23,11 +23,13 @@ class Span:
         epochs: passes over the data, the last one perhaps cut short.
         total_steps: steps in all.
         evaluate_every: epochs from one evaluation to the next; the last is always evaluated.
+        in_steps: whether it was asked for in steps, which are done in however many epochs it takes.
     """
 
     epochs: int
     total_steps: int
     evaluate_every: int = 1
+    in_steps: bool = False
 
 
 @dataclass

@@ -8,6 +8,7 @@ others before anything is built.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -275,7 +276,7 @@ class Trainer:
         plan = self._session.plan(lambda: largest_batch(list(readers())))
         folder, found, at = self._session.choose(checkpoints, resume)
 
-        def span_or_error() -> list[int]:
+        def span_or_error() -> tuple[int | bool, ...]:
             reader, *tests = readers()
             span = span_of(reader, epochs, steps, self._guidance, at, evaluate_every)
             check_passes(reader, tests[0] if tests else None, span, at)
@@ -283,7 +284,7 @@ class Trainer:
             if found:
                 asked = setting("steps", steps) if steps else setting("epochs", epochs)
                 check_start(reader, span, at, found, asked)
-            return [span.epochs, span.total_steps, span.evaluate_every]
+            return dataclasses.astuple(span)
 
         span = Span(*self._session.agree(span_or_error))
         if self._session.leads:

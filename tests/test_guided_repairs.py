@@ -123,7 +123,7 @@ def test_a_final_phase_in_epochs_needs_to_know_when_they_end() -> None:
     with pytest.raises(ConfigError, match="loader with a length for a final phase"):
         span_of(BatchReader(iter(BATCHES), "training"), None, 10, guidance)
     reader = BatchReader(BATCHES, "training")
-    assert span_of(reader, None, 10, guidance) == Span(5, 10)
+    assert span_of(reader, None, 10, guidance) == Span(5, 10, in_steps=True)
 
 
 def test_all_weights_of_a_loss_are_known() -> None:

@@ -153,6 +153,7 @@ def test_a_wrong_length_is_told_once(said: int) -> None:
     with pytest.warns(PglpipeWarning, match=words) as told:
         run(1, Wrong(BATCHES), epochs=3)
     assert len(told) == 1
+    assert run(1, Wrong(BATCHES), epochs=None, steps=17).summary.steps == 17
 
 
 def test_a_sampler_for_several_readers_is_told() -> None:
