@@ -87,7 +87,8 @@ class Body:
         self._index = index
         self._seed = seed
         self._draws = Draws(layers)
-        self._backward_draws = Draws()
+        # Not in every backward: threads that are workers would take turns.
+        self._backward_draws = Draws(always=False)
         self._kept: deque[Kept] = deque()
 
     def forward(

@@ -29,7 +29,7 @@ from pglpipe import EvaluationRecord, StepRecord, Summary, Trainer
 from pglpipe.blueprint import Blueprint
 from pglpipe.layer import Layer
 from pglpipe.models import build
-from pglpipe.partition import HeadBuilder, activations, analyse
+from pglpipe.partition import HeadBuilder, activations, analyse, check_cut
 from pglpipe.placing import head_builder, head_skeletons
 from pglpipe.transport import World
 
@@ -224,20 +224,21 @@ def plan_quickly(patch: pytest.MonkeyPatch, *, foretells: bool = True) -> None:
     patch.setattr("pglpipe.plan.analyse", remembered(analyse))
     patch.setattr("pglpipe.plan.activations", remembered(activations))
     patch.setattr("pglpipe.plan.head_builder", named_builder)
+    patch.setattr("pglpipe.plan.check_cut", check_cut_once)
     if not foretells:
         patch.setattr("pglpipe.plan._foretold", nothing_foretold)
         # Where nothing is worked out with them, they are looked at alone.
         patch.setattr("pglpipe.plan.head_skeletons", remembered_heads)
+        patch.setattr("pglpipe.plan.check_apart", lambda *given: None)
         patch.setattr(Layer, "skeleton", remembered_skeleton)
 
 
 def remembered(compute: Callable[..., Any]) -> Callable[..., Any]:
-    """The same function for layers, a batch and a head, told apart by names, shapes and what heads say."""
+    """The same function for layers, a batch and a head, told apart by what they are made of, shapes and what heads say."""
 
     def look_up(layers: list[Layer], sample: Tensor, *head: Any) -> Any:
-        names = tuple(layer.name for layer in layers)
         told = [getattr(h, "key", None) if callable(h) else tuple(h) for h in head]
-        key = (compute.__name__, names, sample.shape, sample.dtype, *told)
+        key = (compute.__name__, made_of(layers), sample.shape, sample.dtype, *told)
         if key not in _analysed:
             _analysed[key] = compute(layers, sample, *head)
         return _analysed[key]
@@ -245,15 +246,34 @@ def remembered(compute: Callable[..., Any]) -> Callable[..., Any]:
     return look_up
 
 
+def check_cut_once(layers: list[Layer], balance: list[int]) -> None:
+    """Builders that say what they are made of make it anew each time."""
+    if not all(isinstance(layer.build, partial) for layer in layers):
+        check_cut(layers, balance)
+
+
+def made_of(layers: Sequence[Layer]) -> tuple[Any, ...]:
+    """What tells a chain from others."""
+    return tuple((layer.name, *_made_of(layer.build)) for layer in layers)
+
+
+def _made_of(build: Callable[[], nn.Module]) -> tuple[Any, ...]:
+    if isinstance(build, partial):
+        return build.func, build.args, *build.keywords.items()
+    with torch.device("meta"):
+        module = build()
+    return repr(module), *((n, p.shape) for n, p in module.named_parameters())
+
+
 def named_builder(
     blueprint: Blueprint, sample: Any, output: Tensor, balance: Sequence[int] = ()
 ) -> HeadBuilder:
     """The usual one, and what its heads depend on but for their places."""
     build = head_builder(blueprint, sample, output, balance)
-    names = tuple(layer.name for layer in blueprint.layers)
+    made = made_of(blueprint.layers)
     loss = blueprint.learning.local_loss
     trained = type(loss), repr(vars(loss))
-    key = names, blueprint.head, trained, tuple(sample.x.shape[1:]), tuple(balance)
+    key = made, blueprint.head, trained, tuple(sample.x.shape[1:]), tuple(balance)
     build.key = key  # type: ignore[attr-defined]
     return build
 
@@ -275,7 +295,7 @@ def remembered_skeleton(layer: Layer) -> nn.Module:
     build = layer.build
     if not isinstance(build, partial):
         return _skeleton(layer)
-    key = "layer", build.func, build.args, *build.keywords.items()
+    key = "layer", *_made_of(build)
     if key not in _analysed:
         _analysed[key] = _skeleton(layer)
     found: nn.Module = _analysed[key]

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from pglpipe.errors import PartitionError, setting
 from pglpipe.layer import Layer
 from pglpipe.partition.cost import LayerCost
-from pglpipe.seeding import generators_kept
 
 
 def slices(balance: Sequence[int]) -> list[slice]:
@@ -90,12 +89,15 @@ def check_heads(heads: Sequence[Callable[[], nn.Module]]) -> None:
 
 def held(build: Callable[[], nn.Module]) -> Iterator[tuple[str, Tensor]]:
     """Parameters and buffers, with their names, that were there before the module was built."""
-    with torch.device("meta"), generators_kept():
-        module, again = build(), build()
-    known = {id(tensor) for tensor in chain(again.parameters(), again.buffers())}
-    for name, tensor in chain(module.named_parameters(), module.named_buffers()):
-        if id(tensor) in known:
-            yield name, tensor
+    with torch.device("meta"):
+        named = _tensors(build())
+        if not all(tensor.is_meta for tensor in named.values()):
+            again = {id(tensor) for tensor in _tensors(build()).values()}
+            yield from ((n, t) for n, t in named.items() if id(t) in again)
+
+
+def _tensors(module: nn.Module) -> dict[str, Tensor]:
+    return dict(chain(module.named_parameters(), module.named_buffers()))
 
 
 def merged(balance: Sequence[int], first: int, last: int) -> list[int]:
