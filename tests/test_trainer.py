@@ -17,6 +17,7 @@ from worlds import (
     image_batches,
     on_every_rank,
     outcomes,
+    plan_quickly,
     same,
     sgd,
     small_resnet,
@@ -33,7 +34,13 @@ from pglpipe.transport import World
 
 TRAIN, TEST = image_batches(8, 8, 5), image_batches(8, 8, 7)
 BALANCE = "1,2,1,1"
+planned_quickly = pytest.mark.usefixtures("quick_plans")
 CUT = [1, 2, 1, 1]
+
+
+@pytest.fixture
+def quick_plans(monkeypatch: pytest.MonkeyPatch) -> None:
+    plan_quickly(monkeypatch, foretells=False)
 
 
 def run(size: int = 1, **options: Any) -> Trained:
@@ -74,6 +81,7 @@ def exit_of(trained: Trained, index: int, x: Tensor) -> Tensor:
     return logits
 
 
+@planned_quickly
 @pytest.mark.parametrize("size", [1, 2])
 def test_an_evaluation_is_the_exact_mean_of_every_exit_over_a_ragged_set(
     size: int,
@@ -91,6 +99,7 @@ def test_an_evaluation_is_the_exact_mean_of_every_exit_over_a_ragged_set(
     )
 
 
+@planned_quickly
 @pytest.mark.parametrize("size", [1, 2])
 @pytest.mark.parametrize("name", ["model.pt", "model.safetensors"])
 def test_an_export_is_the_uncut_network(tmp_path: Path, name: str, size: int) -> None:
@@ -120,6 +129,7 @@ def test_an_export_is_the_uncut_network(tmp_path: Path, name: str, size: int) ->
     assert losses == [total / sum(len(targets) for _, targets in TEST)] * size
 
 
+@planned_quickly
 def test_weights_are_the_same_from_1_2_and_4_workers() -> None:
     alone = run(1)
     for size in (2, 4):
@@ -129,6 +139,7 @@ def test_weights_are_the_same_from_1_2_and_4_workers() -> None:
         assert all(same(got.heads[stage], alone.heads[stage]) for stage in range(3))
 
 
+@planned_quickly
 def test_weights_that_were_saved_are_where_the_next_run_begins(tmp_path: Path) -> None:
     def save(world: World) -> None:
         made = trainer(world, small_resnet("resnet8"))
@@ -155,6 +166,7 @@ def test_weights_that_were_saved_are_where_the_next_run_begins(tmp_path: Path) -
     )
 
 
+@planned_quickly
 def test_observers_hear_every_step_and_evaluation_in_order() -> None:
     trained = run(2, epochs=3, guidance=Guidance(period=4, warmup=1))
     steps = trained.records.steps
@@ -180,6 +192,7 @@ def test_observers_hear_every_step_and_evaluation_in_order() -> None:
     assert summary.workers[1]["bytes_sent_backward"] > 0
 
 
+@planned_quickly
 def test_local_steps_send_nothing_back() -> None:
     def work(world: World) -> Any:
         made = trainer(world, small_resnet("resnet8"), guidance=pglpipe.NEVER)
@@ -191,6 +204,7 @@ def test_local_steps_send_nothing_back() -> None:
     assert [w["bytes_sent_backward"] for w in summary.workers] == [0, 0]
 
 
+@planned_quickly
 @pytest.mark.parametrize(("steps", "seen"), [(1, [8]), (4, [8, 8, 5, 8])])
 def test_a_run_can_be_counted_in_steps(steps: int, seen: list[int]) -> None:
     trained = run(1, steps=steps)
@@ -198,6 +212,7 @@ def test_a_run_can_be_counted_in_steps(steps: int, seen: list[int]) -> None:
     assert len(trained.records.evaluations) == -(-steps // 3)
 
 
+@planned_quickly
 def test_steps_need_no_length_of_the_loader() -> None:
     class Endless:
         def __iter__(self) -> Iterator[Batch]:
@@ -210,6 +225,7 @@ def test_steps_need_no_length_of_the_loader() -> None:
     assert trained.summary.parameters_sha256 == expected
 
 
+@planned_quickly
 def test_a_loader_or_its_sampler_is_told_the_epoch() -> None:
     class Told(list[Batch]):
         epochs: list[int] = []
@@ -224,6 +240,7 @@ def test_a_loader_or_its_sampler_is_told_the_epoch() -> None:
     assert loader.epochs == sampler.epochs == [0, 1, 2]
 
 
+@planned_quickly
 def test_the_learning_rate_sees_every_step_and_their_number() -> None:
     asked: list[tuple[int, int]] = []
 
@@ -399,6 +416,7 @@ def test_weights_of_another_network_are_refused_by_their_path(tmp_path: Path) ->
     assert str(path) in str(raised.value)
 
 
+@planned_quickly
 @pytest.mark.parametrize("size", [1, 2])
 def test_weights_of_a_wrapped_network_are_read_and_it_is_said_once(
     size: int, tmp_path: Path
@@ -421,6 +439,7 @@ def test_weights_of_a_wrapped_network_are_read_and_it_is_said_once(
     assert same(body, trained)
 
 
+@planned_quickly
 def test_optimizers_are_the_users_own() -> None:
     made: list[torch.optim.Optimizer] = []
 
@@ -434,6 +453,7 @@ def test_optimizers_are_the_users_own() -> None:
     assert one.summary.parameters_sha256 == two.summary.parameters_sha256
 
 
+@planned_quickly
 @pytest.mark.parametrize("size", [1, 2])
 def test_a_users_own_modules_hold_what_was_trained_on_worker_0(size: int) -> None:
     network = nn.Sequential(

@@ -28,6 +28,7 @@ from torch.distributed import HashStore
 from pglpipe import EvaluationRecord, StepRecord, Summary, Trainer
 from pglpipe.blueprint import Blueprint
 from pglpipe.layer import Layer
+from pglpipe.losses import LocalLoss
 from pglpipe.models import build
 from pglpipe.partition import HeadBuilder, activations, analyse, check_cut
 from pglpipe.placing import head_builder, head_skeletons
@@ -272,10 +273,18 @@ def named_builder(
     build = head_builder(blueprint, sample, output, balance)
     made = made_of(blueprint.layers)
     loss = blueprint.learning.local_loss
-    trained = type(loss), repr(vars(loss))
+    trained = spelled(loss)
     key = made, blueprint.head, trained, tuple(sample.x.shape[1:]), tuple(balance)
     build.key = key  # type: ignore[attr-defined]
     return build
+
+
+def spelled(value: Any) -> str:
+    """What an object is made of, without where it happens to be in memory."""
+    if isinstance(value, LocalLoss):
+        parts = {name: spelled(part) for name, part in vars(value).items()}
+        return f"{type(value).__name__} {parts}"
+    return repr(value)
 
 
 def remembered_heads(
