@@ -34,10 +34,10 @@ def count_correct(
     if known is not None:
         counted = targets != known.ignore_index
     else:
-        gradient = _gradient(loss, outputs, targets)
+        value, gradient = _gradient(loss, outputs, targets)
         counted = (gradient != 0).any(dim=1)
-        if not counted.any():
-            return 0, 0
+        if not counted.any():  # all are ignored, or nothing says what they are
+            return None if value.isfinite() and value != 0 else (0, 0)
         if not _raises_targets_alone(gradient[counted], targets[counted]):
             return None
         unused = (gradient == 0).all(dim=0).nonzero().flatten()[-_ASKED:]
@@ -49,15 +49,15 @@ def count_correct(
 
 def _gradient(
     loss: Callable[[Tensor, Tensor], Tensor], outputs: Tensor, targets: Tensor
-) -> Tensor:
-    """Of the loss, where all outputs are equal (and may be probabilities): ``[B, N]``."""
+) -> tuple[Tensor, Tensor]:
+    """The loss where all outputs are equal (and may be probabilities), and its gradient ``[B, N]``."""
     leaf = torch.full_like(outputs, 0.5).requires_grad_()
     with torch.enable_grad():
         value = loss(leaf * 1, targets.clone())
     if not value.requires_grad:
-        return torch.zeros_like(leaf)
+        return value, torch.zeros_like(leaf)
     (found,) = torch.autograd.grad(value, leaf, materialize_grads=True)
-    return found
+    return value.detach(), found
 
 
 def _are_classes(
@@ -66,7 +66,7 @@ def _are_classes(
     """Whether the numbers of these outputs can be targets; asked on the CPU, where a wrong one does no harm."""
     like = outputs[:1].expand(len(columns), -1).cpu()
     try:
-        gradient = _gradient(loss, like, columns.cpu())
+        _, gradient = _gradient(loss, like, columns.cpu())
     except Exception:
         return False
     asked = gradient.nan_to_num().any(dim=1)

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -36,7 +37,7 @@ def shares(
     """The share of each part.
 
     PyTorch's losses say what they are. Of any other function the gradients for random outputs are
-    compared: a part's must be those of the whole batch times one factor, whatever the outputs are.
+    compared: a part's must be those of the whole batch times one factor, whether the outputs are good or bad.
 
     Args:
         loss: ``(outputs, targets) -> scalar``.
@@ -58,16 +59,23 @@ def shares(
         return [1.0] * len(parts)
     try:
         try:
-            first, second = _probe(loss, parts, shape, torch.float64)
+            probes = _probe(loss, parts, shape, torch.float64)
         except Exception:  # such as one with weights in float32
-            first, second = _probe(loss, parts, shape, torch.float32)
+            probes = _probe(loss, parts, shape, torch.float32)
     except Exception as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise _refusal(option, f"that of a part cannot be computed: {reason}") from None
-    for one, other in zip(first, second, strict=True):
-        if one is None or other is None or abs(one - other) > _TOLERANCE * abs(one):
-            raise _refusal(option, "those of its parts do not add up to it")
-    return [share for share in first if share is not None]
+    first, *_ = probes
+    if not all(_agree(first, shares) for shares in probes):
+        raise _refusal(option, "those of its parts do not add up to it")
+    return first
+
+
+def _agree(first: Sequence[float], other: Sequence[float | None]) -> bool:
+    return all(
+        share is None or abs(one - share) <= _TOLERANCE * abs(one)
+        for one, share in zip(first, other, strict=True)
+    )
 
 
 def weight_of(loss: Any, targets: Tensor) -> float | None:
@@ -82,76 +90,95 @@ def weight_of(loss: Any, targets: Tensor) -> float | None:
     weighs = as_cross_entropy(loss)
     if weighs is None or targets.is_floating_point():
         return float(len(targets))
-    counted = targets[targets != weighs.ignore_index]
+    counted = targets[targets != weighs.ignore_index].long()
     if weighs.weight is None:
         return float(counted.numel())
     return float(weighs.weight.to(counted.device)[counted].sum(dtype=torch.float64))
 
 
 def is_known(loss: Any) -> bool:
-    """Whether it is one of PyTorch's own losses, as a module or as a function."""
+    """Whether it is one of PyTorch's own losses, as a module or as a function, with or without its options."""
+    if isinstance(loss, partial) and not loss.args:
+        loss = loss.func
     of_class = type(loss).__module__ == nn.modules.loss.__name__
     return of_class or getattr(loss, "__module__", "") == F.__name__
 
 
 def is_sum(loss: Any) -> bool:
     """Whether it is one of PyTorch's losses, and adds up samples instead of averaging them."""
+    if isinstance(loss, partial):
+        return is_known(loss) and loss.keywords.get("reduction") == "sum"
     return is_known(loss) and getattr(loss, "reduction", "mean") == "sum"
 
 
 def as_cross_entropy(loss: Any) -> nn.CrossEntropyLoss | nn.NLLLoss | None:
     """The loss as a module, if it is PyTorch's cross-entropy in one of its forms."""
-    if loss is F.cross_entropy or loss is F.nll_loss:
-        return nn.CrossEntropyLoss()
+    options = loss.keywords if isinstance(loss, partial) and not loss.args else {}
+    function = loss.func if options else loss
+    if function is F.cross_entropy or function is F.nll_loss:
+        return nn.CrossEntropyLoss(**options)
     is_own = is_known(loss) and isinstance(loss, (nn.CrossEntropyLoss, nn.NLLLoss))
     return loss if is_own else None
 
 
 def _probe(
     loss: Any, parts: Sequence[Tensor], shape: Sequence[int], dtype: torch.dtype
-) -> tuple[list[float | None], list[float | None]]:
-    """Shares by two sets of outputs."""
-    return (
-        _probed(loss, parts, shape, dtype, even=True),
-        _probed(loss, parts, shape, dtype, even=False),
-    )
+) -> tuple[list[float], list[float | None], list[float | None]]:
+    """Shares by three sets of outputs; None for a part of which one says nothing.
 
-
-def _probed(
-    loss: Any,
-    parts: Sequence[Tensor],
-    shape: Sequence[int],
-    dtype: torch.dtype,
-    *,
-    even: bool,
-) -> list[float | None]:
-    """Shares by the gradients for one set of outputs; None for a part that has none.
-
-    The outputs lie between 0 and 1, so that they may be probabilities as well.
-
-    Args:
-        even: whether the outputs of all parts are of the same size.
+    Those of the first two lie between 0 and 1, so that they may be probabilities as well. In the third the loss of
+    every other part is small, and those of the others are large: there a function of a mean is no mean.
     """
     targets = torch.cat(list(parts))
     generator = torch.Generator().manual_seed(0)
-    outputs = 0.25 + 0.5 * torch.rand(len(targets), *shape, generator=generator)
-    if not even:
-        ramp = torch.linspace(0.3, 1.0, len(targets))
-        outputs = outputs * ramp.reshape(-1, *[1] * len(shape))
-    outputs = outputs.to(targets.device, dtype)
+    even = 0.25 + 0.5 * torch.rand(len(targets), *shape, generator=generator)
+    ramp = torch.linspace(0.3, 1.0, len(targets)).reshape(-1, *[1] * len(shape))
+    first = _probed(loss, parts, even.to(targets.device, dtype))
+    second = _probed(loss, parts, (even * ramp).to(targets.device, dtype))
+    whole = [0.0 if share is None else share for share in first]
+    try:
+        third = _probed(loss, parts, _unequal(parts, even).to(dtype))
+    except Exception:  # it takes probabilities alone, or is no number
+        third = [None] * len(parts)
+    return whole, second, third
+
+
+def _unequal(parts: Sequence[Tensor], outputs: Tensor) -> Tensor:
+    """Outputs ``[B, ...]`` that are right for every other part, and wrong for the others."""
+    targets = torch.cat(list(parts))
+    is_right = torch.cat([torch.full((len(p),), i % 2) for i, p in enumerate(parts)])
+    outputs = outputs.to(targets.device)
+    by_sample = is_right.to(targets.device).reshape(-1, *[1] * (outputs.ndim - 1))
+    if outputs.shape == targets.shape:
+        return targets + outputs * (8 - 7.9 * by_sample)
+    is_class = not targets.is_floating_point() and targets.ndim == outputs.ndim - 1
+    if is_class and 0 <= targets.min() and targets.max() < outputs.shape[1]:
+        at_target = F.one_hot(targets.long(), outputs.shape[1]).movedim(-1, 1)
+        return outputs + at_target * (16 * by_sample - 8)
+    return (outputs - 0.5) * (32 - 31 * by_sample)
+
+
+def _probed(loss: Any, parts: Sequence[Tensor], outputs: Tensor) -> list[float | None]:
+    """Shares by the gradients for one set of outputs; None for a part that has none.
+
+    NaN for a part whose gradient is not, but for a factor, that of the whole batch.
+    """
+    targets = torch.cat(list(parts))
     whole = _gradient(loss, outputs, targets)
+    if not whole.isfinite().all():
+        raise ArithmeticError("its gradient is not finite")
     sizes = [len(part) for part in parts]
     found: list[float | None] = []
     for expected, piece, part in zip(
         torch.split(whole, sizes), torch.split(outputs, sizes), parts, strict=True
     ):
-        if not expected.any():
-            found.append(0.0)
-            continue
         own = _gradient(loss, piece, part)
+        if not expected.any() and not own.nan_to_num().any():
+            found.append(None)
+            continue
         share = float((expected * own).sum() / (own * own).sum())
         off = (expected - share * own).norm() / expected.norm()
-        found.append(share if off <= _TOLERANCE else None)
+        found.append(share if off <= _TOLERANCE else math.nan)
     return found
 
 

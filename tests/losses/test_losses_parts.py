@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pglpipe.errors import ConfigError
-from pglpipe.losses.parts import shares, weight_of
+from pglpipe.losses.parts import is_sum, shares, weight_of
 
 WEIGHTS = torch.tensor([1.0, 1.0, 1.0, 20.0])
 TARGETS = torch.tensor([0, 3, 1, 2, 3, 3, 0])
@@ -77,8 +78,11 @@ def test_class_probabilities_are_averaged_over_samples() -> None:
         lambda o, t: (o - F.one_hot(t, 4)).pow(2).mean().sqrt(),
         lambda o, t: F.cross_entropy(o @ o.T, torch.arange(len(o))),
         lambda o, t: 1 - (o[:, 0] * t).sum() / (o[:, 0].sum() + t.sum()),
+        lambda o, t: (F.cross_entropy(o, t) - 1.0).abs() + 1.0,
+        lambda o, t: F.cross_entropy(o, t).clamp(max=2.0),
+        lambda o, t: F.cross_entropy(o, t, reduction="none").topk(3).values.mean(),
     ],
-    ids=["root", "contrast", "dice"],
+    ids=["root", "contrast", "dice", "flooding", "clamped", "hardest"],
 )
 def test_what_does_not_add_up_is_refused(loss: Any) -> None:
     with pytest.raises(
@@ -91,6 +95,10 @@ def test_a_batch_weighs_as_much_as_its_targets_do() -> None:
     assert weight_of(nn.CrossEntropyLoss(), TARGETS) == 7
     assert weight_of(nn.CrossEntropyLoss(weight=WEIGHTS), TARGETS) == 64
     assert weight_of(nn.CrossEntropyLoss(ignore_index=3), TARGETS) == 4
+    assert weight_of(nn.CrossEntropyLoss(weight=WEIGHTS), TARGETS.to(torch.uint8)) == 64
+    assert weight_of(partial(F.cross_entropy, ignore_index=3), TARGETS) == 4
+    assert weight_of(partial(F.cross_entropy, reduction="sum"), TARGETS) is None
+    assert is_sum(partial(F.cross_entropy, reduction="sum"))
     assert weight_of(nn.MSELoss(), torch.randn(5, 2)) == 5
     assert weight_of(nn.MSELoss(reduction="sum"), torch.randn(5, 2)) is None
     assert weight_of(lambda o, t: o.sum(), TARGETS) is None
