@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from pglpipe.buffers import copied, remembered
 from pglpipe.commands import Command, kind_of
 from pglpipe.errors import ConfigError, PglpipeError, setting
+from pglpipe.losses.state import Remembered
 from pglpipe.seeding import generators, set_generators
 from pglpipe.stage import Stage
 
@@ -38,6 +39,8 @@ class Trial:
         self._on_gpu = (
             torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None  # type: ignore[no-untyped-call]
         )
+        # What the losses can reach, as it is after the first step, in which some make what they keep.
+        self._reached: dict[str, Remembered] = {}
         self._remembered: list[tuple[nn.Module, str, Any, Any]] = []
         for stage in stages:
             stage.checks = True
@@ -49,7 +52,13 @@ class Trial:
 
     @torch.no_grad()
     def end(self) -> None:
-        """Leaves the stages as they were."""
+        """Leaves the stages as they were.
+
+        Raises:
+            ConfigError: a loss can reach what was changed meanwhile.
+        """
+        for option, reached in self._reached.items():
+            reached.check(setting(option))
         for stage in self._stages:
             stage.zero_grad()
             stage.checks = False
@@ -71,6 +80,10 @@ class Trial:
         self._most = max(self._most, samples)
         try:
             yield
+            if not self._reached:
+                learning = self._stages[0].learning
+                for option in ("loss", "local_loss"):
+                    self._reached[option] = Remembered(getattr(learning, option))
         except Exception as error:
             if isinstance(error, PglpipeError) or samples == self._most:
                 raise

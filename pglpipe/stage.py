@@ -51,6 +51,7 @@ class Stage:
         place: where its head stands among the heads, from 0 to 1.
 
     Attributes:
+        learning: how it learns.
         crossing: what it does with gradients from elsewhere.
         watch: looks at its loss and gradients.
         attributes: what the body's modules remember beside parameters and buffers.
@@ -68,7 +69,7 @@ class Stage:
         self.index = index
         self.body = body
         self.head = head
-        self._learning = learning
+        self.learning = learning
         self._updates = Updates(self.parameters(), learning, index)
         first = next(iter(self.tensors()), None)
         self._device = torch.device("cpu") if first is None else first.device
@@ -249,7 +250,7 @@ class Stage:
 
     def clip_alone(self) -> None:
         """Limits the norm of this stage's gradient."""
-        clip_alone(self._modules(), self._learning.clip_norm)
+        clip_alone(self._modules(), self.learning.clip_norm)
 
     def _learn_part(self) -> Tensor:
         """Adds the gradient of what was kept first; returns its share of the local loss."""
@@ -275,7 +276,7 @@ class Stage:
 
     def clip(self, total_norm: Tensor) -> None:
         """Scales the gradients by what the norm of the whole network's is; a head's alone."""
-        clip_with_others(self.body, self.head, self._learning.clip_norm, total_norm)
+        clip_with_others(self.body, self.head, self.learning.clip_norm, total_norm)
 
     # -- checkpoints ------------------------------------------------------------------
 
@@ -325,7 +326,7 @@ class Stage:
             self.watch.begin(step)
 
     def _in_precision(self, run: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-        with self._learning.autocast(self._device):
+        with self.learning.autocast(self._device):
             return run(x)
 
     def _modules(self) -> list[nn.Module]:

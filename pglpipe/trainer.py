@@ -35,7 +35,7 @@ from pglpipe.learning import (
 from pglpipe.learning_rate import LearningRate, check_schedule, constant
 from pglpipe.loaders import check_passes, check_start, largest_batch, span_of
 from pglpipe.losses import LocalLoss, Loss
-from pglpipe.losses.state import check_untrained
+from pglpipe.losses.state import check_reaches_no_layer, check_untrained
 from pglpipe.memory import MemorySettings
 from pglpipe.metrics import Summary
 from pglpipe.models import as_layers
@@ -156,8 +156,10 @@ class Trainer:
         on_device = devices.pick(str(device), world.local_rank)
         if overlap_stages:
             check_device(on_device)
-        check_untrained(loss, "loss")
-        check_untrained(local_loss, "local_loss")
+        held = HeldModules(chain := as_layers(layers))
+        for each, option in ((loss, "loss"), (local_loss, "local_loss")):
+            check_untrained(each, option)
+            check_reaches_no_layer(each, held.modules, option)
         learning = Learning(
             loss=placed(loss, on_device),
             local_loss=placed_locally(local_loss or loss, on_device),
@@ -182,7 +184,7 @@ class Trainer:
             compare_every=compare_every,
         )
         blueprint = Blueprint(
-            layers=as_layers(layers),
+            layers=chain,
             num_stages=num_stages,
             head=head,
             balance=(
@@ -208,7 +210,7 @@ class Trainer:
         self._idle = partial(idle, guidance, num_stages, refresh_every, compare_every)
         self._guidance, self._fitted = guidance, False
         self._sanity_check, self._learning_rate = sanity_check, learning_rate
-        self._held = HeldModules(blueprint.layers)
+        self._held = held
         self._readers: dict[int, BatchReader] = {}
 
     # -- what a user calls, on every worker alike -------------------------------------

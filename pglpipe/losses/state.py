@@ -6,13 +6,15 @@ must not learn, count or average: the numbers would depend on who calls it.
 
 from __future__ import annotations
 
+import dis
 import itertools
 import operator
 import pickle
 import types
-from collections.abc import Iterator, Mapping
+from collections import deque
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from torch import Tensor, nn
@@ -49,13 +51,44 @@ def untrained(what: str) -> ConfigError:
     )
 
 
+def check_reaches_no_layer(
+    loss: Any, layers: Collection[nn.Module], option: str
+) -> None:
+    """Refuses a loss that looks into layers, which may be on another worker.
+
+    Args:
+        layers: all modules of the network that exist already.
+        option: whose value the loss is, for messages.
+
+    Raises:
+        ConfigError: names the layer as the loss does.
+    """
+    own = {id(layer) for layer in layers}
+    for name, value in _values(loss):
+        if id(value) in own:
+            raise ConfigError(
+                f"expected {option} to depend on outputs and targets alone, but its {name!r} is a layer of the network, "
+                "which may be on another worker; have the last layer put out what the loss needs"
+            )
+
+
 class Remembered:
-    """What a loss remembers at a moment: numbers, versions of tensors, states of generators and iterators."""
+    """What a loss can reach at a moment: numbers, versions of tensors, states of generators and iterators."""
 
     def __init__(self, loss: Any) -> None:
         self._loss = loss
         # Held, so that no other tensor can be taken for one of these.
         self._values = {name: _known(value) for name, value in _values(loss)}
+
+    def changed(self) -> str:
+        """The name of what is something else now; empty if nothing is."""
+        now = {name: _known(value) for name, value in _values(self._loss)}
+        for name in [*self._values, *now]:
+            if name not in now or name not in self._values:
+                return name
+            if not _same(self._values[name], now[name]):
+                return name
+        return ""
 
     def check(self, option: str) -> None:
         """Refuses a loss that remembers something else now.
@@ -63,14 +96,12 @@ class Remembered:
         Raises:
             ConfigError: names it.
         """
-        now = dict(_values(self._loss))
-        for name, before in self._values.items():
-            if name not in now or not _same(before, _known(now[name])):
-                raise ConfigError(
-                    f"expected {option} to remember nothing from one call to the next, but its {name!r} changes: "
-                    "every stage calls it, and no checkpoint holds it; compute it from outputs and targets, and draw "
-                    "from the generators of torch, numpy or random, which are seeded for it"
-                )
+        if name := self.changed():
+            raise ConfigError(
+                f"expected {option} to remember nothing from one call to the next, but its {name!r} changes: "
+                "every stage calls it, and no checkpoint holds it; compute it from outputs and targets, and draw "
+                "from the generators of torch, numpy or random, which are seeded for it"
+            )
 
 
 def _known(value: Any) -> Any:
@@ -83,7 +114,7 @@ def _known(value: Any) -> Any:
         return state.tolist() if isinstance(state, Tensor) else pickle.dumps(state)
     if isinstance(value, Iterator):
         return repr(value), operator.length_hint(value, -1)
-    return value
+    return id(value) if isinstance(value, nn.Module) else value
 
 
 def _same(before: Any, now: Any) -> bool:
@@ -97,41 +128,115 @@ def _values(loss: Any) -> Iterator[tuple[str, Any]]:
 
 
 def _walk(value: Any, name: str, depth: int) -> Iterator[tuple[str, Any]]:
-    """What may change of what can be reached, each with the name of its place."""
+    """What may change of what can be reached, and modules, each with the name of its place."""
     if isinstance(value, (Tensor, np.ndarray, Iterator, *GENERATORS, *_SIMPLE)):
         yield name or "value", value
         return
+    if isinstance(value, _Used):
+        module = value.holder
+    else:
+        module = value
+    if isinstance(module, nn.Module):
+        yield name or "value", module
     if depth == 0 or isinstance(value, (type, types.ModuleType)):
         return
     for key, part in _parts(value).items():
         yield from _walk(part, f"{name}.{key}" if name else key, depth - 1)
 
 
+class _Used(NamedTuple):
+    """An object of which some attributes alone are used."""
+
+    holder: Any
+    names: Sequence[str]
+
+
 def _parts(value: Any) -> dict[str, Any]:
-    if isinstance(value, nn.Module):
-        own = {k: v for k, v in vars(value).items() if not k.startswith("_")}
-        return {
-            **dict(value.named_parameters()),
-            **dict(value.named_buffers()),
-            **{name: part for name, part in value.named_children()},
-            **own,
-        }
+    if isinstance(value, _Used):
+        return {name: _attribute(value.holder, name) for name in value.names}
     if isinstance(value, partial):
         return {"func": value.func, "args": value.args, "keywords": value.keywords}
-    if isinstance(value, types.MethodType):
-        return {"self": value.__self__, "func": value.__func__}
-    if isinstance(value, (types.BuiltinMethodType, types.MethodWrapperType)):
+    if isinstance(value, types.MethodType) and _is_written(value):
+        names = value.__func__.__code__.co_names
+        return _parts(value.__func__) | _used(value.__self__, names)
+    if isinstance(value, _BOUND):
         return {"self": value.__self__}
     if isinstance(value, types.FunctionType):
         code, beyond = value.__code__, value.__globals__
         cells = zip(code.co_freevars, value.__closure__ or (), strict=True)
         held = {name: cell.cell_contents for name, cell in cells if _is_filled(cell)}
-        return {name: beyond[name] for name in code.co_names if name in beyond} | held
+        asked = {name: beyond[name] for name in _globals_of(code) if name in beyond}
+        return {
+            name: _narrowed(part, code.co_names)
+            for name, part in (asked | held).items()
+        }
     if isinstance(value, Mapping):
         return {str(key): part for key, part in value.items()}
-    if isinstance(value, (list, tuple)):
+    if isinstance(value, (list, tuple, deque, set, frozenset)):
         return {str(index): part for index, part in enumerate(value)}
-    return dict(getattr(value, "__dict__", {}))
+    return _attributes(value)
+
+
+def _attributes(value: Any) -> dict[str, Any]:
+    """Of an object, and what its class and the functions of its class refer to."""
+    found = dict(getattr(value, "__dict__", {}))
+    if isinstance(value, nn.Module):
+        found = {k: v for k, v in found.items() if k not in _OF_ANY_MODULE}
+        found |= value._parameters | value._buffers | value._modules
+    for kind in type(value).__mro__:
+        if kind.__module__.partition(".")[0] in ("torch", "builtins", "pglpipe"):
+            break
+        for name, part in vars(kind).items():
+            is_special = name.startswith("__") and name != "__call__"
+            if isinstance(part, types.FunctionType):
+                if not is_special:
+                    found.setdefault(name, part)
+            elif not is_special and not hasattr(part, "__get__"):
+                found.setdefault(name, part)
+    return found
+
+
+def _attribute(holder: Any, name: str) -> Any:
+    found = _attributes(holder).get(name)
+    return (
+        types.MethodType(found, holder)
+        if isinstance(found, types.FunctionType)
+        else found
+    )
+
+
+def _used(holder: Any, names: Sequence[str]) -> dict[str, Any]:
+    """Those attributes of an object that a function's code names."""
+    own = _attributes(holder)
+    return {name: _attribute(holder, name) for name in names if name in own}
+
+
+def _narrowed(value: Any, names: Sequence[str]) -> Any:
+    """The object, or of one whose attributes the code names, those alone."""
+    if isinstance(value, (types.FunctionType, types.MethodType, Mapping, partial)):
+        return value
+    if isinstance(value, (list, tuple, deque, type, types.ModuleType)):
+        return value
+    if isinstance(value, (Tensor, np.ndarray, Iterator, *GENERATORS, *_SIMPLE)):
+        return value
+    used = _used(value, names)
+    return _Used(value, list(used)) if used else value
+
+
+def _is_written(method: types.MethodType) -> bool:
+    return isinstance(method.__func__, types.FunctionType)
+
+
+def _globals_of(code: types.CodeType) -> set[str]:
+    return {
+        step.argval
+        for step in dis.get_instructions(code)
+        if step.opname == "LOAD_GLOBAL"
+    }
+
+
+_BOUND = types.MethodType, types.BuiltinMethodType, types.MethodWrapperType
+_OF_ANY_MODULE = frozenset(vars(nn.Module()))
 
 
 def _is_filled(cell: types.CellType) -> bool:

@@ -64,6 +64,11 @@ class HeldModules:
     def __bool__(self) -> bool:
         return bool(self._modules)
 
+    @property
+    def modules(self) -> list[nn.Module]:
+        """All of them, and their parts."""
+        return list(self._training)
+
     def fill(self, tensors: Mapping[str, Tensor]) -> None:
         """Copies the network's tensors, by name, into the modules."""
         for name, module in self._modules.items():
