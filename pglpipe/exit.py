@@ -83,7 +83,7 @@ class Exit:
             self._option = "loss" if own else "local_loss"
         self._loss = KeepsInputs(self._loss, f"the {setting(self._option)}")
         self._evaluate = KeepsInputs(self._evaluate, f"the {setting(self._option)}")
-        self._draws = Draws(head, always=head is not None)
+        self._draws = Draws(head)
         self._parts: Sequence[Tensor] = ()
         self._shares: list[float] = []
         self._counted = _NOTHING

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from pglpipe.seeding import derive, seeded
+from pglpipe.seeding import Draws, derive
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Layer:
 
 def initialize(layer: Layer, index: int, seed: int) -> nn.Module:
     """Builds layer ``index`` with weights that depend on the index and the seed alone."""
-    with seeded(derive(seed, "layer", index)):
+    with Draws().seeded(derive(seed, "layer", index)):
         return layer.build()
 
 

@@ -16,14 +16,14 @@ LearningRate = Callable[[int, int], float]
 
 
 def check_schedule(schedule: LearningRate, total_steps: int) -> None:
-    """Asks for the first, the middle and the last step, twice.
+    """Asks for the factors of up to a thousand steps, the last one among them, twice.
 
     Raises:
-        ConfigError: it gives no number, or another one the second time.
+        ConfigError: it gives no finite number of at least 0, or another one the second time.
     """
     name = setting("learning_rate")
     with generators_kept():
-        for step in (0, total_steps // 2, total_steps - 1):
+        for step in {*range(0, total_steps, 1 + total_steps // 1000), total_steps - 1}:
             try:
                 first, second = (float(schedule(step, total_steps)) for _ in range(2))
             except Exception as error:
@@ -32,6 +32,10 @@ def check_schedule(schedule: LearningRate, total_steps: int) -> None:
                     f"expected a number from {name} for step {step} of {total_steps}, got {reason}; give a function "
                     "(step, total_steps) -> factor"
                 ) from error
+            if not 0 <= first < math.inf:
+                raise ConfigError(
+                    f"expected a finite factor of at least 0 from {name} for step {step} of {total_steps}, got {first:g}"
+                )
             if first != second:
                 raise ConfigError(
                     f"expected {name} to depend on step and total_steps alone, but for step {step} of {total_steps} it "

@@ -4,26 +4,27 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from pglpipe import state
 from pglpipe.blueprint import Blueprint, Sample
 from pglpipe.checkpoint import Manifest, read_stage
 from pglpipe.duty import Duty
-from pglpipe.errors import DataError, WorkerError, warn
+from pglpipe.errors import ConfigError, DataError, WorkerError, warn
 from pglpipe.guided import place_of
 from pglpipe.layer import initialize
 from pglpipe.partition import slices
 from pglpipe.plan import Plan
 from pglpipe.reports import Report
-from pglpipe.seeding import derive, seeded
+from pglpipe.seeding import Draws, derive
 from pglpipe.snapshot import Snapshot, fill_module, module_snapshot
 from pglpipe.stage import Stage
+from pglpipe.state import StateLayout
 from pglpipe.timetable import parts_of
 from pglpipe.transport import FIRST_SECONDS, EdgePlan, Edges, World, payload_bytes
 from pglpipe.windows import crossing
@@ -132,9 +133,10 @@ def _stage(index: int, blueprint: Blueprint, plan: Plan, batch: int) -> Stage:
     head = None
     if index < len(plan.balance) - 1:
         activation = plan.activations[index]
-        with seeded(derive(learning.seed, "head", index)):
+        with Draws().seeded(derive(learning.seed, "head", index)):
             made = plan.head(tuple(activation.shape[1:]), part.stop - 1)
             head = made.to(activation.dtype)
+    _check_layout(StateLayout.of(body, head), plan.layouts[index], index)
     if blueprint.weights is not None:
         names = [layer.name for layer in blueprint.layers]
         _load(blueprint.weights, index, body, head, names)
@@ -147,6 +149,25 @@ def _stage(index: int, blueprint: Blueprint, plan: Plan, batch: int) -> Stage:
         partial(parts_of, most=plan.memory.local_microbatches, batch=batch),
         place_of(index, len(plan.balance)),
     )
+
+
+def _check_layout(built: StateLayout, planned: StateLayout, stage: int) -> None:
+    """Refuses a stage whose builders make something else each time they are called."""
+    for part, mine, others in (
+        ("layers", built.body, planned.body),
+        ("head", built.head, planned.head),
+    ):
+        now, before = _shapes(mine), _shapes(others)
+        for name in [*before, *now]:
+            if before.get(name) != now.get(name):
+                raise ConfigError(
+                    f"expected the {part} of stage {stage} to be the same whenever they are built, but {name!r} has shape "
+                    f"{now.get(name)}, and had {before.get(name)} before; have what builds them neither count nor draw"
+                )
+
+
+def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
 
 
 def _load(

@@ -183,6 +183,13 @@ class BatchReader:
             raise ConfigError(
                 f"expected a loader of batches for {option}, got {type(loader).__name__}; {remedy}"
             )
+        if option == "evaluation" and isinstance(
+            loader, (itertools.cycle, itertools.repeat)
+        ):
+            raise ConfigError(
+                f"expected a loader of test batches that ends, got itertools.{type(loader).__name__}; pass what it goes "
+                "round"
+            )
         for holder in (loader, getattr(loader, "batch_sampler", None)):
             sampler = getattr(holder, "sampler", None)
             if isinstance(sampler, DistributedSampler) and sampler.num_replicas > 1:
@@ -216,7 +223,7 @@ def _as_tensor(part: Any) -> Tensor:
     """What is no tensor yet as one; an array that runs backwards, as one that was flipped, is copied."""
     if isinstance(part, np.ndarray) and min(part.strides, default=0) < 0:
         part = part.copy()
-    return torch.as_tensor(part)
+    return torch.as_tensor(part).detach()
 
 
 def _described(item: Any) -> str:

@@ -37,6 +37,7 @@ class Updates:
         self._stage = stage
         self._draws = Draws()
         self._was_guided: bool | None = None
+        self._goes_on = False
         self._optimizers: list[torch.optim.Optimizer] = []
         if parameters:
             count = 2 if learning.guided.optimizer == "separate" else 1
@@ -66,11 +67,30 @@ class Updates:
         factor = self._learning.learning_rate(step, total_steps)
         if guided:
             factor *= self._learning.guided.lr_scale
-        for group in optimizer.param_groups:
-            group["lr"] = group["initial_lr"] * factor
+        rates = [group["initial_lr"] * factor for group in optimizer.param_groups]
+        for group, rate in zip(optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate
         seed = derive(self._learning.seed, "update", self._stage, step)
         with self._draws.seeded(seed):
+            self._step(optimizer)
+        if any(
+            g["lr"] != r for g, r in zip(optimizer.param_groups, rates, strict=True)
+        ):
+            raise ConfigError(
+                f"expected {setting('optimizer')} to leave its learning rate, which {setting('learning_rate')} sets before "
+                "every step, but its step changes it; say there what a scheduler would do"
+            )
+
+    def _step(self, optimizer: torch.optim.Optimizer) -> None:
+        try:
             optimizer.step()
+        except KeyError as error:
+            if not self._goes_on:
+                raise
+            raise ConfigError(
+                f"expected the checkpoint to hold {error} of every parameter, which {setting('optimizer')} needs with the "
+                "options that it has now; resume with those that it had"
+            ) from error
 
     # -- checkpoints ------------------------------------------------------------------
 
@@ -103,7 +123,7 @@ class Updates:
         Raises:
             DataError: the others were not as many, of another kind, or with other groups of parameters.
         """
-        self._was_guided = snapshot.numbers["was_guided"]
+        self._was_guided, self._goes_on = snapshot.numbers["was_guided"], True
         expected = {f"{number}.groups" for number, _ in enumerate(self._optimizers)}
         groups = {key for key in snapshot.numbers if key.endswith(".groups")}
         if expected != groups:
@@ -147,7 +167,7 @@ def make_optimizer(
     """The optimizer of a stage, from what the user has given.
 
     Raises:
-        ConfigError: the user's function fails, or returns something else.
+        ConfigError: the user's function fails, or returns something else, or something else each time.
     """
     name = setting("optimizer")
     try:
@@ -173,6 +193,17 @@ def make_optimizer(
         raise ConfigError(
             f"expected {name} to return an optimizer with a learning rate 'lr' in each of its groups, got "
             f"{described(made)} without; choose another, such as torch.optim.SGD"
+        )
+    own = {id(parameter) for parameter in parameters}
+    if any(id(p) not in own for group in made.param_groups for p in group["params"]):
+        raise ConfigError(
+            f"expected {name} to make an optimizer of the parameters that it is given, those of a stage, got one of others; "
+            f"pass {OPTIMIZER_EXAMPLE}"
+        )
+    if repr(_groups(made)) != repr(_groups(factory(parameters))):
+        raise ConfigError(
+            f"expected {name} to make the same optimizer of the same parameters, got other options the second time; every "
+            "worker asks it for its stages, so have it neither count nor draw"
         )
     return made
 

@@ -62,8 +62,11 @@ class Watch:
         # The largest of no numbers is not defined.
         self._named = [(name, p) for name, p in named if p.numel()]
         self._skips, self._defers = skips, defers
-        self._zero = torch.zeros((), device=device)
-        self._found, self._one = torch.zeros(()), torch.ones(())
+        self._zero = torch.zeros((), device=device, dtype=torch.float32)
+        single = torch.float32  # whatever the default type is
+        self._found, self._one = torch.zeros((), dtype=single), torch.ones(
+            (), dtype=single
+        )
         self._figures: dict[tuple[str, int], Tensor] = {}
         # Looked up anew each time: a module may exchange its buffers.
         self._buffers = [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterable
 from typing import Any
@@ -10,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from pglpipe.errors import DataError
+from pglpipe.errors import ConfigError, DataError
 from pglpipe.guided import Guided
 from pglpipe.learning import Learning
 from pglpipe.losses import Supervised
@@ -106,7 +107,9 @@ def test_groups_keep_the_proportion_of_their_learning_rates() -> None:
     updates = Updates(weights, learning(optimizer=two_groups, guided=guided))
     for step in range(4):
         updates.apply(step, 4, guided=step % 2 == 1)
-    assert [group["lr"] for group in groups] == pytest.approx([1.0, 0.1, 0.5, 0.05])
+    # Each is made twice, to see whether both are alike; the first one is used.
+    used = [*groups[:2], *groups[4:6]]
+    assert [group["lr"] for group in used] == pytest.approx([1.0, 0.1, 0.5, 0.05])
 
 
 def test_gradients_are_forgotten_whoever_is_in_charge() -> None:
@@ -190,3 +193,42 @@ def test_what_another_kind_of_optimizer_remembers_is_refused() -> None:
     ):
         with pytest.raises(DataError, match=f"SGD with 2 groups of .*, got {got}"):
             moving(make).load(saved)
+
+
+def counting() -> Any:
+    turns = itertools.count(1)
+    return lambda parameters: torch.optim.SGD(parameters, lr=1 / next(turns))
+
+
+def with_scheduler(parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+    made = torch.optim.SGD(parameters, lr=0.5)
+    scheduler = torch.optim.lr_scheduler.StepLR(made, 1)
+    made.register_step_post_hook(lambda *_: scheduler.step())
+    return made
+
+
+def of_another(parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+    return torch.optim.SGD([*parameters, nn.Parameter(torch.zeros(()))], lr=0.5)
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (counting(), "got other options the second time"),
+        (of_another, "the parameters that it is given"),
+        (with_scheduler, "learning_rate sets before every step"),
+    ],
+)
+def test_an_optimizer_that_follows_rules_of_its_own_is_refused(
+    make: Any, words: str
+) -> None:
+    with pytest.raises(ConfigError, match=words):
+        moving(make)
+
+
+def test_what_new_options_miss_in_a_checkpoint_is_named() -> None:
+    saved = moving(torch.optim.Adam).snapshot()
+    then = moving(lambda parameters: torch.optim.Adam(parameters, amsgrad=True))
+    then.load(saved)
+    with pytest.raises(ConfigError, match="to hold 'max_exp_avg_sq' of every param"):
+        then.apply(1, 4, guided=False)

@@ -114,6 +114,7 @@ def as_layers(chain: object) -> list[Layer]:
 
 def _items(chain: object) -> list[tuple[str, object]]:
     if isinstance(chain, nn.Sequential):
+        _check_container(chain)
         # Not named_children(), which leaves out the second place of a module that occurs twice.
         return list(chain._modules.items())
     if isinstance(chain, Sequence) and not isinstance(chain, str):
@@ -121,6 +122,22 @@ def _items(chain: object) -> list[tuple[str, object]]:
     raise ConfigError(
         f"expected {ACCEPTED}, got {type(chain).__name__}; give the layers in their order"
     )
+
+
+def _check_container(chain: nn.Sequential) -> None:
+    """Refuses a container that does more than to run its children, which alone are taken."""
+    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks")
+    more = {
+        "a forward of its own": type(chain).forward is not nn.Sequential.forward,
+        "parameters or buffers of its own": chain._parameters or chain._buffers,
+        "hooks": any(getattr(chain, name) for name in hooks),
+    }
+    for what, has in more.items():
+        if has:
+            raise ConfigError(
+                f"expected an nn.Sequential that runs its children one after another, got {type(chain).__name__} with "
+                f"{what}; give {ACCEPTED}, each of which may be a module with whatever it needs"
+            )
 
 
 def _layer(name: str, item: object) -> Layer:
