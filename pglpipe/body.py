@@ -115,6 +115,7 @@ class Body:
                 self._check_repeats(x, output, step, microbatch, again)
             if not recompute:
                 self._check_owners(output, x)
+                self._check_learns(output)
         held = Held(x), kept, Held(targets)
         seen = None if image is None else Held(image)
         self._kept.append(Kept(*held, step, microbatch, share, buffers, seen))
@@ -162,6 +163,16 @@ class Body:
         own = {id(parameter) for parameter in self._layers.parameters()}
         if (leaf := foreign_leaf(output, own, x)) is not None:
             raise untrained(f"{name_of(leaf, None)} in stage {self._index}")
+
+    def _check_learns(self, output: Tensor) -> None:
+        """Refuses layers to none of which a gradient gets."""
+        trains = any(p.requires_grad for p in self._layers.parameters())
+        if trains and not output.requires_grad:
+            raise ConfigError(
+                f"expected the output of stage {self._index} to depend on its parameters, but no gradient gets to them; "
+                "give torch.utils.checkpoint use_reentrant=False, and detach nothing, or freeze them with "
+                "requires_grad_(False)"
+            )
 
     def _check_repeats(
         self, x: Tensor, output: Tensor, step: int, microbatch: int, buffers: Buffers

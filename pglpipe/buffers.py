@@ -5,10 +5,13 @@ That is their buffers, and tensors, numbers and flags that are plain attributes.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import copy
+from collections import deque
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, TypeGuard
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -45,15 +48,56 @@ def remembered(module: nn.Module) -> Iterator[tuple[str, Any]]:
 
 
 def attributes(module: nn.Module) -> Iterator[tuple[str, Any]]:
-    """Names and values of the tensors, numbers and flags that are plain attributes of one module."""
+    """Names and values of the plain attributes of one module that hold tensors, numbers or flags.
+
+    Alone, or in a dict, a list or a deque.
+    """
     for name, value in vars(module).items():
-        if isinstance(value, (Tensor, int, float)) and name != "training":
+        if name not in _OF_ANY_MODULE and (_is_plain(value) or _holds_plain(value)):
             yield name, value
 
 
 def copied(value: Any) -> Any:
     """The value, of which nothing is shared that can change."""
-    return value.detach().clone() if isinstance(value, Tensor) else value
+    if isinstance(value, Tensor):
+        return value.detach().clone()
+    if isinstance(value, dict):
+        return type(value)((key, copied(part)) for key, part in value.items())
+    if isinstance(value, _ROWS):
+        same = copy.copy(value)
+        same.clear()
+        same.extend(map(copied, value))
+        return same
+    return value
+
+
+@torch.no_grad()
+def restore(module: nn.Module, name: str, present: Any, before: Any) -> None:
+    """Has an attribute be what it was, and hold what a copy from then holds."""
+    if isinstance(present, Tensor):
+        present.copy_(before)
+    elif isinstance(present, dict):
+        present.clear()
+        present.update(before)
+    elif isinstance(present, _ROWS):
+        present.clear()
+        present.extend(before)
+    setattr(module, name, present)
+
+
+def _is_plain(value: Any) -> bool:
+    is_simple = value is None or isinstance(value, (Tensor, int, float))
+    return is_simple and not isinstance(value, nn.Parameter)
+
+
+def _holds_plain(value: Any) -> bool:
+    if isinstance(value, dict):
+        return all(map(_is_plain, value.values()))
+    return isinstance(value, _ROWS) and all(map(_is_plain, value))
+
+
+_ROWS = (list, deque)
+_OF_ANY_MODULE = frozenset(vars(nn.Module()))
 
 
 def copies_of(layers: nn.Module) -> Buffers:
@@ -99,23 +143,17 @@ class Attributes:
         for name, value in self._all():
             if name in self._built and _same(self._built[name], _state_of(value)):
                 continue
-            if isinstance(value, Tensor):
-                found.tensors[name] = value
-                found.numbers[f"{name}:device"] = str(value.device)
-            else:
-                found.numbers[name] = value
+            found.numbers[name] = _taken_apart(name, value, found.tensors)
         return found
 
     def load(self, snapshot: Snapshot) -> None:
         """Sets them to what another module's have become; those that this module lacks are left out."""
         parts = {} if self._module is None else dict(self._module.named_modules())
-        values = snapshot.tensors | snapshot.numbers
-        for name, value in values.items():
+        for name, value in snapshot.numbers.items():
             owner, _, attribute = name.rpartition(".")
             if owner in parts and ":" not in attribute:
-                if isinstance(value, Tensor):
-                    value = value.clone().to(values[f"{name}:device"])
-                setattr(parts[owner], attribute, value)
+                put = _put_together(value, snapshot.tensors)
+                setattr(parts[owner], attribute, put)
 
     def _all(self) -> Iterator[tuple[str, Any]]:
         for owner, part in () if self._module is None else self._module.named_modules():
@@ -123,13 +161,58 @@ class Attributes:
                 yield f"{owner}.{name}", value
 
 
+def _taken_apart(name: str, value: Any, tensors: dict[str, Tensor]) -> Any:
+    """What JSON can hold of a value, whose tensors are put among the others."""
+    if isinstance(value, Tensor):
+        tensors[name] = value
+        return {"tensor": name, "device": str(value.device)}
+    if isinstance(value, dict):
+        parts = enumerate(value.items())
+        return {
+            "dict": [
+                [key, _taken_apart(f"{name}:{index}", part, tensors)]
+                for index, (key, part) in parts
+            ]
+        }
+    if isinstance(value, _ROWS):
+        row = [
+            _taken_apart(f"{name}:{i}", part, tensors) for i, part in enumerate(value)
+        ]
+        longest = value.maxlen if isinstance(value, deque) else None
+        return {type(value).__name__: row, "longest": longest}
+    return value
+
+
+def _put_together(value: Any, tensors: Mapping[str, Tensor]) -> Any:
+    match value:
+        case {"tensor": name, "device": device}:
+            return tensors[name].clone().to(device)
+        case {"dict": pairs}:
+            return {key: _put_together(part, tensors) for key, part in pairs}
+        case {"list": parts}:
+            return [_put_together(part, tensors) for part in parts]
+        case {"deque": parts, "longest": longest}:
+            return deque((_put_together(part, tensors) for part in parts), longest)
+    return value
+
+
 def _state_of(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _state_of(part) for key, part in value.items()}
+    if isinstance(value, _ROWS):
+        return [_state_of(part) for part in value]
     return (value, value._version) if isinstance(value, Tensor) else value
 
 
 def _same(built: Any, now: Any) -> bool:
     if isinstance(built, tuple) and isinstance(now, tuple):
         return built[0] is now[0] and bool(built[1] == now[1])
+    if isinstance(built, dict) and isinstance(now, dict):
+        return built.keys() == now.keys() and all(
+            _same(part, now[key]) for key, part in built.items()
+        )
+    if isinstance(built, list) and isinstance(now, list):
+        return len(built) == len(now) and all(map(_same, built, now))
     return type(built) is type(now) and bool(built == now)
 
 

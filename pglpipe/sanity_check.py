@@ -19,9 +19,9 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from pglpipe.buffers import copied, remembered
+from pglpipe.buffers import copied, remembered, restore
 from pglpipe.commands import Command, kind_of
 from pglpipe.errors import ConfigError, PglpipeError, setting
 from pglpipe.losses.state import Remembered
@@ -50,7 +50,6 @@ class Trial:
                 for name, value in remembered(module)
             ]
 
-    @torch.no_grad()
     def end(self) -> None:
         """Leaves the stages as they were.
 
@@ -62,10 +61,8 @@ class Trial:
         for stage in self._stages:
             stage.zero_grad()
             stage.checks = False
-        for module, name, present, before in self._remembered:
-            if isinstance(present, Tensor):
-                present.copy_(before)
-            setattr(module, name, present)
+        for remembered_one in self._remembered:
+            restore(*remembered_one)
         set_generators(self._generators)
         if self._on_gpu is not None:
             torch.cuda.set_rng_state(self._on_gpu)

@@ -35,7 +35,7 @@ from pglpipe.learning import (
 from pglpipe.learning_rate import LearningRate, check_schedule, constant
 from pglpipe.loaders import check_passes, check_start, largest_batch, span_of
 from pglpipe.losses import LocalLoss, Loss
-from pglpipe.losses.state import check_reaches_no_layer, check_untrained
+from pglpipe.losses.state import Remembered, check_reaches_no_layer, check_untrained
 from pglpipe.memory import MemorySettings
 from pglpipe.metrics import Summary
 from pglpipe.models import as_layers
@@ -210,6 +210,11 @@ class Trainer:
         self._idle = partial(idle, guidance, num_stages, refresh_every, compare_every)
         self._guidance, self._fitted = guidance, False
         self._sanity_check, self._learning_rate = sanity_check, learning_rate
+        self._asked = {
+            "loss": loss,
+            "local_loss": local_loss,
+            "learning_rate": learning_rate,
+        }
         self._held = held
         self._readers: dict[int, BatchReader] = {}
 
@@ -305,7 +310,14 @@ class Trainer:
             test = tests[0] if tests else None
             return coordinator.fit(reader, span, test, checks=self._sanity_check)
 
+        before = {option: Remembered(value) for option, value in self._asked.items()}
         summary = self._session.drive(begin)
+        for option, remembered in before.items():
+            if name := remembered.changed():
+                warn(
+                    f"{name!r} of {option} has changed while the run went on, on this worker: what was learned depends on "
+                    "how many workers there are; have nothing change what others read, observers included"
+                )
         self._fill_held_modules()
         return summary
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import torch
 from torch import nn
 
@@ -81,3 +83,12 @@ def test_a_skeleton_has_no_values_in_plain_attributes_either() -> None:
     skeleton = Layer("shifts", lambda: held).skeleton()
     assert skeleton(torch.empty(2, 3, device="meta")).shape == (2, 3)
     assert held.shift.device.type == "cpu"
+
+
+def test_a_layer_whose_weight_is_computed_has_a_skeleton() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        normed = nn.utils.weight_norm(nn.Linear(3, 4))
+    skeleton = Layer("normed", lambda: normed).skeleton()
+    assert skeleton(torch.empty(2, 3, device="meta")).shape == (2, 4)
+    assert not normed.weight_v.is_meta

@@ -7,7 +7,7 @@ import shutil
 import threading
 import time
 import warnings
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -447,19 +447,25 @@ def test_another_cut_keeps_the_bodies_and_says_what_begins_anew(
 
 
 class Wanes(nn.Module):
-    """Divides by how often it was called and subtracts a running mean, both plain attributes."""
+    """Divides by how often it was called and subtracts running means, which it keeps in many ways."""
 
     def __init__(self) -> None:
         super().__init__()
         self.calls = 0
         self.mean: Tensor | None = None
+        self.kept: dict[str, Tensor] = {}
+        self.last: deque[float] = deque(maxlen=2)
 
     def forward(self, x: Tensor) -> Tensor:
         if not x.is_meta and self.training:
             self.calls += 1
             now = x.detach().mean(dim=0)
             self.mean = now if self.mean is None else 0.9 * self.mean + 0.1 * now
-        return x / (1 + self.calls) - (0.0 if self.mean is None else self.mean)
+            self.kept["mean"] = 0.5 * (self.kept.get("mean", now) + now)
+            self.last.append(float(now.sum()))
+        if self.mean is None:
+            return x
+        return x / (1 + self.calls) - self.mean - self.kept["mean"] + sum(self.last)
 
 
 def test_what_layers_keep_as_plain_attributes_goes_on(

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import math
+import random
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -499,3 +502,27 @@ def test_a_head_is_asked_for_where_the_network_is_cut_and_nowhere_else(
     batches = [(torch.rand(2, 1, 4, 8, 8), torch.arange(2))]
     train(2, layers, batches, num_stages=2, balance=balance, head=head)
     assert shapes == {(4, 4, 8, 8)}
+
+
+def test_a_head_that_is_another_one_each_time_is_refused() -> None:
+    widths = itertools.count(4)
+
+    def head(shape: tuple[int, ...]) -> nn.Module:
+        between = next(widths)
+        return nn.Sequential(nn.Linear(8, between), nn.Linear(between, 3))
+
+    layers = [lambda: nn.Linear(6, 8), lambda: nn.Linear(8, 3)]
+    batches = [(torch.randn(4, 6), torch.tensor([0, 1, 2, 0]))]
+    with pytest.raises(UserError, match="the head of stage 0 to be the same whenever"):
+        train(1, layers, batches, num_stages=2, balance="1,1", head=head)
+
+
+def test_what_builders_draw_from_other_generators_is_seeded_too() -> None:
+    def build() -> nn.Module:
+        layer = nn.Linear(6, 3)
+        nn.init.constant_(layer.bias, random.random() + float(np.random.rand()))
+        return layer
+
+    batches = [(torch.randn(4, 6), torch.tensor([0, 1, 2, 0]))]
+    bodies = [train(1, [build], batches, num_stages=1).body for _ in range(2)]
+    assert same(*bodies) and bodies[0]["0.bias"].unique().numel() == 3

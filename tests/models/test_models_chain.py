@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from pglpipe.errors import ConfigError, PartitionError
 from pglpipe.layer import Layer, assemble
@@ -86,3 +88,35 @@ def test_names_that_a_state_dict_could_not_tell_apart_are_refused(
 ) -> None:
     with pytest.raises(ConfigError, match=message):
         as_layers([Layer(name, nn.ReLU) for name in names])
+
+
+class Twice(nn.Sequential):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(super().forward(x))
+
+
+def with_scale() -> nn.Sequential:
+    chain = nn.Sequential(nn.Linear(4, 4))
+    chain.register_parameter("scale", nn.Parameter(torch.ones(())))
+    return chain
+
+
+def with_hook() -> nn.Sequential:
+    chain = nn.Sequential(nn.Linear(4, 4))
+    chain.register_forward_pre_hook(lambda module, given: (given[0] * 2,))
+    return chain
+
+
+@pytest.mark.parametrize(
+    ("make", "what"),
+    [
+        (lambda: Twice(nn.Linear(4, 4)), "Twice with a forward of its own"),
+        (with_scale, "Sequential with parameters or buffers of its own"),
+        (with_hook, "Sequential with hooks"),
+    ],
+)
+def test_a_container_that_does_more_than_run_its_children_is_refused(
+    make: Callable[[], nn.Sequential], what: str
+) -> None:
+    with pytest.raises(ConfigError, match=what):
+        as_layers(make())
