@@ -100,6 +100,8 @@ class Stage:
     @checks.setter
     def checks(self, value: bool) -> None:
         self._exit.checks = self._runs.checks = value
+        if value:
+            self._updates.check()
 
     @property
     def total_steps(self) -> int:

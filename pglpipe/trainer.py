@@ -313,7 +313,9 @@ class Trainer:
         before = {option: Remembered(value) for option, value in self._asked.items()}
         summary = self._session.drive(begin)
         for option, remembered in before.items():
-            if name := remembered.changed():
+            if name := remembered.changed(
+                more=False
+            ):  # some keep a list of what they were asked
                 warn(
                     f"{name!r} of {option} has changed while the run went on, on this worker: what was learned depends on "
                     "how many workers there are; have nothing change what others read, observers included"

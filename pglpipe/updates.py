@@ -50,6 +50,21 @@ class Updates:
         # As they were asked for; some optimizers keep what they learn among them.
         self._asked = [_groups(optimizer) for optimizer in self._optimizers]
 
+    def check(self) -> None:
+        """Refuses a function that makes another optimizer each time.
+
+        Raises:
+            ConfigError: it does.
+        """
+        for optimizer, asked in zip(self._optimizers[:1], self._asked, strict=False):
+            again = self._learning.optimizer(self._parameters)
+            same = type(again) is type(optimizer)
+            if not same or repr(_as_made(_groups(again))) != repr(_as_made(asked)):
+                raise ConfigError(
+                    f"expected {setting('optimizer')} to make the same optimizer of the same parameters, got other options "
+                    "the second time; every worker asks it for its stages, so have it neither count nor draw"
+                )
+
     def zero_grad(self) -> None:
         """Forgets the gradients of the last step."""
         for optimizer in self._optimizers[:1]:  # all of them have the same parameters
@@ -167,7 +182,7 @@ def make_optimizer(
     """The optimizer of a stage, from what the user has given.
 
     Raises:
-        ConfigError: the user's function fails, or returns something else, or something else each time.
+        ConfigError: the user's function fails, or returns something else.
     """
     name = setting("optimizer")
     try:
@@ -200,11 +215,6 @@ def make_optimizer(
             f"expected {name} to make an optimizer of the parameters that it is given, those of a stage, got one of others; "
             f"pass {OPTIMIZER_EXAMPLE}"
         )
-    if repr(_groups(made)) != repr(_groups(factory(parameters))):
-        raise ConfigError(
-            f"expected {name} to make the same optimizer of the same parameters, got other options the second time; every "
-            "worker asks it for its stages, so have it neither count nor draw"
-        )
     return made
 
 
@@ -217,6 +227,10 @@ def needs_closure(kind: type[Any]) -> bool:
     _, *others = given  # without self
     varying = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
     return any(p.default is p.empty and p.kind not in varying for p in others)
+
+
+def _as_made(groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [{k: v for k, v in group.items() if k != "initial_lr"} for group in groups]
 
 
 def _described(kind: str, groups: int) -> str:

@@ -12,6 +12,7 @@ import json
 import math
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -55,15 +56,15 @@ class Spoils(nn.Module):
     def __init__(self, at: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(1))
-        # In a list, so that runs that only look, and those of an earlier batch, count as well.
-        self.left = [at + 1]
+        # Where nobody restores it, so that runs that only look, and those of an earlier batch, count as well.
+        self.state = SimpleNamespace(left=at + 1)
 
     def forward(self, x: Tensor) -> Tensor:
         y = x * self.weight
         if y.device.type != "meta" and self.training and y.requires_grad:
-            if self.left[0] == 0:
+            if self.state.left == 0:
                 y.register_hook(lambda gradient: gradient * math.nan)  # type: ignore[no-untyped-call]
-            self.left[0] -= 1
+            self.state.left -= 1
         return y
 
 

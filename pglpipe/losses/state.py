@@ -80,15 +80,17 @@ class Remembered:
         # Held, so that no other tensor can be taken for one of these.
         self._values = {name: _known(value) for name, value in _values(loss)}
 
-    def changed(self) -> str:
-        """The name of what is something else now; empty if nothing is."""
+    def changed(self, *, more: bool = True) -> str:
+        """The name of what is something else now; empty if nothing is.
+
+        Args:
+            more: whether what was not there before counts, too.
+        """
         now = {name: _known(value) for name, value in _values(self._loss)}
-        for name in [*self._values, *now]:
-            if name not in now or name not in self._values:
+        for name, before in self._values.items():
+            if name not in now or not _same(before, now[name]):
                 return name
-            if not _same(self._values[name], now[name]):
-                return name
-        return ""
+        return next((name for name in now if more and name not in self._values), "")
 
     def check(self, option: str) -> None:
         """Refuses a loss that remembers something else now.
