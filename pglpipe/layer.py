@@ -31,28 +31,28 @@ class Layer:
     name: str
     build: Callable[[], nn.Module]
 
+    def copied(self) -> nn.Module:
+        """The layer as a copy of its own, for ``build`` may hand out a module that the user holds."""
+        module = self.build()
+        # PyTorch copies no tensors that were computed of parameters, as those of weight_norm.
+        computed = {
+            id(value): value.detach().clone()
+            for part in module.modules()
+            for value in vars(part).values()
+            if isinstance(value, Tensor) and not value.is_leaf
+        }
+        return copy.deepcopy(module, dict[int, object](computed))
+
     def skeleton(self) -> nn.Module:
         """The layer on the meta device: shapes, but neither memory nor values."""
         with torch.device("meta"):
-            # A copy, because ``build`` may hand out a module that the user holds.
-            module = _copied(self.build()).to("meta")
+            module = self.copied().to("meta")
         # PyTorch moves parameters and buffers, and not tensors that are plain attributes.
         for part in module.modules():
             for name, value in list(vars(part).items()):
                 if isinstance(value, Tensor):
                     setattr(part, name, value.to("meta"))
         return module
-
-
-def _copied(module: nn.Module) -> nn.Module:
-    """A copy; of tensors that were computed of parameters, as by weight_norm, PyTorch itself makes none."""
-    known = {
-        id(value): value.detach().clone()
-        for part in module.modules()
-        for value in vars(part).values()
-        if isinstance(value, Tensor) and not value.is_leaf
-    }
-    return copy.deepcopy(module, dict[int, object](known))
 
 
 def initialize(layer: Layer, index: int, seed: int) -> nn.Module:

@@ -1,16 +1,18 @@
 """What each layer, and the head that could be put after it, costs.
 
 Shapes, multiply-adds and bytes are worked out on the meta device, where tensors have a shape
-but no values: that takes milliseconds, and no data or BatchNorm buffer is touched. Seconds
-are measured elsewhere (:mod:`pglpipe.partition.timing`).
+but no values: that takes milliseconds, and no data or BatchNorm buffer is touched. A layer that cannot
+be run there, because it looks at values or makes tensors on the CPU, is run as a copy on the CPU, on random
+numbers, for two samples if the batch is large. Seconds are measured elsewhere (:mod:`pglpipe.partition.timing`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from itertools import chain
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +20,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from pglpipe.errors import PartitionError, UserError
 from pglpipe.layer import Layer
+from pglpipe.seeding import seeded
+
+R = TypeVar("R")
+_LARGE = 2**20  # numbers in a batch
 
 # From the shape of one sample's activation, and the number of the layer that it comes from.
 HeadBuilder = Callable[[tuple[int, ...], int], nn.Module]
@@ -109,9 +115,9 @@ def activations(layers: Sequence[Layer], sample: Tensor) -> list[Tensor]:
     x, outputs = sample.to("meta"), []
     with torch.no_grad():
         for layer in layers:
-            with _blaming(layer.name, f"cannot take a batch of shape {tuple(x.shape)}"):
-                output = layer.skeleton().train()(x)
-            x = _one_tensor(output, layer.name, len(x))
+            _, given, output = _run(layer, x, lambda module, given: module(given))
+            output = _one_tensor(output, layer.name, len(given))
+            x = output if given is x else _of_batch(output, len(x))
             outputs.append(x)
     return outputs
 
@@ -140,34 +146,84 @@ class _Saved:
     def ignore(self, module: nn.Module) -> None:
         """Parameters and buffers are kept anyway."""
         for tensor in chain(module.parameters(), module.buffers()):
-            storage = tensor.untyped_storage()
-            self.storages[storage._cdata] = storage
+            self.put(tensor)
+
+    def has(self, tensor: Tensor) -> bool:
+        """Whether its storage is kept already."""
+        return tensor.untyped_storage()._cdata in self.storages
+
+    def put(self, tensor: Tensor) -> None:
+        """Its storage is kept, and counted elsewhere."""
+        storage = tensor.untyped_storage()
+        self.storages[storage._cdata] = storage
 
     def add(self, tensor: Tensor) -> None:
-        storage = tensor.untyped_storage()
-        if storage._cdata not in self.storages:
-            self.storages[storage._cdata] = storage
-            self.num_bytes += storage.nbytes()
+        if not self.has(tensor):
+            self.put(tensor)
+            self.num_bytes += tensor.untyped_storage().nbytes()
 
 
 def _analyse(
     layer: Layer, x: Tensor, saved: _Saved, *, is_head: bool = False
 ) -> tuple[Tensor, LayerCost]:
-    before, batch = saved.num_bytes, len(x)
-    with _blaming(layer.name, f"cannot take a batch of shape {tuple(x.shape)}"):
-        module = layer.skeleton().train()
-        saved.ignore(module)
-        output, flops = _forward(module, x, saved)
+
+    def forward(module: nn.Module, given: Tensor) -> tuple[object, int, _Saved]:
+        keeps = saved.copy()
+        keeps.ignore(module)
+        if given is not x and saved.has(x):
+            keeps.put(given)
+        return *_forward(module, given, keeps), keeps
+
+    module, given, (output, flops, keeps) = _run(layer, x, forward)
     if is_head and isinstance(output, tuple):
         output = output[0]  # what a local loss wants beside it is of no use to others
+    batch = len(given)
     output = _one_tensor(output, layer.name, batch)
-    return output, LayerCost(
+    cost = LayerCost(
         name=layer.name,
         output_shape=tuple(output.shape[1:]),
         parameters=sum(p.numel() for p in module.parameters()),
         macs=flops // 2 // batch,
-        saved_bytes=(saved.num_bytes - before) // batch,
+        saved_bytes=(keeps.num_bytes - saved.num_bytes) // batch,
     )
+    if given is x:
+        saved.storages, saved.num_bytes = keeps.storages, keeps.num_bytes
+        return output, cost
+    whole = _of_batch(output, len(x))
+    if keeps.has(output):
+        saved.put(whole)
+    return whole, cost
+
+
+def _run(
+    layer: Layer, x: Tensor, run: Callable[[nn.Module, Tensor], R]
+) -> tuple[nn.Module, Tensor, R]:
+    """What a run of a layer gives, and what was run on what.
+
+    That is a skeleton on ``x``; where that fails, a copy on random numbers.
+    """
+    with suppress(Exception):
+        skeleton = layer.skeleton().train()
+        return skeleton, x, run(skeleton, x)
+    cannot = f"cannot take a batch of shape {tuple(x.shape)}"
+    with _blaming(layer.name, cannot), seeded(0):
+        module = layer.copied().to("cpu").train()
+        few = x if x.numel() <= _LARGE else x[:2]
+        given = random_like(few, torch.device("cpu"))
+        return module, given, run(module, given)
+
+
+def random_like(sample: Tensor, device: torch.device) -> Tensor:
+    """A batch of this shape and type that any layer can take."""
+    if sample.is_floating_point():
+        return torch.randn(sample.shape, dtype=sample.dtype).to(device)
+    # Of token numbers, only 0 is sure to be in every vocabulary.
+    return torch.zeros(sample.shape, dtype=sample.dtype, device=device)
+
+
+def _of_batch(output: Tensor, batch: int) -> Tensor:
+    """Its like for so many samples, on the meta device."""
+    return output.new_empty((batch, *output.shape[1:]), device="meta")
 
 
 def _forward(module: nn.Module, x: Tensor, saved: _Saved) -> tuple[object, int]:

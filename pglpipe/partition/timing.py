@@ -7,7 +7,6 @@ measured time.
 
 from __future__ import annotations
 
-import copy
 import statistics
 import time
 from collections.abc import Collection, Sequence
@@ -17,7 +16,14 @@ import torch
 from torch import Tensor, nn
 
 from pglpipe.layer import Layer
-from pglpipe.partition.cost import Costs, HeadBuilder, LayerCost, analyse, head_layer
+from pglpipe.partition.cost import (
+    Costs,
+    HeadBuilder,
+    LayerCost,
+    analyse,
+    head_layer,
+    random_like,
+)
 from pglpipe.seeding import seeded
 
 
@@ -60,7 +66,7 @@ def measure(
     timed_layers: list[LayerCost] = []
     timed_heads: list[LayerCost | None] = []
     with seeded(0), torch.enable_grad():
-        x = _random(sample, stopwatch.device)
+        x = random_like(sample, stopwatch.device)
         for index, (layer, cost) in enumerate(zip(layers, layer_costs, strict=True)):
             output, timed = stopwatch.time(layer, cost, x)
             timed_layers.append(timed)
@@ -75,13 +81,6 @@ def measure(
     return timed_layers, timed_heads
 
 
-def _random(sample: Tensor, device: torch.device) -> Tensor:
-    if sample.is_floating_point():
-        return torch.randn(sample.shape, dtype=sample.dtype).to(device)
-    # Of token numbers, only 0 is sure to be in every vocabulary.
-    return torch.zeros(sample.shape, dtype=sample.dtype, device=device)
-
-
 @dataclass(frozen=True)
 class _Stopwatch:
     device: torch.device
@@ -93,7 +92,7 @@ class _Stopwatch:
     ) -> tuple[Tensor, LayerCost]:
         """The layer's detached output, and its cost with the median of its seconds."""
         deadline = time.monotonic() + self.share
-        module = copy.deepcopy(layer.build()).to(self.device).train()
+        module = layer.copied().to(self.device).train()
         output = _step(module, x)  # warms up, too
         times: list[float] = []
         while not times or (len(times) < self.repeats and time.monotonic() < deadline):
