@@ -125,7 +125,7 @@ def attempt(tables: Tables, name: str, options: str, data_root: Path, seed: int)
     summary = read_run(folder)
     return (
         f"{name} (seed {seed}): {100 * summary['test_accuracy']:.2f} %, best {100 * summary['best_accuracy']:.2f} %, "
-        f"{summary['global_steps']} of {summary['steps']} steps guided, {summary['wall_seconds']:.0f} s"
+        f"{summary['guided_steps']} of {summary['steps']} steps guided, {summary['wall_seconds']:.0f} s"
     )
 
 

@@ -72,7 +72,7 @@ def table(summaries: dict[str, Summary]) -> Table:
         shown.add_row(
             name,
             f"{100 * summary['test_accuracy']:.1f} %",
-            f"{100 * summary['global_steps'] / summary['steps']:.0f} %",
+            f"{100 * summary['guided_steps'] / summary['steps']:.0f} %",
             f"{summary['samples_per_second']:.0f}",
             f"{100 * waiting(summary):.0f} %",
             f"{kept(summary) / 2**20:.1f} MiB",

@@ -51,7 +51,7 @@ class Pipeline(Row):
         worker = summary.workers[rank]
         # Up go gradients of global steps alone, and warm-up may hold more than its part of them.
         global_share = self._guidance.duration / self._guidance.period
-        up = worker["bytes_sent_backward"] / max(1, summary.global_steps) * global_share
+        up = worker["bytes_sent_backward"] / max(1, summary.guided_steps) * global_share
         sent = {
             rank + 1: worker["bytes_sent_forward"] / summary.steps / batch,
             rank - 1: up / batch,

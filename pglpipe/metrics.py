@@ -206,8 +206,8 @@ class Summary:
     """How a run went: what ``summary.json`` holds beside configuration and versions.
 
     Attributes:
-        steps, global_steps: optimizer steps in all, and those among them that guidance opened: global,
-            windowed, or with a stale gradient.
+        steps, guided_steps, global_steps: optimizer steps in all; those among them that guidance opened: global,
+            windowed, or with a stale gradient; and the global ones among these.
         wall_seconds: from the first step to the last report, evaluations included.
         sanity_check_seconds: before that, in which every kind of step was tried.
         train_seconds: training steps after warm-up, of the slowest worker.
@@ -225,6 +225,7 @@ class Summary:
     num_stages: int
     num_workers: int
     steps: int
+    guided_steps: int
     global_steps: int
     wall_seconds: float
     sanity_check_seconds: float
@@ -246,6 +247,7 @@ def summarize(
     *,
     num_stages: int,
     steps: int,
+    guided_steps: int,
     global_steps: int,
     wall_seconds: float,
     check_seconds: float,
@@ -258,6 +260,7 @@ def summarize(
         num_stages=num_stages,
         num_workers=len(finals),
         steps=steps,
+        guided_steps=guided_steps,
         global_steps=global_steps,
         wall_seconds=wall_seconds,
         sanity_check_seconds=check_seconds,

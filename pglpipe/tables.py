@@ -84,7 +84,7 @@ def show_exits(plan: Plan, summary: Summary, folder: Path | None = None) -> None
     if summary.steps:
         console.print(_memory(plan, summary.workers), _settings(plan))
         console.print(
-            f"{summary.steps} steps, {summary.global_steps} of them guided, at "
+            f"{summary.steps} steps, {summary.guided_steps} of them guided, at "
             f"{summary.samples_per_second:.0f} samples/s; {clock(summary.wall_seconds)} in all"
         )
         if summary.sanity_check_seconds:

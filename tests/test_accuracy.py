@@ -115,6 +115,7 @@ def pretend(tables: Tables, row: Row, seed: int, accuracies: list[float]) -> Non
         "config": {**dataclasses.asdict(config), "data_root": "elsewhere"},
         "versions": versions(),
         "steps": 200,
+        "guided_steps": 20,
         "global_steps": 20,
         "test_accuracy": accuracies[-1],
         "exit_accuracy": [accuracies[-1]] * row.stages,

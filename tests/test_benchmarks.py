@@ -64,6 +64,7 @@ def summary(accuracy: float) -> runs.Summary:
     return {
         "test_accuracy": accuracy,
         "exit_accuracy": [accuracy],
+        "guided_steps": 0,
         "global_steps": 0,
         "steps": 10,
         "samples_per_second": 100.0,

@@ -167,6 +167,7 @@ def test_a_delay_makes_a_difference() -> None:
 def test_a_gradient_that_cannot_arrive_in_time_reaches_the_last_stages_alone() -> None:
     got = run(every(10, reach="stale", delay=9))
     assert got.records.kinds == "SLLLLL"
+    assert (got.summary.guided_steps, got.summary.global_steps) == (1, 0)
     assert alike(
         got, run(NEVER)
     ), "its batch's own loss is what the last stage has anyway"

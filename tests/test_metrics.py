@@ -130,6 +130,7 @@ def summary_of(finals: list[FinalReport], evaluation: EvaluationRecord | None) -
         evaluation,
         num_stages=2,
         steps=10,
+        guided_steps=1,
         global_steps=1,
         wall_seconds=60.0,
         check_seconds=0.5,

@@ -37,7 +37,7 @@ from pglpipe.run import plan as make_plan
 pytestmark = pytest.mark.together
 
 SUMMARY_KEYS = """
-    config versions classes mean std num_stages num_workers steps global_steps
+    config versions classes mean std num_stages num_workers steps guided_steps global_steps
     wall_seconds sanity_check_seconds train_seconds
     samples_per_second step_seconds test_loss test_accuracy exit_accuracy gradient_cosine skipped_steps workers
     parameters_sha256

@@ -36,6 +36,7 @@ SUMMARY = Summary(
     num_stages=2,
     num_workers=1,
     steps=4,
+    guided_steps=1,
     global_steps=1,
     wall_seconds=2.0,
     sanity_check_seconds=0.5,

@@ -33,6 +33,7 @@ SUMMARY = Summary(
     num_stages=3,
     num_workers=2,
     steps=20,
+    guided_steps=4,
     global_steps=4,
     wall_seconds=75.0,
     sanity_check_seconds=0.5,

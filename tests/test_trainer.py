@@ -184,6 +184,7 @@ def test_observers_hear_every_step_and_evaluation_in_order() -> None:
     ]
     summary = trained.summary
     assert (summary.steps, summary.global_steps, summary.num_workers) == (9, 2, 2)
+    assert summary.guided_steps == 2
     assert summary.num_stages == 4
     assert [w["stages"] for w in summary.workers] in (
         [[0, 1], [2, 3]],
