@@ -23,7 +23,7 @@ from pglpipe.losses.accuracy import count_correct
 from pglpipe.losses.parts import is_sum, shares, weight_of
 from pglpipe.losses.state import Remembered, foreign_leaf, name_of, untrained
 from pglpipe.reports import ExitCount
-from pglpipe.seeding import Draws, derive
+from pglpipe.seeding import Draws, derive, seeded
 
 _NOTHING = ExitCount(0, 0, 0.0, 0.0)
 
@@ -139,7 +139,8 @@ class Exit:
     def count(self, output: Tensor, targets: Tensor) -> None:
         """Adds a batch ``[B, ...]`` to what is known of this exit."""
         logits = output
-        with self._learning.autocast(self._device):
+        seed = derive(self._learning.seed, "evaluate", "exit", self._index)
+        with seeded(seed), self._learning.autocast(self._device):
             if self.head is not None:
                 logits = self._classify(output)
             loss = float(self._scalar(self._evaluate(logits, targets)))
