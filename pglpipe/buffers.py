@@ -17,6 +17,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from pglpipe.snapshot import Snapshot
 
+# Attributes that every module has.
+OF_ANY_MODULE = frozenset(vars(nn.Module()))
 # What some modules remembered: module, name, value.
 Buffers = list[tuple[nn.Module, str, Any]]
 
@@ -53,7 +55,7 @@ def attributes(module: nn.Module) -> Iterator[tuple[str, Any]]:
     Alone, or in a dict, a list or a deque.
     """
     for name, value in vars(module).items():
-        if name not in _OF_ANY_MODULE and (_is_plain(value) or _holds_plain(value)):
+        if name not in OF_ANY_MODULE and (_is_plain(value) or _holds_plain(value)):
             yield name, value
 
 
@@ -97,7 +99,6 @@ def _holds_plain(value: Any) -> bool:
 
 
 _ROWS = (list, deque)
-_OF_ANY_MODULE = frozenset(vars(nn.Module()))
 
 
 def copies_of(layers: nn.Module) -> Buffers:

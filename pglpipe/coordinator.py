@@ -38,7 +38,13 @@ from pglpipe.commands import (
 )
 from pglpipe.errors import ConfigError, DataError, EdgeTimeout, warn
 from pglpipe.guidance import Guidance
-from pglpipe.metrics import EvaluationRecord, Merger, Summary, summarize
+from pglpipe.metrics import (
+    EvaluationRecord,
+    Merger,
+    StepCounts,
+    Summary,
+    summarize,
+)
 from pglpipe.observers import Observer
 from pglpipe.reader import Batch, BatchReader
 from pglpipe.reports import (
@@ -441,10 +447,9 @@ class Coordinator:
         return summarize(
             [self._finals[rank] for rank in range(self._num_workers)],
             self._evaluation,
-            num_stages=self._num_stages,
-            steps=self._at.step,
-            guided_steps=self._at.guided_steps,
-            global_steps=self._at.global_steps,
+            counts=StepCounts(
+                self._at.step, self._at.guided_steps, self._at.global_steps
+            ),
             wall_seconds=time.perf_counter() - self._began,
             check_seconds=self._check_seconds,
             cosines=self._merger.cosines,

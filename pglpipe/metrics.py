@@ -10,7 +10,7 @@ import math
 import statistics
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from pglpipe.reports import (
@@ -241,14 +241,20 @@ class Summary:
     parameters_sha256: str
 
 
+@dataclass(frozen=True)
+class StepCounts:
+    """How many steps there were, as :class:`Summary` names them."""
+
+    steps: int
+    guided_steps: int
+    global_steps: int
+
+
 def summarize(
     finals: list[FinalReport],
     evaluation: EvaluationRecord | None,
     *,
-    num_stages: int,
-    steps: int,
-    guided_steps: int,
-    global_steps: int,
+    counts: StepCounts,
     wall_seconds: float,
     check_seconds: float,
     cosines: list[float | None],
@@ -257,11 +263,9 @@ def summarize(
     """The summary of a run from the last words of its workers, in the order of their ranks."""
     slowest = max(finals, key=lambda final: final.train_seconds)
     return Summary(
-        num_stages=num_stages,
+        num_stages=sum(len(final.stages) for final in finals),
         num_workers=len(finals),
-        steps=steps,
-        guided_steps=guided_steps,
-        global_steps=global_steps,
+        **asdict(counts),
         wall_seconds=wall_seconds,
         sanity_check_seconds=check_seconds,
         train_seconds=slowest.train_seconds,

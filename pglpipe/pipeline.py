@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from pglpipe import state
 from pglpipe.blueprint import Blueprint, Sample
@@ -157,17 +157,13 @@ def _check_layout(built: StateLayout, planned: StateLayout, stage: int) -> None:
         ("layers", built.body, planned.body),
         ("head", built.head, planned.head),
     ):
-        now, before = _shapes(mine), _shapes(others)
+        now, before = state.shapes_of(mine), state.shapes_of(others)
         for name in [*before, *now]:
             if before.get(name) != now.get(name):
                 raise ConfigError(
                     f"expected the {part} of stage {stage} to be the same whenever they are built, but {name!r} has shape "
                     f"{now.get(name)}, and had {before.get(name)} before; have what builds them neither count nor draw"
                 )
-
-
-def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
-    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
 
 
 def _load(

@@ -20,6 +20,7 @@ from pglpipe.guided import place_of
 from pglpipe.heads import Site, build_head
 from pglpipe.layer import Layer
 from pglpipe.partition import HeadBuilder, check_heads, slices
+from pglpipe.state import shapes_of
 
 
 def head_builder(
@@ -79,7 +80,8 @@ def check_apart(
 
 def alike(some: Sequence[nn.Module], others: Sequence[nn.Module]) -> bool:
     """Whether these heads have the same weights as those, by name and shape."""
-    return [_shapes(head) for head in some] == [_shapes(head) for head in others]
+    mine, theirs = ([shapes_of(h.state_dict()) for h in x] for x in (some, others))
+    return mine == theirs
 
 
 def _builders(
@@ -90,7 +92,3 @@ def _builders(
         return head(tuple(output.shape[1:]), end).to(output.dtype)
 
     return [partial(build, part.stop - 1) for part in slices(balance)[:-1]]
-
-
-def _shapes(head: nn.Module) -> dict[str, tuple[int, ...]]:
-    return {name: tuple(tensor.shape) for name, tensor in head.state_dict().items()}

@@ -156,9 +156,7 @@ class BatchReader:
         if batches := self._batches():
             return sum(len(x) for x, _ in batches), None, False
         if isinstance(loader, DataLoader):
-            samples = None
-            with suppress(TypeError, NotImplementedError):
-                samples = len(loader.sampler)  # type: ignore[arg-type]
+            samples = _length(loader.sampler)
             return samples, loader.batch_size, loader.drop_last
         known = getattr(loader, "num_samples", None), getattr(
             loader, "batch_size", None
@@ -241,9 +239,12 @@ def _bytes(batch: Batch) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in batch)
 
 
-def _length(loader: Any) -> int | None:
-    """A ``DataLoader`` has a length only if its data set has one."""
+def _length(sized: Any) -> int | None:
+    """Of a loader or a sampler; None if it has none, as where the data set has none."""
     try:
-        return len(loader) or None
-    except (TypeError, NotImplementedError):
+        return len(sized) or None
+    except (
+        TypeError,
+        NotImplementedError,
+    ):  # what PyTorch's loaders and samplers raise
         return None

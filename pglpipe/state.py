@@ -65,6 +65,11 @@ class StateLayout:
         return body, head
 
 
+def shapes_of(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    """Their shapes by name."""
+    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+
+
 def flatten(tensors: Iterable[Tensor]) -> Tensor:
     """The tensors' bytes, one after another: uint8 ``[bytes]`` on the CPU."""
     rows = [_bytes(tensor) for tensor in tensors]

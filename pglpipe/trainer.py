@@ -13,6 +13,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -35,7 +36,11 @@ from pglpipe.learning import (
 from pglpipe.learning_rate import LearningRate, check_schedule, constant
 from pglpipe.loaders import check_passes, check_start, largest_batch, span_of
 from pglpipe.losses import LocalLoss, Loss
-from pglpipe.losses.state import Remembered, check_reaches_no_layer, check_untrained
+from pglpipe.losses.state import (
+    check_reaches_no_layer,
+    check_untrained,
+    telling_of_changes,
+)
 from pglpipe.memory import MemorySettings
 from pglpipe.metrics import Summary
 from pglpipe.models import as_layers
@@ -209,8 +214,8 @@ class Trainer:
         self._session = Session(world, blueprint, observer or Observers())
         self._idle = partial(idle, guidance, num_stages, refresh_every, compare_every)
         self._guidance, self._fitted = guidance, False
-        self._sanity_check, self._learning_rate = sanity_check, learning_rate
-        self._asked = {
+        self._sanity_check = sanity_check
+        self._asked: dict[str, Any] = {
             "loss": loss,
             "local_loss": local_loss,
             "learning_rate": learning_rate,
@@ -287,7 +292,7 @@ class Trainer:
             reader, *tests = readers()
             span = span_of(reader, epochs, steps, self._guidance, at, evaluate_every)
             check_passes(reader, tests[0] if tests else None, span, at)
-            check_schedule(self._learning_rate, span.total_steps)
+            check_schedule(self._asked["learning_rate"], span.total_steps)
             if found:
                 asked = setting("steps", steps) if steps else setting("epochs", epochs)
                 check_start(reader, span, at, found, asked)
@@ -310,16 +315,8 @@ class Trainer:
             test = tests[0] if tests else None
             return coordinator.fit(reader, span, test, checks=self._sanity_check)
 
-        before = {option: Remembered(value) for option, value in self._asked.items()}
-        summary = self._session.drive(begin)
-        for option, remembered in before.items():
-            if name := remembered.changed(
-                more=False
-            ):  # some keep a list of what they were asked
-                warn(
-                    f"{name!r} of {option} has changed while the run went on, on this worker: what was learned depends on "
-                    "how many workers there are; have nothing change what others read, observers included"
-                )
+        with telling_of_changes(self._asked):
+            summary = self._session.drive(begin)
         self._fill_held_modules()
         return summary
 

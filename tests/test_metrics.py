@@ -8,7 +8,14 @@ from typing import Any
 
 import pytest
 
-from pglpipe.metrics import WARMUP_STEPS, EvaluationRecord, Merger, StepClock, summarize
+from pglpipe.metrics import (
+    WARMUP_STEPS,
+    EvaluationRecord,
+    Merger,
+    StepClock,
+    StepCounts,
+    summarize,
+)
 from pglpipe.reports import (
     EvaluationReport,
     ExitCount,
@@ -128,10 +135,7 @@ def summary_of(finals: list[FinalReport], evaluation: EvaluationRecord | None) -
     return summarize(
         finals,
         evaluation,
-        num_stages=2,
-        steps=10,
-        guided_steps=1,
-        global_steps=1,
+        counts=StepCounts(10, 1, 1),
         wall_seconds=60.0,
         check_seconds=0.5,
         cosines=[0.5, None],

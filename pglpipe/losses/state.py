@@ -13,13 +13,15 @@ import pickle
 import types
 from collections import deque
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
 from torch import Tensor, nn
 
-from pglpipe.errors import ConfigError
+from pglpipe.buffers import OF_ANY_MODULE
+from pglpipe.errors import ConfigError, warn
 from pglpipe.seeding import GENERATORS, state_of
 
 _DEPTH = 5  # of objects within objects
@@ -106,6 +108,24 @@ class Remembered:
             )
 
 
+@contextmanager
+def telling_of_changes(asked: Mapping[str, Any]) -> Iterator[None]:
+    """Warns of what functions could reach and what something else has changed within the block.
+
+    Args:
+        asked: the functions, by the option that each is.
+    """
+    before = {option: Remembered(function) for option, function in asked.items()}
+    yield
+    for option, remembered in before.items():
+        # Not of what is more now: some keep a list of what they were asked.
+        if name := remembered.changed(more=False):
+            warn(
+                f"{name!r} of {option} has changed while the run went on, on this worker: what was learned depends on how "
+                "many workers there are; have nothing change what others read, observers included"
+            )
+
+
 def _known(value: Any) -> Any:
     if isinstance(value, Tensor):
         return value, value._version
@@ -134,12 +154,9 @@ def _walk(value: Any, name: str, depth: int) -> Iterator[tuple[str, Any]]:
     if isinstance(value, (Tensor, np.ndarray, Iterator, *GENERATORS, *_SIMPLE)):
         yield name or "value", value
         return
-    if isinstance(value, _Used):
-        module = value.holder
-    else:
-        module = value
-    if isinstance(module, nn.Module):
-        yield name or "value", module
+    holder = value.holder if isinstance(value, _Used) else value
+    if isinstance(holder, nn.Module):
+        yield name or "value", holder
     if depth == 0 or isinstance(value, (type, types.ModuleType)):
         return
     for key, part in _parts(value).items():
@@ -183,7 +200,7 @@ def _attributes(value: Any) -> dict[str, Any]:
     """Of an object, and what its class and the functions of its class refer to."""
     found = dict(getattr(value, "__dict__", {}))
     if isinstance(value, nn.Module):
-        found = {k: v for k, v in found.items() if k not in _OF_ANY_MODULE}
+        found = {k: v for k, v in found.items() if k not in OF_ANY_MODULE}
         found |= value._parameters | value._buffers | value._modules
     for kind in type(value).__mro__:
         if kind.__module__.partition(".")[0] in ("torch", "builtins", "pglpipe"):
@@ -238,7 +255,6 @@ def _globals_of(code: types.CodeType) -> set[str]:
 
 
 _BOUND = types.MethodType, types.BuiltinMethodType, types.MethodWrapperType
-_OF_ANY_MODULE = frozenset(vars(nn.Module()))
 
 
 def _is_filled(cell: types.CellType) -> bool:
