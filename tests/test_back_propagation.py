@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 import torch
+from testing.worlds import Batch, image_batches, plan_quickly, small_resnet, train
 from torch import Tensor, nn
-from worlds import Batch, image_batches, plan_quickly, small_resnet, train
 
 from pglpipe import ALWAYS
 from pglpipe.layer import Layer, assemble

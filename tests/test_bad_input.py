@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from commands import Ended, call, draw_images, module, run, small_run, torchrun
 from PIL import Image
+from testing.commands import Ended, call, draw_images, module, run, small_run, torchrun
 
 # What a broken configuration file holds, by its name.
 FILES = {

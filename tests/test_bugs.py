@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from testing.worlds import on_every_rank, sgd
 from torch import nn
-from worlds import on_every_rank, sgd
 
 from pglpipe import NEVER, Trainer
 from pglpipe.config_file import resolve

@@ -9,7 +9,7 @@ from typing import NoReturn
 
 import pytest
 import torch
-from commands import (
+from testing.commands import (
     CLASSES,
     Ended,
     call,

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from commands import draw_images, module, run, small_run, summary_of, torchrun
 from safetensors.torch import load_file
-from worlds import image_batches, small_resnet, trainer
+from testing.commands import draw_images, module, run, small_run, summary_of, torchrun
+from testing.worlds import image_batches, small_resnet, trainer
 
 from pglpipe import ALWAYS, Guidance
 from pglpipe.guided import Guided

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from commands import call
+from testing.commands import call
 
 from pglpipe import run
 from pglpipe.config import DEFAULT_EPOCHS, RunConfig

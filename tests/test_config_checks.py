@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from worlds import small_resnet
+from testing.worlds import small_resnet
 
 from pglpipe.config import RunConfig
 from pglpipe.errors import ConfigError

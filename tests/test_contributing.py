@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from commands import ROOT
+from testing.commands import ROOT
+from testing.worlds import image_batches, small_resnet, train
 from torch import nn
-from worlds import image_batches, small_resnet, train
 
 from pglpipe import NEVER
 from pglpipe.heads import HEADS, Site, build_head

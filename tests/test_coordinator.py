@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
+from testing.worlds import Batch, Records, image_batches
 from torch.distributed import HashStore
-from worlds import Batch, Records, image_batches
 
 from pglpipe import NEVER, Guidance
 from pglpipe.commands import (

@@ -8,11 +8,10 @@ from typing import Any
 
 import pytest
 import torch
+from testing import factories
 from torch import Tensor, nn
 
 from pglpipe.guided import Guided, LocalWeight
-from pglpipe.learning import Learning
-from pglpipe.losses import Supervised
 from pglpipe.stage import Stage
 from pglpipe.windows import crossing, farthest
 
@@ -27,17 +26,8 @@ FROM_ABOVE = torch.randn(
 def stage(
     body: nn.Module, *, index: int = 1, last: bool = False, **changes: Any
 ) -> Stage:
-    defaults: dict[str, Any] = dict(
-        loss=CE,
-        local_loss=Supervised(CE),
-        optimizer=lambda params: torch.optim.SGD(params, lr=0.1),
-        learning_rate=lambda step, total: 1.0,
-        clip_norm=math.inf,
-        seed=0,
-    )
-    learning = Learning(**(defaults | changes))
     head = None if last else nn.Linear(3, 3).double()
-    return Stage(index, body.double(), head, learning)
+    return factories.stage(index, body.double(), head, **changes)
 
 
 def body() -> nn.Module:

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from commands import call, module, run, torchrun
-from worlds import on_every_rank, outcomes
+from testing.commands import call, module, run, torchrun
+from testing.worlds import on_every_rank, outcomes
 
 from pglpipe import doctor, tables
 from pglpipe.doctor import Diagnosis, look

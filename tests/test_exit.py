@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 import torch
+from testing import factories
 from torch import Tensor, nn
 
 from pglpipe.body import Kept
 from pglpipe.exit import Exit, weighted
 from pglpipe.guided import LocalWeight
-from pglpipe.learning import Learning
 from pglpipe.losses import (
     InfoPro,
     LocalLoss,
@@ -44,15 +44,7 @@ def made(
     place: float = 0.0,
     **changes: Any,
 ) -> Exit:
-    defaults: dict[str, Any] = dict(
-        loss=CE,
-        local_loss=local_loss,
-        optimizer=lambda params: torch.optim.SGD(params, lr=0.1),
-        learning_rate=lambda step, total: 1.0,
-        clip_norm=math.inf,
-        seed=0,
-    )
-    learning = Learning(**(defaults | changes))
+    learning = factories.learning(**(dict(loss=CE, local_loss=local_loss) | changes))
     return Exit(1, nn.Identity(), head, learning, torch.device("cpu"), place)
 
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from commands import ROOT
+from testing.commands import ROOT
 
 from pglpipe.findings import (
     OLDEST,

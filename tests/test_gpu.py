@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from streams import STAGES, equal, one_after_another, side_by_side
+from testing.streams import STAGES, equal, one_after_another, side_by_side
+from testing.waiting import Guarded
+from testing.worlds import Batch, Trained, image_batches, small_resnet, train
 from torch import Tensor, nn
-from waiting import Guarded
-from worlds import Batch, Trained, image_batches, small_resnet, train
 
 from pglpipe import ALWAYS, NEVER, Guidance
 from pglpipe.errors import WorkerError

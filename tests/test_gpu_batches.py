@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from waiting import Guarded, nobody_waits
-from worlds import Trained, small_resnet, train
+from testing.waiting import Guarded, nobody_waits
+from testing.worlds import Trained, small_resnet, train
 
 from pglpipe import NEVER, Guidance
 from pglpipe.data import Batches, ImageSet, Recipe

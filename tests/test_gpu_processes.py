@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from commands import WATCHDOG, draw_images, run, small_run, summary_of, torchrun
+from testing.commands import WATCHDOG, draw_images, run, small_run, summary_of, torchrun
 
 pytestmark = [
     pytest.mark.gpu,

@@ -8,8 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
-from worlds import (
+from testing.worlds import (
     Trained,
     image_batches,
     on_every_rank,
@@ -19,6 +18,7 @@ from worlds import (
     train,
     trainer,
 )
+from torch import nn
 
 from pglpipe import ALWAYS, NEVER, Guidance
 from pglpipe.guided import Guided, LocalWeight

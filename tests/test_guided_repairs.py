@@ -8,8 +8,15 @@ from typing import Any
 
 import pytest
 import torch
+from testing.worlds import (
+    Trained,
+    image_batches,
+    plan_quickly,
+    same,
+    small_resnet,
+    train,
+)
 from torch import nn
-from worlds import Trained, image_batches, plan_quickly, same, small_resnet, train
 
 from pglpipe import ALWAYS, NEVER, Guidance
 from pglpipe.config import RunConfig

@@ -12,9 +12,16 @@ from typing import Any
 
 import pytest
 import torch
-from reference_guided import Reference, Rules, reference
+from testing.reference_guided import Reference, Rules, reference
+from testing.worlds import (
+    Batch,
+    Trained,
+    image_batches,
+    plan_quickly,
+    small_resnet,
+    train,
+)
 from torch import Tensor, nn
-from worlds import Batch, Trained, image_batches, plan_quickly, small_resnet, train
 
 from pglpipe import Guidance
 from pglpipe.guided import Guided, LocalWeight

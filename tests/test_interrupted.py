@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from commands import (
+from testing.commands import (
     Processes,
     call,
     draw_images,

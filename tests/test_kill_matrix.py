@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from commands import Processes, all_listening, torchrun
+from testing.commands import AMBUSH, Processes, all_listening, torchrun
 from torch.distributed import TCPStore
 
 pytestmark = pytest.mark.dist
@@ -32,7 +32,6 @@ pytestmark = pytest.mark.dist
 LIMIT = 5.0  # seconds from the strike until no worker is left
 STRIKES = ("kill", "stop", "raise", "memory", "exit")
 PHASES = ("local", "global", "evaluate", "checkpoint")
-AMBUSH = Path(__file__).with_name("ambush.py")
 
 LOADER = '''
 import sys

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import math
-import queue
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import pytest
 import torch
+from testing import factories
+from testing.edges import Line, Nowhere
+from testing.worlds import at_once
 from torch import Tensor, nn
-from worlds import at_once
 
 from pglpipe.commands import (
     Command,
@@ -23,16 +23,12 @@ from pglpipe.commands import (
     StaleStep,
     Stop,
 )
-from pglpipe.duty import Duty
 from pglpipe.guided import Guided
-from pglpipe.learning import Learning
 from pglpipe.local_pass import LocalPass
-from pglpipe.losses import Supervised
 from pglpipe.reports import (
     Report,
 )
 from pglpipe.stage import Stage
-from pglpipe.timetable import one_forward_one_backward
 from pglpipe.transport import Links
 from pglpipe.wire import Packet, Wire
 from pglpipe.worker import Worker
@@ -45,46 +41,15 @@ BATCH = (
 )
 
 
-class Line:
-    """An edge that has room for so many messages, and remembers the commands."""
-
-    waited = 0.0
-    sent_bytes = 0
-
-    def __init__(self, room: int) -> None:
-        self.messages: queue.Queue[Message] = queue.Queue(room)
-        self.commands: list[Command] = []
-
-    def put(self, message: Message) -> None:
-        copies = tuple(tensor.clone() for tensor in message.tensors)
-        self.messages.put(Message(message.command, copies), timeout=20)
-        self.commands.append(message.command)
-
-    def get(self) -> Message:
-        return self.messages.get(timeout=20)
-
-
-class Nowhere(Line):
-    """Where the ends of the pipeline send to."""
-
-    def put(self, message: Message) -> None:
-        self.commands.append(message.command)
+def momentum(parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+    return torch.optim.SGD(parameters, lr=0.1, momentum=0.9)
 
 
 def stage(index: int, guided: Guided) -> Stage:
     torch.manual_seed(index)
-    learning = Learning(
-        loss=nn.CrossEntropyLoss(),
-        local_loss=Supervised(nn.CrossEntropyLoss()),
-        optimizer=lambda params: torch.optim.SGD(params, lr=0.1, momentum=0.9),
-        learning_rate=lambda step, total: 1.0,
-        clip_norm=math.inf,
-        seed=0,
-        guided=guided,
-    )
     body = nn.Sequential(nn.Linear(3, 3), nn.Tanh())
     head = None if index == STAGES - 1 else nn.Linear(3, 3)
-    return Stage(index, body, head, learning)
+    return factories.stage(index, body, head, optimizer=momentum, guided=guided)
 
 
 def run(
@@ -114,14 +79,10 @@ def run(
         source.put(Message(command, BATCH if with_data else ()))
 
     def work(rank: int) -> None:
-        duty = Duty(
+        duty = factories.duty(
             rank=rank,
             size=len(sizes),
-            timetable=one_forward_one_backward,
-            clips=False,
-            layouts=[None] * STAGES,  # type: ignore[list-item]
-            piece_bytes=16,
-            device=torch.device("cpu"),
+            layouts=[None] * STAGES,
             delay=delay,
             guided=guided,
         )

@@ -9,8 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
-from worlds import (
+from testing.worlds import (
     Batch,
     image_batches,
     outcomes,
@@ -19,6 +18,7 @@ from worlds import (
     small_resnet,
     trainer,
 )
+from torch import Tensor, nn
 
 from pglpipe import ALWAYS, NEVER, Guidance, UserError, WorkerError
 from pglpipe.layer import Layer

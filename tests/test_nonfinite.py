@@ -17,9 +17,8 @@ from typing import Any
 
 import pytest
 import torch
-from commands import call, draw_images, small_run, summary_of
-from torch import Tensor, nn
-from worlds import (
+from testing.commands import call, draw_images, small_run, summary_of
+from testing.worlds import (
     Batch,
     Trained,
     image_batches,
@@ -28,8 +27,9 @@ from worlds import (
     same,
     small_resnet,
 )
-from worlds import train as train_on
-from worlds import trainer
+from testing.worlds import train as train_on
+from testing.worlds import trainer
+from torch import Tensor, nn
 
 from pglpipe import ALWAYS, NEVER, Guidance
 from pglpipe.errors import ConfigError, WorkerError

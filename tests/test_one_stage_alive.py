@@ -7,8 +7,8 @@ from functools import cache
 
 import pytest
 import torch
+from testing.worlds import image_batches, small_resnet, train
 from torch import Tensor, nn
-from worlds import image_batches, small_resnet, train
 
 from pglpipe import ALWAYS, NEVER
 from pglpipe.heads import Site, build_head

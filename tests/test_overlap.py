@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from streams import (
+from testing.streams import (
     STAGES,
     Immediate,
     Threads,
@@ -20,8 +20,8 @@ from streams import (
     stages,
     tensors,
 )
+from testing.worlds import Trained, image_batches, sgd, small_resnet, train
 from torch import Tensor, nn
-from worlds import Trained, image_batches, sgd, small_resnet, train
 
 from pglpipe import ALWAYS, NEVER, Guidance, Trainer
 from pglpipe import overlap as overlapping

@@ -7,8 +7,8 @@ from collections.abc import Iterable
 
 import pytest
 import torch
-from commands import ROOT
-from worlds import (
+from testing.commands import ROOT
+from testing.worlds import (
     Batch,
     image_batches,
     nothing_foretold,

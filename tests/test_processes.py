@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from commands import (
+from testing.commands import (
     Processes,
     all_listening,
     call,

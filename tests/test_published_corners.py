@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 import torch
+from testing.worlds import image_batches, sgd, small_resnet, train
 from torch import Tensor, nn
-from worlds import image_batches, sgd, small_resnet, train
 
 from pglpipe import ALWAYS, NEVER, Guidance
 from pglpipe.heads import Site, build_head

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from testing.commands import run, torchrun
 
 from benchmarks import formulas, gate, tables, throughput
 from benchmarks.arena import Arena
@@ -31,7 +32,6 @@ from benchmarks.rows import Row, Share, Track, merge
 from benchmarks.standings import COLUMNS, PEERS, TITLES, Standings, Target
 from benchmarks.workload import Cuts, Stream, measure_cuts, tiny
 from pglpipe.timetable import clock, gpipe, one_forward_one_backward
-from tests.commands import run, torchrun
 
 # -- figures --------------------------------------------------------------------------
 

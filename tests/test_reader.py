@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from testing.worlds import Batch, Trained, outcomes, plan_quickly, same, train, trainer
 from torch import Tensor, nn
 from torch.utils.data import (
     DataLoader,
@@ -15,7 +16,6 @@ from torch.utils.data import (
     IterableDataset,
     TensorDataset,
 )
-from worlds import Batch, Trained, outcomes, plan_quickly, same, train, trainer
 
 from pglpipe import NEVER, Guidance
 from pglpipe.errors import ConfigError, DataError, PglpipeWarning, UserError

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from commands import ROOT, run, torchrun
+from testing.commands import ROOT, run, torchrun
 
 from pglpipe.config import RunConfig
 

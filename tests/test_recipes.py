@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from commands import ROOT
+from testing.commands import ROOT
+from testing.worlds import Records, plan_quickly
 from torch import Tensor
-from worlds import Records, plan_quickly
 
 from pglpipe import models, run
 from pglpipe.config import RunConfig

@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from itertools import permutations
 from typing import Any
 
 import pytest
 import torch
+from testing import factories
+from testing.edges import Memory
+from testing.worlds import (
+    Trained,
+    image_batches,
+    plan_quickly,
+    same,
+    small_resnet,
+    train,
+)
 from torch import Tensor, nn
-from worlds import Trained, image_batches, plan_quickly, same, small_resnet, train
 
 from pglpipe import NEVER, Guidance
 from pglpipe.commands import Message, Microbatch, Weights
 from pglpipe.heads import Borrowed, Site, borrowed, build_head
 from pglpipe.layer import Layer, assemble, initialize
-from pglpipe.learning import Learning
-from pglpipe.losses import Supervised
 from pglpipe.refresh import Loans, Refresh, Sorted
 from pglpipe.stage import Stage
 from pglpipe.transport import Links, Nobody
@@ -28,19 +34,6 @@ HEADS = ("man", "solo", "thin-3")
 @pytest.fixture(autouse=True)
 def planned_quickly(monkeypatch: pytest.MonkeyPatch) -> None:
     plan_quickly(monkeypatch, foretells=False)
-
-
-class Queue:
-    """An inbox that has all its messages already."""
-
-    waited = 0.0
-
-    def __init__(self, *messages: Message) -> None:
-        self._messages: Iterator[Message] = iter(messages)
-
-    def get(self) -> Message:
-        """The next one."""
-        return next(self._messages)
 
 
 def test_a_stage_offers_what_had_the_time_to_rise_to_it() -> None:
@@ -63,7 +56,7 @@ def test_weights_and_gradients_are_told_apart_in_any_order(order: str) -> None:
         for kind in order
         for n in [next(numbers[kind])]
     ]
-    inbox = Sorted(Queue(*messages))
+    inbox = Sorted(Memory(*messages))
     assert [inbox.get().command for _ in range(2)] == [
         Microbatch(1, 0),
         Microbatch(2, 0),
@@ -76,23 +69,15 @@ def linear(number: int) -> Layer:
 
 
 def stage(index: int, borrows: int | None) -> Stage:
-    learning = Learning(
-        loss=nn.CrossEntropyLoss(),
-        local_loss=Supervised(nn.CrossEntropyLoss()),
-        optimizer=lambda parameters: torch.optim.SGD(parameters, lr=1.0),
-        learning_rate=lambda step, total: 1.0,
-        clip_norm=float("inf"),
-        seed=0,
-    )
     head = None if borrows is None else Borrowed(linear(borrows).build(), borrows)
-    return Stage(index, nn.Sequential(linear(index).build()), head, learning)
+    return factories.stage(index, nn.Sequential(linear(index).build()), head)
 
 
 def test_a_copy_is_as_many_periods_old_as_there_are_cuts_between() -> None:
     stages = [stage(0, 2), stage(1, 2), stage(2, None)]
     meta = [nn.Linear(3, 3, bias=False, device="meta").weight]
     loans = Loans([0, 1, 2], [{2}, {2}, set()], {2: meta}, every=5)
-    links = Links(Queue(), Nobody(), None, Nobody())
+    links = Links(Memory(), Nobody(), None, Nobody())
     refresh, history, seen = Refresh(stages, loans), list[Tensor](), []
     weight = next(stages[2].body.parameters())
     for step in range(25):
@@ -117,7 +102,7 @@ def test_of_mans_average_0_995_stay_in_every_step() -> None:
     expected = [p.clone() for p in copy.parameters()]
     meta = list(layers[1].skeleton().parameters())
     refresh = Refresh([borrower, lender], Loans([0, 1], [{1}, set()], {1: meta}, every))
-    links, lent = Links(Queue(), Nobody(), None, Nobody()), list[Tensor]()
+    links, lent = Links(Memory(), Nobody(), None, Nobody()), list[Tensor]()
     for step in range(4 * every):
         with torch.no_grad():
             for weight in block.parameters():

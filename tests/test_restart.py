@@ -18,8 +18,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from commands import Processes, draw_images, module, run, small_run, summary_of
-from test_kill_matrix import AMBUSH
+from testing.commands import (
+    AMBUSH,
+    Processes,
+    draw_images,
+    module,
+    run,
+    small_run,
+    summary_of,
+)
 
 pytestmark = pytest.mark.dist
 

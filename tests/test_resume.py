@@ -15,10 +15,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from kinds import KINDS, METHODS, MIXED
-from torch import Tensor, nn
-from torch.utils.data import DataLoader, TensorDataset
-from worlds import (
+from testing.kinds import KINDS, METHODS, MIXED
+from testing.worlds import (
     Batch,
     Trained,
     image_batches,
@@ -30,6 +28,8 @@ from worlds import (
     train,
     trainer,
 )
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
 
 from pglpipe import Checkpoints, Guidance, Trainer, saving
 from pglpipe.checkpoint import MANIFEST, folder_of, newest, stage_file, write_stage

@@ -13,7 +13,9 @@ from typing import Any
 
 import pytest
 import torch
-from commands import (
+from PIL import Image
+from safetensors import safe_open
+from testing.commands import (
     CLASSES,
     call,
     draw_images,
@@ -23,9 +25,7 @@ from commands import (
     small_run,
     summary_of,
 )
-from PIL import Image
-from safetensors import safe_open
-from worlds import on_every_rank
+from testing.worlds import on_every_rank
 
 from pglpipe import Trainer, data, state
 from pglpipe.config import RunConfig

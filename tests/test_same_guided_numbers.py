@@ -7,8 +7,15 @@ from typing import Any
 
 import pytest
 import torch
-from kinds import BORROWING, KINDS, METHODS, MIXED, UNMIXED, stale, windowed
-from worlds import Trained, image_batches, plan_quickly, same, small_resnet, train
+from testing.kinds import BORROWING, KINDS, METHODS, MIXED, UNMIXED, stale, windowed
+from testing.worlds import (
+    Trained,
+    image_batches,
+    plan_quickly,
+    same,
+    small_resnet,
+    train,
+)
 
 from pglpipe import Guidance
 from pglpipe.losses import LossSettings, build_loss

@@ -14,8 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
-from worlds import (
+from testing.worlds import (
     Trained,
     image_batches,
     on_every_rank,
@@ -25,6 +24,7 @@ from worlds import (
     train,
     trainer,
 )
+from torch import Tensor, nn
 
 from pglpipe import ALWAYS, NEVER, Guidance
 from pglpipe.data.batches import Batches

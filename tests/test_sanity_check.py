@@ -10,9 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
-from worlds import (
+from testing.worlds import (
     Batch,
     Trained,
     image_batches,
@@ -24,6 +22,8 @@ from worlds import (
     train,
     trainer,
 )
+from torch import Tensor, nn
+from torch.nn import functional as F
 
 from pglpipe import ALWAYS, NEVER, Guidance
 from pglpipe.errors import ConfigError, PglpipeWarning, UserError, WorkerError

@@ -7,8 +7,8 @@ import time
 
 import pytest
 import torch
+from testing.worlds import at_once
 from torch import Tensor
-from worlds import at_once
 
 from pglpipe.seeding import derive, seeded
 

@@ -10,8 +10,8 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from commands import draw_images, module, run, small_run, summary_of
 from rich.console import Console
+from testing.commands import draw_images, module, run, small_run, summary_of
 
 from benchmarks import slow_links
 from benchmarks.lineup import ROWS, SEARCHED

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from commands import module, run
+from testing.commands import module, run
 
 from benchmarks import soak
 

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import math
+from collections.abc import Iterable
 from typing import Any
 
 import pytest
 import torch
+from testing import factories
 from torch import Tensor, nn
 
-from pglpipe.learning import Learning
-from pglpipe.losses import Supervised
 from pglpipe.reports import (
     ExitCount,
 )
@@ -20,34 +19,15 @@ from pglpipe.stage import Stage
 X, TARGETS = torch.randn(6, 4), torch.tensor([0, 1, 2, 0, 1, 2])
 
 
-def learning(**changes: Any) -> Learning:
-    defaults: dict[str, Any] = dict(
-        loss=nn.CrossEntropyLoss(),
-        local_loss=Supervised(nn.CrossEntropyLoss()),
-        optimizer=lambda params: torch.optim.SGD(params, lr=0.5),
-        learning_rate=lambda step, total_steps: 1.0,
-        clip_norm=math.inf,
-        seed=0,
-    )
-    return Learning(**(defaults | changes))
+def sgd(parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+    return torch.optim.SGD(parameters, lr=0.5)
 
 
 def stage(
-    body: nn.Module,
-    *,
-    index: int = 1,
-    last: bool = False,
-    local_microbatches: int = 1,
-    **changes: Any,
+    body: nn.Module, *, index: int = 1, last: bool = False, **changes: Any
 ) -> Stage:
     head = None if last else nn.Linear(3, 3)
-    return Stage(
-        index,
-        body,
-        head,
-        learning(**changes),
-        lambda samples: min(local_microbatches, samples),
-    )
+    return factories.stage(index, body, head, **(dict(optimizer=sgd) | changes))
 
 
 def snapshot(made: Stage) -> list[Tensor]:
@@ -196,7 +176,7 @@ def test_a_local_step_clips_the_stage_with_its_head() -> None:
 
 
 def test_a_stage_without_parameters_learns_nothing_and_fails_nowhere() -> None:
-    made = Stage(1, nn.Tanh(), None, learning())
+    made = factories.stage(1, nn.Tanh(), None)
     made.zero_grad()
     made.forward(X, TARGETS, step=0, crossing=True)
     gradient, loss = made.crossing.backward_from_loss()
@@ -232,8 +212,8 @@ def test_parts_of_a_local_step_sum_to_the_step_of_the_whole_batch(parts: int) ->
     def learned(parts: int) -> tuple[list[Tensor], Tensor, Tensor]:
         torch.manual_seed(1)
         body = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)).double()
-        head, clipped = nn.Linear(3, 3).double(), learning(clip_norm=0.3)
-        made = Stage(1, body, head, clipped, lambda samples: min(parts, samples))
+        head = nn.Linear(3, 3).double()
+        made = factories.stage(1, body, head, parts=parts, clip_norm=0.3, optimizer=sgd)
         for step in range(3):
             output = made.forward(X.double(), TARGETS, step)
             loss = made.learn(step)
@@ -248,7 +228,7 @@ def test_parts_of_a_local_step_sum_to_the_step_of_the_whole_batch(parts: int) ->
 
 
 def test_a_part_has_random_numbers_of_its_own() -> None:
-    made = stage(nn.Dropout(0.5), last=True, local_microbatches=2)
+    made = stage(nn.Dropout(0.5), last=True, parts=2)
     output = made.forward(torch.ones(2, 64), TARGETS[:2], step=0)
     made.learn(step=0)
     assert not torch.equal(output[0], output[1])

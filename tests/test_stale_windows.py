@@ -6,8 +6,16 @@ from typing import Any
 
 import pytest
 import torch
+from testing.worlds import (
+    Trained,
+    image_batches,
+    plan_quickly,
+    same,
+    sgd,
+    small_resnet,
+    train,
+)
 from torch import Tensor, nn
-from worlds import Trained, image_batches, plan_quickly, same, sgd, small_resnet, train
 
 from pglpipe import NEVER, Guidance
 from pglpipe.errors import ConfigError

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import safe_open
+from testing.worlds import same
 from torch import Tensor, nn
-from worlds import same
 
 from pglpipe import state
 from pglpipe.errors import DataError

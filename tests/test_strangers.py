@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from commands import Processes, draw_images, small_run, sockets_of, torchrun
+from testing.commands import Processes, draw_images, small_run, sockets_of, torchrun
 
 pytestmark = [pytest.mark.dist, pytest.mark.slow]
 

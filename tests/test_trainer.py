@@ -13,8 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import Tensor, nn
-from worlds import (
+from testing.worlds import (
     Batch,
     Trained,
     image_batches,
@@ -27,6 +26,7 @@ from worlds import (
     train,
     trainer,
 )
+from torch import Tensor, nn
 
 import pglpipe
 from pglpipe import Guidance, Trainer, UserError, state

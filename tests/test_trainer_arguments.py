@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from testing.worlds import image_batches, outcomes, same, train, trainer
 from torch import nn
 from torch.optim import LBFGS, SGD
-from worlds import image_batches, outcomes, same, train, trainer
 
 from pglpipe import Guidance, Trainer, UserError
 from pglpipe.errors import DataError

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Iterable
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
+from testing import factories
 from torch import Tensor, nn
 
 from pglpipe.errors import ConfigError, DataError
 from pglpipe.guided import Guided
-from pglpipe.learning import Learning
-from pglpipe.losses import Supervised
 from pglpipe.updates import Updates
 
 LINE = "LLGGLGLLL"  # local and guided steps
@@ -24,16 +23,7 @@ def momentum(parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
     return torch.optim.SGD(parameters, lr=0.5, momentum=0.5)
 
 
-def learning(**changes: Any) -> Learning:
-    defaults: dict[str, Any] = dict(
-        loss=nn.CrossEntropyLoss(),
-        local_loss=Supervised(nn.CrossEntropyLoss()),
-        optimizer=momentum,
-        learning_rate=lambda step, total_steps: 1.0,
-        clip_norm=math.inf,
-        seed=0,
-    )
-    return Learning(**(defaults | changes))
+learning = partial(factories.learning, optimizer=momentum)
 
 
 def moves(guided: Guided, line: str = LINE, **changes: Any) -> list[float]:

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import pytest
 import torch
+from testing import factories
 from torch import Tensor, nn
 
 from pglpipe.errors import NonFinite
-from pglpipe.learning import Learning
-from pglpipe.losses import Supervised
 from pglpipe.reports import StepReport
 from pglpipe.stage import Stage
 from pglpipe.watch import NORMS, SKIPPED, Watch, judge
@@ -51,18 +50,14 @@ class Switch:
         return self.loss(output, targets)
 
 
+def momentum(parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+    return torch.optim.SGD(parameters, lr=0.5, momentum=0.9)
+
+
 def stage(loss: Loss, *, last: bool = False, **changes: Any) -> Stage:
     body = nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5), nn.Linear(5, 3))
-    learning = Learning(
-        loss=loss,
-        local_loss=Supervised(loss),
-        optimizer=lambda params: torch.optim.SGD(params, lr=0.5, momentum=0.9),
-        learning_rate=lambda step, total_steps: 1.0,
-        clip_norm=1.0,
-        seed=0,
-        **changes,
-    )
-    made = Stage(2, body, None if last else nn.Linear(3, 3), learning)
+    given = dict(loss=loss, optimizer=momentum, clip_norm=1.0) | changes
+    made = factories.stage(2, body, None if last else nn.Linear(3, 3), **given)
     made.train(True)
     return made
 

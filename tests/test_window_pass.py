@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
+from testing.worlds import image_batches, plan_quickly, train
 from torch import Tensor, nn
-from worlds import image_batches, plan_quickly, train
 
 from pglpipe import Guidance
 from pglpipe.crossing import Crossing

@@ -12,8 +12,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from testing.worlds import at_once
 from torch.utils.data import DataLoader
-from worlds import at_once
 
 import pglpipe
 from pglpipe import checks, guidance, guided, saving

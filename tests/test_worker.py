@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import itertools
-import math
-from collections import deque
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
+from testing import factories
+from testing.edges import Memory
 from torch import Tensor, nn
 
 from pglpipe.commands import (
@@ -24,10 +23,7 @@ from pglpipe.commands import (
     State,
     Stop,
 )
-from pglpipe.duty import Duty
 from pglpipe.errors import ProtocolError
-from pglpipe.learning import Learning
-from pglpipe.losses import Supervised
 from pglpipe.reports import (
     EvaluationReport,
     FinalReport,
@@ -36,43 +32,15 @@ from pglpipe.reports import (
 )
 from pglpipe.stage import Stage
 from pglpipe.state import StateLayout, flatten
-from pglpipe.timetable import one_forward_one_backward
 from pglpipe.transport import Links
 from pglpipe.worker import Worker
 
 BATCH = (torch.randn(4, 3), torch.tensor([0, 1, 0, 1]))
 
 
-class Wire:
-    """An edge's end on either side, with a memory."""
-
-    waited = 0.0
-    sent_bytes = 0
-
-    def __init__(self, *messages: Message) -> None:
-        self.messages = deque(messages)
-
-    def get(self) -> Message:
-        return self.messages.popleft()
-
-    def put(self, message: Message) -> None:
-        self.messages.append(message)
-
-    @property
-    def commands(self) -> list[Any]:
-        return [message.command for message in self.messages]
-
-
 def stage(index: int, *, last: bool, kind: type[Stage] = Stage) -> Stage:
-    learning = Learning(
-        loss=nn.CrossEntropyLoss(),
-        local_loss=Supervised(nn.CrossEntropyLoss()),
-        optimizer=lambda params: torch.optim.SGD(params, lr=0.1),
-        learning_rate=lambda step, total: 1.0,
-        clip_norm=math.inf,
-        seed=0,
-    )
-    return kind(index, nn.Linear(3, 3), None if last else nn.Linear(3, 2), learning)
+    head = None if last else nn.Linear(3, 2)
+    return factories.stage(index, nn.Linear(3, 3), head, kind=kind)
 
 
 def run(
@@ -87,22 +55,14 @@ def run(
         StateLayout.of(made.body, made.head)
         for made in (stage(0, last=False), stage(1, last=True))
     ]
-    duty = Duty(
-        rank=rank,
-        size=2,
-        timetable=one_forward_one_backward,
-        clips=clips,
-        layouts=layouts,
-        piece_bytes=16,
-        device=torch.device("cpu"),
-    )
+    duty = factories.duty(rank=rank, size=2, clips=clips, layouts=layouts)
     posted: list[Report] = []
     worker = Worker(duty, stages, posted.append)
     links = Links(
-        inbox=Wire(*messages),
-        outbox=Wire(),
-        gradients_in=Wire(*below) if rank == 0 else None,
-        gradients_out=Wire(),
+        inbox=Memory(*messages),
+        outbox=Memory(),
+        gradients_in=Memory(*below) if rank == 0 else None,
+        gradients_out=Memory(),
     )
     worker.run(links)
     return links, posted, worker
@@ -147,7 +107,7 @@ def test_the_seconds_of_steps_add_up_to_the_wall_clock(
 def test_a_local_step_is_sent_on_before_its_own_backward() -> None:
     order: list[str] = []
 
-    class Told(Wire):
+    class Told(Memory):
         def put(self, message: Message) -> None:
             order.append("sent")
 
@@ -157,10 +117,9 @@ def test_a_local_step_is_sent_on_before_its_own_backward() -> None:
             return super().learn(step)
 
     made = stage(0, last=False, kind=Slow)
-    duty = Duty(0, 2, one_forward_one_backward, False, [], 16, torch.device("cpu"))
-    worker = Worker(duty, [made], lambda report: None)
-    inbox = Wire(Message(LocalStep(0, 0), BATCH), Message(Stop()))
-    worker.run(Links(inbox, Told(), Wire(), Wire()))
+    worker = Worker(factories.duty(size=2), [made], lambda report: None)
+    inbox = Memory(Message(LocalStep(0, 0), BATCH), Message(Stop()))
+    worker.run(Links(inbox, Told(), Memory(), Memory()))
     assert order == ["sent", "learned", "sent"]
 
 

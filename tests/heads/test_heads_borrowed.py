@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+from testing.worlds import same, small_resnet
 from torch import Tensor, nn
-from worlds import same, small_resnet
 
 from pglpipe.errors import ConfigError
 from pglpipe.heads import Borrowed, Site, borrowed, build_head

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from testing.worlds import image_batches, small_resnet, train
 from torch import nn
-from worlds import image_batches, small_resnet, train
 
 from pglpipe import NEVER
 from pglpipe.heads import Site, build_head

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 import torch
+from testing.worlds import Trained, image_batches, plan_quickly, small_resnet, train
 from torch import Tensor, nn
-from worlds import Trained, image_batches, plan_quickly, small_resnet, train
 
 from pglpipe import ALWAYS, NEVER, Guidance
 from pglpipe.errors import ConfigError, PartitionError, PglpipeWarning

@@ -18,9 +18,9 @@ from typing import Any
 
 import pytest
 import torch
+from testing.worlds import outcomes
 from torch import Tensor
 from torch.distributed import FileStore
-from worlds import outcomes
 
 from pglpipe.commands import Evaluate, LocalStep, Message, Microbatch, Stop
 from pglpipe.errors import (

@@ -6,8 +6,8 @@ import time
 from typing import Any
 
 import pytest
+from testing.worlds import on_every_rank, outcomes
 from torch.distributed import HashStore
-from worlds import on_every_rank, outcomes
 
 from pglpipe.errors import EdgeTimeout, WorkerError
 from pglpipe.reports import (

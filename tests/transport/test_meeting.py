@@ -8,8 +8,8 @@ import time
 from collections.abc import Callable
 
 import pytest
+from testing.worlds import at_once
 from torch.distributed import HashStore, Store, TCPStore
-from worlds import at_once
 
 from pglpipe.errors import EdgeTimeout
 from pglpipe.transport.meeting import Meeting, meet

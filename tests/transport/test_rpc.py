@@ -18,11 +18,11 @@ from typing import Any
 
 import pytest
 import torch
-from commands import run
+from testing.commands import run
+from testing.worlds import at_once
 from torch import Tensor
 from torch.distributed import HashStore
 from torch.futures import Future
-from worlds import at_once
 
 from pglpipe.commands import LocalStep, Message
 from pglpipe.errors import EdgeTimeout, PeerLost, ProtocolError, WorkerError

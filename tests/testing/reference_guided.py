@@ -22,9 +22,9 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 import torch
+from testing.worlds import Batch, sgd
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
-from worlds import Batch, sgd
 
 from pglpipe import Guidance
 from pglpipe.guided import Guided, LocalWeight

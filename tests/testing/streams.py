@@ -12,12 +12,11 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from testing import factories
+from testing.worlds import sgd
 from torch import Tensor, nn
-from worlds import sgd
 
 from pglpipe.lanes import Lanes, Signal
-from pglpipe.learning import Learning
-from pglpipe.losses import Supervised
 from pglpipe.overlap import Overlap
 from pglpipe.stage import Stage
 from pglpipe.stopwatch import Figures
@@ -125,13 +124,10 @@ def stages(
         extra: makes one more layer for each body.
     """
     torch.manual_seed(0)
-    learning = Learning(
-        loss=nn.CrossEntropyLoss(),
-        local_loss=Supervised(nn.CrossEntropyLoss()),
+    learns: dict[str, Any] = dict(
         optimizer=sgd,
         learning_rate=lambda step, total: 1 / (1 + step),
         clip_norm=clip_norm,
-        seed=0,
     )
     made = []
     for index in range(STAGES):
@@ -145,7 +141,8 @@ def stages(
         body += end if last else [nn.ReLU(inplace=True)]
         head = None if last else nn.Sequential(*end)
         stage = nn.Sequential(*body).to(device)
-        made.append(Stage(index, stage, head and head.to(device), learning))
+        head = head and head.to(device)
+        made.append(factories.stage(index, stage, head, **learns))
         made[-1].train(True)
     return made
 

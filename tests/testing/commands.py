@@ -40,7 +40,9 @@ from PIL import Image
 
 from pglpipe import cli
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
+# Copied beside a run, for its ``--model ambush:network``.
+AMBUSH = ROOT / "tests" / "testing" / "ambush.py"
 WATCHDOG = 100.0  # seconds, below pytest's own limit
 _MARK = "PGLPIPE_TEST"
 _LISTENING = "0A"  # the state of a socket in /proc/net/tcp

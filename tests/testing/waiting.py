@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from worlds import Batch
+from testing.worlds import Batch
 
 from pglpipe.data import Batches
 

@@ -1,0 +1,74 @@
+"""Parts of a pipeline with a test's defaults: whatever a test does not care for is said here.
+
+::
+
+    stage(0, body, head, clip_norm=0.1)      learning(optimizer=…)      duty(rank=1, clips=True)
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+from pglpipe.duty import Duty
+from pglpipe.learning import Learning
+from pglpipe.losses import LocalLoss, Supervised
+from pglpipe.stage import Stage
+from pglpipe.timetable import one_forward_one_backward
+
+
+def plain_sgd(parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+    """No momentum: a step moves by the gradient of its batch alone."""
+    return torch.optim.SGD(parameters, lr=0.1)
+
+
+def learning(**changes: Any) -> Learning:
+    """How stages learn: cross-entropy, plain SGD, nothing clipped; a head loses what the end loses."""
+    loss = changes.get("loss", nn.CrossEntropyLoss())
+    defaults: dict[str, Any] = dict(
+        loss=loss,
+        local_loss=loss if isinstance(loss, LocalLoss) else Supervised(loss),
+        optimizer=plain_sgd,
+        learning_rate=lambda step, total_steps: 1.0,
+        clip_norm=math.inf,
+        seed=0,
+    )
+    return Learning(**(defaults | changes))
+
+
+def stage(
+    index: int,
+    body: nn.Module,
+    head: nn.Module | None,
+    *,
+    parts: int = 1,
+    kind: type[Stage] = Stage,
+    **changes: Any,
+) -> Stage:
+    """A stage that learns as ``changes`` say.
+
+    Args:
+        head: None for the last stage.
+        parts: microbatches of a local step, as far as there are samples.
+    """
+    return kind(
+        index, body, head, learning(**changes), lambda samples: min(parts, samples)
+    )
+
+
+def duty(**changes: Any) -> Duty:
+    """Orders for the only worker of a run."""
+    defaults: dict[str, Any] = dict(
+        rank=0,
+        size=1,
+        timetable=one_forward_one_backward,
+        clips=False,
+        layouts=[],
+        piece_bytes=16,
+        device=torch.device("cpu"),
+    )
+    return Duty(**(defaults | changes))
