@@ -1,6 +1,6 @@
 """The command line: parse, call, print.
 
-Every field of :class:`~pglpipe.config.RunConfig` is an option of the same name; only what
+Every setting of a section (:mod:`pglpipe.config`) is an option of the same name; only what
 was really given is passed on, so that it can beat the file and the file the defaults.
 """
 
@@ -20,7 +20,7 @@ from typing import Annotated, Any, Optional
 import typer
 
 from pglpipe import run, tables
-from pglpipe.config import RunConfig
+from pglpipe.config import RunConfig, option_fields
 from pglpipe.config_file import resolve
 from pglpipe.doctor import examine
 from pglpipe.errors import (
@@ -30,6 +30,7 @@ from pglpipe.errors import (
     WorkerError,
     command_line_style,
 )
+from pglpipe.options import Section
 from pglpipe.streams import lasting
 
 # Some versions of typer build on click, others on a copy of their own; in both of them the
@@ -51,40 +52,66 @@ _usual_warning = warnings.formatwarning
 RunDir = Annotated[Path, typer.Option("--run-dir", help="folder of a finished run")]
 
 
-def _with_run_options(command: Callable[..., None]) -> Callable[..., None]:
-    """Adds an option for every field of the configuration; unset ones arrive as None."""
-    signature = inspect.signature(command, eval_str=True)
-    own = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
-    options = [_parameter(field) for field in dataclasses.fields(RunConfig)]
-    command.__signature__ = signature.replace(parameters=own + options)  # type: ignore[attr-defined]
-    command.__annotations__ = {p.name: p.annotation for p in own + options}
-    return command
+def _with_options(
+    *without: str,
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Adds an option for every setting but those of some sections; unset ones arrive as None.
+
+    Those that most people need come first, the others in a panel for each section.
+    """
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        signature = inspect.signature(command, eval_str=True)
+        own = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
+        found = [
+            (section, name, field)
+            for section, name, field in option_fields()
+            if section.__name__ not in without
+        ]
+        found.sort(key=lambda each: not each[2].metadata["common"])
+        options = [_parameter(*each) for each in found]
+        command.__signature__ = signature.replace(parameters=own + options)  # type: ignore[attr-defined]
+        command.__annotations__ = {p.name: p.annotation for p in own + options}
+        return command
+
+    return decorate
 
 
-def _parameter(field: dataclasses.Field[Any]) -> inspect.Parameter:
-    choices = field.metadata["choices"]
-    help = field.metadata["help"] + (f": {', '.join(choices)}" if choices else "")
-    default = field.default if field.default not in ("", False) else False
+def _parameter(
+    section: type[Section], name: str, field: dataclasses.Field[Any]
+) -> inspect.Parameter:
+    about = field.metadata
+    help, kind = about["help"], about["kind"]
+    if about["choices"]:
+        help += f": {', '.join(about['choices'])}"
+    if field.default is True:
+        help += "; on by default"
+    elif field.default:
+        help += f"; default {field.default}"
     option = typer.Option(
-        help=help, show_default=str(default) if default is not False else False
+        f"--{name.replace('_', '-')}"
+        + (f"/--no-{name.replace('_', '-')}" if kind is bool else ""),
+        help=help,
+        show_default=False,
+        rich_help_panel="Most used" if about["common"] else section.title,
     )
     return inspect.Parameter(
-        field.name,
+        name,
         inspect.Parameter.KEYWORD_ONLY,
         default=None,
-        annotation=Annotated[Optional[type(field.default)], option],
+        annotation=Annotated[Optional[kind], option],
     )
 
 
 @app.command()
-@_with_run_options
+@_with_options()
 def train(config: Config = None, **options: Any) -> None:
     """Trains; under torchrun with one worker per process."""
     run.train(_resolve(config, options))
 
 
 @app.command()
-@_with_run_options
+@_with_options("Optimizer", "Length", "Checkpoints", "Output")
 def plan(
     config: Config = None,
     workers: Annotated[int, typer.Option(help="number of workers")] = 1,

@@ -2,38 +2,62 @@
 
 from __future__ import annotations
 
-import dataclasses
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pglpipe.config import DEFAULT_EPOCHS, RunConfig
-from pglpipe.errors import ConfigError, nearest
-from pglpipe.options import shown
+from pglpipe.config import DEFAULT_EPOCHS, RunConfig, sections
+from pglpipe.errors import ConfigError, nearest, shown
+from pglpipe.options import fields_of
 
 
 def read(path: Path) -> dict[str, Any]:
-    """The keys and values of a TOML configuration file.
+    """The values of a TOML configuration file, by the names of their options.
 
     Raises:
-        ConfigError: the file is missing, is no TOML, or has a key that does not exist.
+        ConfigError: the file is missing, is no TOML, or has a table or a key that does not exist.
     """
     try:
-        values = tomllib.loads(path.read_bytes().decode("utf-8-sig"))
+        tables = tomllib.loads(path.read_bytes().decode("utf-8-sig"))
     except OSError as error:
         raise ConfigError(
             f"expected a config file at {path}: {error.strerror}"
         ) from None
     except (ValueError, RecursionError) as error:  # no TOML, or more than can be read
         raise ConfigError(f"expected TOML in {path}: {error}") from None
-    known = [field.name for field in dataclasses.fields(RunConfig)]
-    for key in values:
-        if key not in known:
+    known = {
+        table: [name for name, _ in fields_of(section)]
+        for table, section in sections().items()
+    }
+    values: dict[str, Any] = {}
+    for table, entries in tables.items():
+        if table not in known:
+            raise _unknown(path, table, known)
+        if not isinstance(entries, dict):
             raise ConfigError(
-                f"unknown key {shown(key)} in {path}: {nearest(key, known)}"
+                f"expected a table [{table}] in {path}, got {table} = {shown(entries)}"
             )
+        for key in entries:
+            if key not in known[table]:
+                raise _unknown(path, key, known, table)
+        values |= entries
     return values
+
+
+def _unknown(
+    path: Path, name: str, known: Mapping[str, list[str]], table: str = ""
+) -> ConfigError:
+    """An unknown table, or a key that is unknown in its table."""
+    homes = [home for home, keys in known.items() if name in keys]
+    if homes:
+        where = f"[{table}]" if table else "the top"
+        return ConfigError(
+            f"expected {name} in the table [{homes[0]}] of {path}, found it in {where}; move it there"
+        )
+    words = known[table] if table else known
+    what = f"key {shown(name)} in [{table}]" if table else f"table {shown(name)}"
+    return ConfigError(f"unknown {what} of {path}: {nearest(name, words)}")
 
 
 def resolve(file: Path | None, options: Mapping[str, Any]) -> RunConfig:
@@ -44,4 +68,4 @@ def resolve(file: Path | None, options: Mapping[str, Any]) -> RunConfig:
             values[other] = 0  # the command line beats the file
     if not values.get("epochs") and not values.get("steps"):
         values["epochs"] = DEFAULT_EPOCHS
-    return RunConfig(**values)
+    return RunConfig.of(**values)
