@@ -34,7 +34,7 @@ from rich.table import Table
 from torch.distributed import TCPStore
 
 from benchmarks.runs import machine, train
-from pglpipe.commands import LocalStep, Message
+from pglpipe.commands import Message, TrainStep
 from pglpipe.transport import EdgePlan, Edges, Links, World, packing
 
 FOLDER = Path("runs/transports")
@@ -141,7 +141,9 @@ class Silent:
 
 def measure(world: World, name: str, nbytes: int, count: int, ring: Ring) -> float:
     """Seconds per message of ``count``, after as many to warm up; on rank 1 nothing of use."""
-    message = Message(LocalStep(0, 0), (torch.zeros(nbytes, dtype=torch.uint8),))
+    message = Message(
+        TrainStep("local", 0, 0, 1), (torch.zeros(nbytes, dtype=torch.uint8),)
+    )
     seconds = 0.0
     with edge(world, name, ring) as (end, edges):
         links = edges.links(Silent())
@@ -153,7 +155,7 @@ def measure(world: World, name: str, nbytes: int, count: int, ring: Ring) -> flo
                 else:
                     end.get()
             if links.gradients_in is None:
-                links.gradients_out.put(Message(LocalStep(0, 0)))
+                links.gradients_out.put(Message(TrainStep("local", 0, 0, 1)))
             else:
                 links.gradients_in.get()
             seconds = (time.perf_counter() - began) / count

@@ -139,6 +139,11 @@ def flag() -> Rule:
     return that("True or False", lambda value: isinstance(value, bool))
 
 
+def text() -> Rule:
+    """A text."""
+    return that("a text", lambda value: isinstance(value, str))
+
+
 def choice(words: Iterable[str]) -> Rule:
     """One of some words."""
     known = tuple(words)

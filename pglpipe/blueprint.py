@@ -14,6 +14,7 @@ from pglpipe.guidance import Guidance
 from pglpipe.layer import Layer
 from pglpipe.learning import Learning
 from pglpipe.memory import MemorySettings
+from pglpipe.steps import find_steps
 from pglpipe.timetable import Timetable
 from pglpipe.wire import Wire
 
@@ -69,15 +70,14 @@ class Blueprint:
 
         It cannot be for compiled stages, nor where inputs wait for stale gradients.
         """
-        possible = not self.learning.compile and "stale" not in self.guidance.kinds
-        return self.trains and possible
+        delayed = any(step.is_delayed for step in find_steps(self.guidance.kinds))
+        return self.trains and not self.learning.compile and not delayed
 
     @property
     def runs_heads(self) -> bool:
         """Whether guided steps run the heads, too."""
-        reach = self.guidance.reach
-        asked = self.learning.guided.asks_heads or reach == "window"
-        return asked or self.compare_every > 0
+        windows = any(step.crosses_window for step in find_steps(self.guidance.kinds))
+        return windows or self.learning.guided.asks_heads or self.compare_every > 0
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from pglpipe.guidance import Guidance
 from pglpipe.guided import Guided, LocalWeight
 from pglpipe.losses import LocalLoss
 from pglpipe.memory import MemorySettings
+from pglpipe.steps import find_step, find_steps
 
 
 def check_workers(num_stages: int, num_workers: int) -> None:
@@ -42,20 +43,35 @@ def check_together(
         compare_every: global steps from one comparison of gradients to the next; 0 for none.
     """
     in_parts = memory.local_microbatches > 1
-    stale = "stale" in guidance.kinds
+    steps = find_steps({guidance.reach: None, **dict.fromkeys(guidance.kinds)})
+    for step in steps:
+        step.check(guidance)
+    set_options = {
+        "compile": compile,
+        "memory_budget": budgeted,
+        "overlap_stages": overlap_stages,
+        "local_microbatches": in_parts,
+    }
+    steps = find_steps(guidance.kinds)
+    for kind, step in zip(guidance.kinds, steps, strict=True):
+        for option, reason in step.conflicts.items():
+            if set_options[option]:
+                value = True if option in ("compile", "overlap_stages") else None
+                raise ConfigError(
+                    f"expected {setting('guidance_reach', kind)} or {setting(option, value)}, got both: {reason}; "
+                    "drop one"
+                )
     compares = local_loss is not None and local_loss.compares
-    cut = memory.microbatches > 1 and {"global", "window"} & {*guidance.kinds}
-    asks_heads = "window" in guidance.kinds or guided.asks_heads
-    windows = guidance.has_stale_windows or "window" in guidance.kinds
+    cut = memory.microbatches > 1 and any(step.in_microbatches for step in steps)
+    windows = any(step.crosses_window for step in steps)
+    asks_heads = guided.asks_heads or any(
+        step.crosses_window and step.in_microbatches for step in steps
+    )
     windows_alone = windows and "global" not in guidance.kinds
     contradictions = (
         (compile and budgeted, _COMPILED_BUDGET),
         (compile and overlap_stages, _COMPILED_OVERLAP),
         (overlap_stages and (in_parts or budgeted), _OVERLAP_IN_PARTS),
-        (stale and overlap_stages, _STALE_OVERLAP),
-        (stale and compile, _STALE_COMPILED),
-        (stale and budgeted, _STALE_BUDGET),
-        (stale and in_parts, _STALE_IN_PARTS),
         (compares and (in_parts or budgeted), _COMPARED_IN_PARTS),
         (compares and cut and asks_heads, _COMPARED_IN_MICROBATCHES),
         (compares and cut and compare_every, _GRADIENTS_IN_MICROBATCHES),
@@ -63,7 +79,7 @@ def check_together(
         (overlap_stages and weight.end != 1, _OVERLAP_WEIGHT),
         (overlap_stages and skips, _OVERLAP_SKIP),
     )
-    if guided.shrink != 1 and not guidance.is_stale:
+    if guided.shrink != 1 and not find_step(guidance.reach).is_delayed:
         raise ConfigError(
             f"expected a stale {setting('guidance_reach')} for {setting('guided_shrink', guided.shrink)}, got "
             f"{guidance.reach}, whose gradients do not shrink; drop one"
@@ -96,6 +112,8 @@ def idle(
     if unit == "epoch":
         total = total_epochs
     final = guidance.final_units(total)
+    steps = find_steps(guidance.kinds)
+    delayed = any(step.is_delayed for step in steps)
     first = guidance.warmup * total_steps // total  # step of a window, at the earliest
     if final >= total:
         yield (
@@ -107,7 +125,7 @@ def idle(
             f"no window of guidance opens: its warm-up ({guidance.warmup} {unit}s) lasts until the end of "
             f"{total - final}; lower {setting('guidance_warmup')}"
         )
-    elif "stale" in guidance.kinds and first + guidance.delay >= total_steps:
+    elif delayed and first + guidance.delay >= total_steps:
         if num_stages > 1:
             yield (
                 f"no stale gradient arrives: the first takes {guidance.delay} steps to the next stage, from step "
@@ -118,7 +136,7 @@ def idle(
             f"there is no final phase: {guidance.final:g} of one epoch is no whole one; choose "
             f"{setting('guidance_unit', 'step')}"
         )
-    if compare_every and "global" not in guidance.kinds:
+    if compare_every and not any(step.compares_gradients for step in steps):
         yield f"no gradients are compared: no step is global; drop {setting('compare_every')}"
     if any(borrowing) and refresh_every >= total_steps:
         yield (
@@ -135,7 +153,6 @@ def _named(options: str) -> str:
         memory_budget=setting("memory_budget"),
         microbatches=setting("microbatches"),
         local_microbatches=setting("local_microbatches"),
-        stale=setting("guidance_reach", "stale"),
         window=setting("guidance_reach", "window"),
         guided_local_weight=setting("guided_local_weight"),
         local_weight_end=setting("local_weight_end"),
@@ -156,22 +173,6 @@ _COMPILED_OVERLAP = (
 _OVERLAP_IN_PARTS = (
     "{overlap_stages}, or {local_microbatches} or {memory_budget}",
     "the one keeps the activations of all stages, the others keep few",
-)
-_STALE_OVERLAP = (
-    "{stale} or {overlap_stages}",
-    "overlapping stages wait for no gradient",
-)
-_STALE_COMPILED = (
-    "{stale} or {compile}",
-    "compiled stages cannot be run again on an earlier input",
-)
-_STALE_BUDGET = (
-    "{stale} or {memory_budget}",
-    "what waits for gradients cannot be foretold",
-)
-_STALE_IN_PARTS = (
-    "{stale} or {local_microbatches}",
-    "a stale gradient is that of a whole batch",
 )
 _COMPARED_IN_PARTS = (
     "{local_microbatches} or {memory_budget}, or a local loss that compares the samples of a batch",

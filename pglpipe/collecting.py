@@ -8,10 +8,9 @@ import torch
 from torch import Tensor
 
 from pglpipe.commands import Collect, Message, State
-from pglpipe.duty import Duty
 from pglpipe.errors import ProtocolError
 from pglpipe.stage import Stage
-from pglpipe.state import flatten, pieces
+from pglpipe.state import StateLayout, flatten, pieces
 from pglpipe.transport import Links
 
 
@@ -19,26 +18,36 @@ class Collecting:
     """Hands up the weights of one worker's stages, then those from further down.
 
     Args:
-        duty: the worker's.
+        rank: the worker's number.
         stages: its own, in order.
+        layouts: the weights of every stage of the network.
+        piece_bytes: the most bytes of weights in one message.
 
     Attributes:
         collected: on the first worker, the weights by stage: uint8 ``[bytes]``.
     """
 
-    def __init__(self, duty: Duty, stages: Sequence[Stage]) -> None:
+    def __init__(
+        self,
+        rank: int,
+        stages: Sequence[Stage],
+        layouts: Sequence[StateLayout],
+        piece_bytes: int,
+    ) -> None:
         self.collected: dict[int, Tensor] = {}
-        self._duty = duty
+        self._rank = rank
         self._stages = stages
+        self._layouts = layouts
+        self._piece_bytes = piece_bytes
 
     def run(self, command: Collect, links: Links) -> None:
         """Passes the command on and the weights up."""
         links.outbox.put(Message(command))
         for stage in self._stages:
             flat = flatten(stage.tensors())
-            for offset, piece in pieces(flat, self._duty.piece_bytes):
+            for offset, piece in pieces(flat, self._piece_bytes):
                 self._hand_up(State(stage.index, offset), piece, links)
-        below = self._duty.layouts[self._stages[-1].index + 1 :]
+        below = self._layouts[self._stages[-1].index + 1 :]
         remaining = sum(layout.nbytes for layout in below)
         while remaining and links.gradients_in is not None:
             state, (piece,) = links.gradients_in.get()
@@ -48,10 +57,10 @@ class Collecting:
             remaining -= len(piece)
 
     def _hand_up(self, state: State, piece: Tensor, links: Links) -> None:
-        if self._duty.rank > 0:
+        if self._rank > 0:
             links.gradients_out.put(Message(state, (piece,)))
             return
-        size = self._duty.layouts[state.stage].nbytes
+        size = self._layouts[state.stage].nbytes
         whole = self.collected.setdefault(
             state.stage, torch.empty(size, dtype=torch.uint8)
         )

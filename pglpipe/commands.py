@@ -4,10 +4,8 @@ A **command** is in band: it stands in front of its data on the same first-in-fi
 edge, so every worker meets the same commands in the same order and nobody needs a
 barrier. A command is a handful of whole numbers; the tensors beside it make a message::
 
-    LocalStep            activation, targets     and image, scales, where they are needed
-    StaleStep            the same                its true gradient rises while others follow
-    GlobalStep           shares, or -            then Microbatch x M, and Clip if norms count
-    WindowStep           shares, or -            then Microbatch x M
+    TrainStep            activation, targets     and image, scales, where they are needed
+    TrainStep            shares, or -            then Microbatch x M, and Clip if norms count
     Microbatch           activation, targets     and image, scales
     Clip                 total gradient norm
     Evaluate             activation, targets     and scales
@@ -29,48 +27,28 @@ from torch import Tensor
 
 
 @dataclass(frozen=True, slots=True)
-class LocalStep:
-    """Every stage learns from its own loss of this batch."""
+class TrainStep:
+    """Every stage learns from this batch.
 
-    step: int
-    epoch: int
-
-
-@dataclass(frozen=True, slots=True)
-class StaleStep:
-    """A local step whose batch's true gradient is to reach the stages in later steps."""
-
-    step: int
-    epoch: int
-
-
-@dataclass(frozen=True, slots=True)
-class GlobalStep:
-    """One backward pass crosses all stages; ``microbatches`` messages with data follow.
-
-    ``compares`` is 1 if each stage is to say how its own gradient differs from the true one.
+    Attributes:
+        kind: how, a name in :data:`pglpipe.steps.STEPS` of at most 16 ASCII characters.
+        step, epoch: from 0.
+        samples: in the batch.
+        microbatches: messages that follow with a part of the batch each; 0 if all of it stands beside this command.
+        compares: 1 if each stage is to say how its own gradient differs from the true one.
     """
 
+    kind: str
     step: int
     epoch: int
     samples: int
-    microbatches: int
+    microbatches: int = 0
     compares: int = 0
 
 
 @dataclass(frozen=True, slots=True)
-class WindowStep:
-    """Every loss's gradient crosses some stages; ``microbatches`` messages with data follow."""
-
-    step: int
-    epoch: int
-    samples: int
-    microbatches: int
-
-
-@dataclass(frozen=True, slots=True)
 class Microbatch:
-    """A part of a global step's batch: activations on the way down, gradients on the way up."""
+    """A part of a step's batch: activations on the way down, gradients on the way up."""
 
     step: int
     index: int
@@ -139,8 +117,7 @@ class Stop:
 
 
 Command = (
-    LocalStep
-    | GlobalStep
+    TrainStep
     | Microbatch
     | Clip
     | Evaluate
@@ -148,18 +125,14 @@ Command = (
     | Collect
     | State
     | Stop
-    | StaleStep
-    | WindowStep
     | Weights
     | Checkpoint
     | SanityCheck
 )
-TrainStep = LocalStep | StaleStep | GlobalStep | WindowStep
 
 # A command's code on the wire is its place in this list.
 COMMANDS: tuple[type[Command], ...] = (
-    LocalStep,
-    GlobalStep,
+    TrainStep,
     Microbatch,
     Clip,
     Evaluate,
@@ -167,8 +140,6 @@ COMMANDS: tuple[type[Command], ...] = (
     Collect,
     State,
     Stop,
-    StaleStep,
-    WindowStep,
     Weights,
     Checkpoint,
     SanityCheck,
@@ -184,14 +155,22 @@ class Message(NamedTuple):
 
 def kind_of(command: Command) -> str:
     """One word for it: ``local``, ``evaluate``."""
-    return type(command).__name__.removesuffix("Step").lower()
+    if isinstance(command, TrainStep):
+        return command.kind
+    return type(command).__name__.lower()
+
+
+def has_training_batch(command: Command) -> bool:
+    """Whether samples that are learned from stand beside a command."""
+    is_whole = isinstance(command, TrainStep) and not command.microbatches
+    return is_whole or isinstance(command, Microbatch)
 
 
 def noun_of(command: Command) -> str:
     """What a message calls it: ``step 17, local step``."""
     match command:
-        case LocalStep() | StaleStep() | GlobalStep() | WindowStep():
-            return f"step {command.step}, {kind_of(command)} step"
+        case TrainStep():
+            return f"step {command.step}, {command.kind} step"
         case Evaluate():
             return f"the evaluation after {command.step} steps"
         case Conclude():

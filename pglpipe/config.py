@@ -14,7 +14,7 @@ from pglpipe.config_checks import check_fields
 from pglpipe.data import DATASETS
 from pglpipe.device import DEVICES
 from pglpipe.errors import command_line_style
-from pglpipe.guidance import LAST_TENTH, REACHES, UNITS, WARMUPS, Guidance
+from pglpipe.guidance import LAST_TENTH, UNITS, WARMUPS, Guidance
 from pglpipe.guided import GUIDED_HEADS, OPTIMIZERS, Guided, LocalWeight
 from pglpipe.heads import HEAD_NAMES
 from pglpipe.learning import ON_NONFINITE, PRECISIONS
@@ -22,6 +22,7 @@ from pglpipe.learning_rate import LR_SCHEDULES
 from pglpipe.losses import LOSSES, Lambdas, as_lambdas
 from pglpipe.memory import as_bytes
 from pglpipe.options import check, option, to_toml
+from pglpipe.steps import STEPS
 from pglpipe.timetable import TIMETABLES
 from pglpipe.transport import TRANSPORTS
 from pglpipe.wire import WIRE_FORMATS
@@ -108,7 +109,9 @@ class RunConfig:
     )
     guidance_unit: str = option("step", "what guidance counts", UNITS)
     guidance_reach: str = option(
-        "global", "how far the gradient gets in a guided step", REACHES
+        "global",
+        "how far the gradient gets in a guided step",
+        [kind for kind in STEPS if kind != "local"],
     )
     guidance_window: int = option(
         2,

@@ -8,6 +8,7 @@ from pglpipe.checks import check_together
 from pglpipe.errors import ConfigError
 from pglpipe.heads import find_head
 from pglpipe.memory import MemorySettings
+from pglpipe.steps import STEPS, find_steps
 
 Config = Any  # a RunConfig, which imports this module
 BORROWING = ("man", "solo", "thin")  # the heads, without their depth
@@ -102,8 +103,8 @@ def _check_guided(config: Config) -> None:
                 "--guidance-final, or drop one"
             )
     for name, reaches in (
-        ("guidance_window", ("window", "stale-window")),
-        ("guidance_delay", ("stale", "stale-window")),
+        ("guidance_window", [k for k, step in STEPS.items() if step.crosses_window]),
+        ("guidance_delay", [k for k, step in STEPS.items() if step.is_delayed]),
     ):
         if _is_given(config, name) and config.guidance_reach not in reaches:
             raise ConfigError(
@@ -115,14 +116,16 @@ def _check_guided(config: Config) -> None:
 def _check_kinds(config: Config) -> None:
     """What belongs to steps of a kind is not given where there are none of them."""
     kinds = config.guidance().kinds
-    for name, needed in _NEEDED:
+    needed = [kind for kind, step in STEPS.items() if step.in_microbatches]
+    for name in ("recompute", "microbatches"):
         asked = _is_given(config, name) and getattr(config, name)
         if asked and not {*kinds} & {*needed}:
             raise ConfigError(
                 f"expected {' or '.join(needed)} steps for {_flag(config, name)}, got {' and '.join(kinds)} ones "
                 "alone; drop one"
             )
-    if _is_given(config, "guided_optimizer") and len(kinds) == 1:
+    delayed = any(step.is_delayed for step in find_steps(kinds))
+    if _is_given(config, "guided_optimizer") and len(kinds) == 1 and not delayed:
         raise ConfigError(
             f"expected local steps beside guided ones for {_flag(config, 'guided_optimizer')}, got "
             f"{', '.join(kinds)} ones alone; drop one"
@@ -186,11 +189,6 @@ def _flag(config: Config, name: str) -> str:
     return f"--{name.replace('_', '-')} {getattr(config, name)}"
 
 
-# What does something in steps of these kinds alone.
-_NEEDED = (
-    ("recompute", ("global", "window")),
-    ("microbatches", ("global", "window")),
-)
 # What is said of guided steps alone.
 _GUIDED = (
     *("guidance_unit", "guided_weight", "guided_local_weight", "guided_heads"),

@@ -4,7 +4,7 @@ It is an endless question answered lazily: worker 0 asks for the next message, a
 coordinator turns batches into commands by the guidance. It never waits for a worker; the
 reports that have come in meanwhile go to the observer::
 
-    loader ─▶ guidance ─▶ LocalStep | GlobalStep + Microbatch x M | … ─▶ worker 0 ─▶ ...
+    loader ─▶ guidance ─▶ TrainStep | TrainStep + Microbatch x M | … ─▶ worker 0 ─▶ ...
                      observer ◀── records ◀── reports beside the pipeline
 
 A run that goes on from a checkpoint begins in the middle: with the counts, the epoch and the
@@ -27,14 +27,11 @@ from pglpipe.commands import (
     Collect,
     Conclude,
     Evaluate,
-    GlobalStep,
-    LocalStep,
     Message,
     Microbatch,
     SanityCheck,
-    StaleStep,
     Stop,
-    WindowStep,
+    TrainStep,
 )
 from pglpipe.errors import ConfigError, DataError, EdgeTimeout, warn
 from pglpipe.guidance import Guidance
@@ -59,6 +56,7 @@ from pglpipe.reports import (
 from pglpipe.saving import Ledger
 from pglpipe.seeding import generators, set_generators
 from pglpipe.source import Image, Position, Source, Span
+from pglpipe.steps import find_step
 from pglpipe.timetable import parts_of
 from pglpipe.transport import Mailbox
 
@@ -130,7 +128,7 @@ class Coordinator:
 
         Args:
             shares: what the losses of parts with these targets count for, see
-                :class:`~pglpipe.global_pass.GlobalPass`; None if their samples.
+                :class:`~pglpipe.steps.microbatched.MicrobatchedStep`; None if their samples.
         """
         self._parts = partial(parts_of, most=microbatches, batch=batch)
         self._shares = shares
@@ -204,11 +202,9 @@ class Coordinator:
             for x, targets in batches:
                 yield from self._step_of(kind, next(step), 0, x, targets, True)
                 self._listen()
-            if (
-                kind == "stale"
-            ):  # until the gradient of the last one has risen to the first stage
-                for _ in range(self._guidance.delay * (self._num_stages - 1)):
-                    yield Message(LocalStep(next(step), 0), batches[0])
+            latency = find_step(kind).latency(self._guidance, self._num_stages)
+            for _ in range(latency):  # until the last gradient has arrived
+                yield from self._step_of("local", next(step), 0, *batches[0], False)
         if test is not None:
             yield Message(Evaluate(0, 0), test.first())
             yield Message(Conclude(0, 0))
@@ -301,11 +297,9 @@ class Coordinator:
         step = self._at.step
         self._at.step += 1
         kind = self._guidance.kind(step, epoch, span.total_steps, span.epochs)
-        self._at.guided_steps += kind != "local"
-        compares = False
-        if kind == "global":
-            compares = self._at.global_steps % max(1, self._compare_every) == 0
-            self._at.global_steps += 1
+        self._at.guided_steps += find_step(kind).is_guided
+        compares = self._at.global_steps % max(1, self._compare_every) == 0
+        self._at.global_steps += kind == "global"
         yield from self._step_of(kind, step, epoch, x, targets, compares)
 
     def _step_of(
@@ -318,19 +312,16 @@ class Coordinator:
         compares: bool,
     ) -> Iterator[Message]:
         """A step of a kind; ``compares`` if gradients are compared in it, should they ever be."""
-        if kind in ("local", "stale"):
-            locally = LocalStep if kind == "local" else StaleStep
-            yield Message(locally(step, epoch), (x, targets))
+        samples, kind_of_step = len(targets), find_step(kind)
+        if not kind_of_step.in_microbatches:
+            yield Message(TrainStep(kind, step, epoch, samples), (x, targets))
             return
-        samples, parts = len(targets), self._parts(len(targets))
+        parts = self._parts(samples)
         each = targets.tensor_split(parts)
         shares = self._shares(each) if parts > 1 else None
-        beside = () if shares is None else (shares,)
-        if kind == "window":
-            yield Message(WindowStep(step, epoch, samples, parts), beside)
-        else:
-            due = int(compares and self._compare_every > 0)
-            yield Message(GlobalStep(step, epoch, samples, parts, due), beside)
+        asked = self._compare_every > 0 and kind_of_step.compares_gradients
+        command = TrainStep(kind, step, epoch, samples, parts, int(asked and compares))
+        yield Message(command, () if shares is None else (shares,))
         chunks = zip(x.tensor_split(parts), each, strict=True)
         for index, chunk in enumerate(chunks):
             yield Message(Microbatch(step, index), chunk)

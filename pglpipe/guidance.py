@@ -34,11 +34,10 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from pglpipe.arguments import check_fields, choice, number, whole
+from pglpipe.arguments import check_fields, choice, number, text, whole
 from pglpipe.errors import ConfigError, setting
 
 UNITS = ("step", "epoch")
-REACHES = ("global", "window", "stale", "stale-window")
 WARMUPS = ("local", "global")
 _RULES = {
     "period": ("guidance_period", whole(1)),
@@ -47,7 +46,7 @@ _RULES = {
     "unit": ("guidance_unit", choice(UNITS)),
     "warmup_kind": ("guidance_warmup_kind", choice(WARMUPS)),
     "final": ("guidance_final", number(0)),
-    "reach": ("guidance_reach", choice(REACHES)),
+    "reach": ("guidance_reach", text()),
     "window": ("guidance_window", whole(1)),
     "delay": ("guidance_delay", whole(0)),
 }
@@ -67,7 +66,7 @@ class Guidance:
         warmup_kind: of the steps before the first window, ``"local"`` or ``"global"``.
         final: units at the end of the run that are global; below 1 a share of the run, rounded: one unit
             at least, and never all.
-        reach: how far the gradient gets in a guided step, one of :data:`REACHES`.
+        reach: how far the gradient gets in a guided step: the name of a kind in :data:`pglpipe.steps.STEPS`.
         window: stages that a gradient crosses, if the reach is a window; 1 is a local step.
         delay: steps between two stages, if the gradient is stale; with ``stale``, 0 is a global step of
             one microbatch, in which each stage is clipped alone.
@@ -103,35 +102,16 @@ class Guidance:
                 f"expected whole {self.unit}s, or a share of the run below 1, for "
                 f"{setting('guidance_final')}, got {self.final:g}"
             )
-        if self.reach == "stale-window" and not self.delay:
-            raise ConfigError(
-                f"expected a {setting('guidance_delay')} of at least 1 for "
-                f"{setting('guidance_reach', self.reach)}, got 0"
-            )
-
-    @property
-    def is_stale(self) -> bool:
-        """Whether gradients rise while the pipeline goes on."""
-        return self.reach in ("stale", "stale-window")
-
-    @property
-    def has_stale_windows(self) -> bool:
-        """Whether gradients rise that cross windows, in some step."""
-        return self.reach == "stale-window" and self.duration > 0
 
     @property
     def kinds(self) -> tuple[str, ...]:
-        """Of the steps that there may be: ``"local"``, and those that are guided."""
-        always = self.duration == self.period and not self.is_stale
+        """Of the steps that there may be: ``"local"``, ``"global"``, and the reach."""
         starts_global = self.warmup and self.warmup_kind == "global"
-        locally = not always or (self.warmup and not starts_global)
-        globally = starts_global or self.final
         found = {
-            "local": locally,
-            "global": globally or (self.duration and self.reach == "global"),
-            "window": self.duration and self.reach == "window",
-            "stale": self.duration and self.is_stale,
+            "local": self.duration < self.period or (self.warmup and not starts_global),
+            "global": starts_global or self.final,
         }
+        found[self.reach] = found.get(self.reach) or self.duration
         return tuple(kind for kind, wanted in found.items() if wanted)
 
     def final_units(self, total: float) -> int:
@@ -159,7 +139,7 @@ class Guidance:
             total_steps, total_epochs: of the run; the final phase depends on them.
 
         Returns:
-            ``"local"``, ``"global"``, ``"window"`` or ``"stale"``.
+            The name of a kind in :data:`pglpipe.steps.STEPS`.
         """
         in_steps = self.unit == "step"
         index, total = (step, total_steps) if in_steps else (epoch, total_epochs)
@@ -170,7 +150,7 @@ class Guidance:
             return self.warmup_kind
         if index % self.period >= self.duration:
             return "local"
-        return "stale" if self.is_stale else self.reach
+        return self.reach
 
 
 NEVER = Guidance(period=1, duration=0)

@@ -19,6 +19,7 @@ from pglpipe.learning_rate import (
     warmed_up,
 )
 from pglpipe.losses import LocalLoss, LossSettings, build_loss, published_lambdas
+from pglpipe.steps import find_steps
 
 _INFOPRO_LR = 0.01  # of its first epoch, whatever comes then
 
@@ -58,7 +59,8 @@ def compare_every(config: RunConfig, loss: LocalLoss) -> int:
     if config.compare_every >= 0:
         return config.compare_every
     cut = loss.compares and config.microbatches > 1
-    never = "global" not in config.guidance().kinds
+    steps = find_steps(config.guidance().kinds)
+    never = not any(step.compares_gradients for step in steps)
     return (
         0 if never or config.compile or config.memory_budget or cut else COMPARE_EVERY
     )

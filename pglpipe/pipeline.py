@@ -14,7 +14,6 @@ from torch import nn
 from pglpipe import state
 from pglpipe.blueprint import Blueprint, Sample
 from pglpipe.checkpoint import Manifest, read_stage
-from pglpipe.duty import Duty
 from pglpipe.errors import ConfigError, DataError, WorkerError, warn
 from pglpipe.guided import place_of
 from pglpipe.layer import initialize
@@ -25,9 +24,9 @@ from pglpipe.seeding import Draws, derive
 from pglpipe.snapshot import Snapshot, fill_module, module_snapshot
 from pglpipe.stage import Stage
 from pglpipe.state import StateLayout
+from pglpipe.steps import StepSettings, find_steps
 from pglpipe.timetable import parts_of
 from pglpipe.transport import FIRST_SECONDS, EdgePlan, Edges, World, payload_bytes
-from pglpipe.windows import crossing
 from pglpipe.wire import Wire
 from pglpipe.worker import Worker
 
@@ -52,27 +51,32 @@ class Pipeline:
             _stage(index, blueprint, plan, sample.trained)
             for index in plan.stages_of[world.rank]
         ]
-        duty = Duty(
+        learning = blueprint.learning
+        settings = StepSettings(
             rank=world.rank,
-            size=world.size,
-            timetable=blueprint.timetable,
-            clips=math.isfinite(blueprint.learning.clip_norm),
-            layouts=plan.layouts,
-            piece_bytes=min(edge_plan.up_bytes, default=1 << 20),
+            num_workers=world.size,
+            num_stages=len(plan.balance),
             device=blueprint.device,
+            timetable=blueprint.timetable,
             wire=wire,
-            overlaps=blueprint.overlap_stages,
+            guidance=blueprint.guidance,
+            guided=learning.guided,
             recompute=plan.memory.recompute,
-            stale_windows=blueprint.guidance.has_stale_windows,
-            window=blueprint.guidance.window,
-            delay=blueprint.guidance.delay,
-            guided=blueprint.learning.guided,
-            loans=plan.loans,
-            skips=blueprint.learning.on_nonfinite == "skip",
+            overlaps=blueprint.overlap_stages,
+            clips=math.isfinite(learning.clip_norm),
+            skips=learning.on_nonfinite == "skip",
         )
         self.plan = plan
         self._stages = stages
-        self.worker = Worker(duty, stages, post, world.recent)
+        self.worker = Worker(
+            settings,
+            stages,
+            post,
+            layouts=plan.layouts,
+            piece_bytes=min(edge_plan.up_bytes, default=1 << 20),
+            loans=plan.loans,
+            recent=world.recent,
+        )
         self._open = partial(
             Edges,
             world,
@@ -99,7 +103,7 @@ class Pipeline:
         """
         if manifest["balance"] == self.plan.balance:
             own = {s.index: read_stage(path, manifest, s.index) for s in self._stages}
-            self.worker.recall.load(own)
+            self.worker.state.load(own)
             return True
         bodies: state.Tensors = {}
         attributes = Snapshot()
@@ -211,18 +215,16 @@ def _edge_plan(
         2, plan.memory.microbatches, dtype=torch.float64, device="meta"
     )
     # Where gradients cross windows, those of several losses travel together.
-    num_stages, window = len(plan.balance), blueprint.guidance.window
-    windowed = blueprint.guidance.reach in ("window", "stale-window")
+    guidance, num_stages = blueprint.guidance, len(plan.balance)
+    steps = find_steps({"local", *guidance.kinds})
     together = [
-        max(1, len(crossing(end + 1, window, num_stages))) if windowed else 1
+        max(s.gradients_together(end + 1, guidance, num_stages) for s in steps)
         for end in ends
     ]
     loans = [
         torch.empty(plan.loans.nbytes(end + 1), dtype=torch.uint8, device="meta")
         for end in ends
     ]
-    # A stale gradient may wait for so many steps.
-    delay = blueprint.guidance.delay if blueprint.guidance.is_stale else 0
     return EdgePlan(
         names=world.names,
         down_bytes=[
@@ -240,7 +242,9 @@ def _edge_plan(
             )
             for number, activation, loan in zip(together, crossings, loans, strict=True)
         ],
-        depth=max(blueprint.queue_depth, delay),
+        depth=max(
+            blueprint.queue_depth, *(s.waiting_messages(guidance) for s in steps)
+        ),
         timeout=blueprint.edge_timeout,
         opening=FIRST_SECONDS,
     )

@@ -43,8 +43,9 @@ from pglpipe.partition import (
     slices,
 )
 from pglpipe.placing import alike, check_apart, head_builder, head_skeletons
-from pglpipe.refresh import Loans
 from pglpipe.state import StateLayout
+from pglpipe.steps import find_steps
+from pglpipe.steps.borrow import Loans
 from pglpipe.transport import World
 from pglpipe.wire import Wire
 
@@ -264,6 +265,7 @@ def _weigh(
 
 
 def _weighed_kinds(guidance: Guidance) -> list[str]:
-    """Of the steps that will be taken; a windowed one keeps what a global one does."""
-    kinds = ["global" if kind == "window" else kind for kind in guidance.kinds]
+    """Of the steps that will be taken, for what they keep depends on whether they come in microbatches."""
+    steps = find_steps(guidance.kinds)
+    kinds = ["global" if step.in_microbatches else "local" for step in steps]
     return list(dict.fromkeys(kinds))

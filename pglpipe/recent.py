@@ -2,7 +2,7 @@
 
 A command costs a place in a ring and some attributes; words are made when somebody asks::
 
-    begin(LocalStep(17)) ─▶ "at step 17, local step"
+    begin(command)       ─▶ "at step 17, local step"
     pause()              ─▶ "while waiting for a command after step 17, local step"
     leave()              ─▶ "in the script's own code after step 17, local step"
     write(failure)       ─▶ RUN_DIR/failures/rank-2.json
@@ -26,6 +26,7 @@ LENGTH = 200
 FOLDER = "failures"
 
 Operation = Command | str  # a command, or "building its stages"
+_IN_WORDS = "words"  # the kind of all operations of the latter sort
 
 
 class Recent:
@@ -53,8 +54,8 @@ class Recent:
         self._ring: deque[tuple[float, Operation]] = deque(maxlen=LENGTH)
         self._last: Operation = "starting"
         self._pauses, self._is_outside = False, True
-        self._kind: type[Operation] | None = None
-        self._known: set[type[Operation]] = set()
+        self._kind: str | None = None
+        self._known: set[str] = set()
         self._is_first = True
         self._folder: Path | None = None
         self._once = threading.Lock()
@@ -63,11 +64,11 @@ class Recent:
         """Notes what the worker does from now on."""
         self._ring.append((time.time(), operation))
         self._last, self._pauses, self._is_outside = operation, False, False
-        kind, before = type(operation), self._kind
+        kind, before = _kind_of(operation), self._kind
         self._kind = kind
         if self._is_first or kind not in self._known:
             # All that comes before the first command counts as one thing.
-            if not (kind is str and before is str):
+            if not (kind == before == _IN_WORDS):
                 self._begin_new(kind)
 
     def pause(self) -> None:
@@ -142,13 +143,17 @@ class Recent:
             with suppress(RuntimeError):  # the worker's thread has added one meanwhile
                 return list(self._ring)
 
-    def _begin_new(self, kind: type[Operation]) -> None:
+    def _begin_new(self, kind: str) -> None:
         if self._is_first and self._known:
             self._first(False)
         self._is_first = kind not in self._known
         if self._is_first:
             self._known.add(kind)
             self._first(True)
+
+
+def _kind_of(operation: Operation) -> str:
+    return _IN_WORDS if isinstance(operation, str) else kind_of(operation)
 
 
 def _described(began: float, operation: Operation) -> dict[str, Any]:

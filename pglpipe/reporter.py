@@ -11,10 +11,9 @@ from collections import deque
 from collections.abc import Callable, Mapping
 
 import torch
-from torch import Tensor
 
 from pglpipe import device as devices
-from pglpipe.commands import GlobalStep, TrainStep, WindowStep
+from pglpipe.commands import TrainStep
 from pglpipe.metrics import StepClock
 from pglpipe.reports import (
     EvaluationReport,
@@ -115,16 +114,8 @@ class Reporter:
         return devices.peak_memory_bytes(self._device) + self._idle_bytes()
 
 
-def samples_of(command: TrainStep, tensors: tuple[Tensor, ...]) -> int:
-    """The size of a step's batch; where it is cut into microbatches, its images come later."""
-    if isinstance(command, (GlobalStep, WindowStep)):
-        return command.samples
-    return len(tensors[1])
-
-
 def step_report(
     command: TrainStep,
-    samples: int,
     seconds: float,
     before: tuple[float, float],
     after: tuple[float, float],
@@ -133,8 +124,8 @@ def step_report(
     return StepReport(
         step=command.step,
         epoch=command.epoch,
-        kind=type(command).__name__.removesuffix("Step").lower(),
-        samples=samples,
+        kind=command.kind,
+        samples=command.samples,
         losses={},
         seconds=seconds,
         waited_recv=after[0] - before[0],

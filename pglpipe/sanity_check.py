@@ -59,7 +59,7 @@ class Trial:
         for option, reached in self._reached.items():
             reached.check(setting(option))
         for stage in self._stages:
-            stage.zero_grad()
+            stage.optimizer.zero_grad()
             stage.checks = False
         for remembered_one in self._remembered:
             restore(*remembered_one)

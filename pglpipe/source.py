@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pglpipe.commands import LocalStep, Message, Microbatch, StaleStep
+from pglpipe.commands import Message, has_training_batch
 from pglpipe.device import upload
 
 Image = Callable[[Tensor], Tensor]
@@ -78,10 +78,7 @@ class Source:
     def get(self) -> Message:
         """The next message, on the worker's device."""
         command, tensors = next(self._messages)
-        if isinstance(command, StaleStep):
-            # Kept until its gradient comes, while a loader may fill the same memory again.
-            tensors = tuple(tensor.clone() for tensor in tensors)
         here = tuple(upload(t, self._device) for t in tensors)
-        if self._image and isinstance(command, (LocalStep, StaleStep, Microbatch)):
+        if self._image and has_training_batch(command):
             here = *here, self._image(here[0])
         return Message(command, here)

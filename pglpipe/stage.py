@@ -28,15 +28,13 @@ from torch import Tensor, nn
 
 from pglpipe.body import Body, dense
 from pglpipe.buffers import Attributes
-from pglpipe.clipping import clip_alone, clip_with_others, norms_of
 from pglpipe.crossing import Crossing
 from pglpipe.exit import Exit, weighted
 from pglpipe.in_place import KeepsInputs
 from pglpipe.learning import Learning, compiled
+from pglpipe.optimizer import StageOptimizer
 from pglpipe.reports import ExitCount
 from pglpipe.snapshot import Snapshot, fill_module, module_snapshot
-from pglpipe.updates import Updates
-from pglpipe.watch import watch
 
 
 class Stage:
@@ -53,7 +51,7 @@ class Stage:
     Attributes:
         learning: how it learns.
         crossing: what it does with gradients from elsewhere.
-        watch: looks at its loss and gradients.
+        optimizer: turns its gradients into a change of its weights.
         attributes: what the body's modules remember beside parameters and buffers.
     """
 
@@ -70,10 +68,9 @@ class Stage:
         self.body = body
         self.head = head
         self.learning = learning
-        self._updates = Updates(self.parameters(), learning, index)
         first = next(iter(self.tensors()), None)
         self._device = torch.device("cpu") if first is None else first.device
-        self.watch = watch(index, body, head, learning.on_nonfinite, self._device)
+        self.optimizer = StageOptimizer(index, body, head, learning, self._device)
         self._run_body: Callable[[Tensor], Tensor] = (
             compiled(body, retains=learning.retains or learning.guided.local_weight > 0)
             if learning.compile
@@ -99,9 +96,9 @@ class Stage:
 
     @checks.setter
     def checks(self, value: bool) -> None:
-        self._exit.checks = self._runs.checks = value
+        self._exit.checks = self._runs.checks = self.optimizer.checks = value
         if value:
-            self._updates.check()
+            self.optimizer.check()
 
     @property
     def total_steps(self) -> int:
@@ -110,7 +107,7 @@ class Stage:
 
     @total_steps.setter
     def total_steps(self, value: int) -> None:
-        self._exit.total_steps = value
+        self._exit.total_steps = self.optimizer.total_steps = value
 
     @property
     def device(self) -> torch.device:
@@ -171,7 +168,7 @@ class Stage:
         Returns:
             The activation ``[B, ...]`` for the next stage, detached and dense.
         """
-        self._begin(step)
+        self.optimizer.begin(step)
         x = x.detach()
         if crossing and self.index > 0:
             x.requires_grad_()
@@ -181,31 +178,6 @@ class Stage:
         batch = x, targets, step, microbatch
         y = self._runs.forward(*batch, recompute=recompute, share=share, image=image)
         return dense(y)
-
-    def zero_grad(self) -> None:
-        """Forgets the gradients of the last step."""
-        self._updates.zero_grad()
-
-    def update(self, step: int, *, guided: bool = False) -> None:
-        """One step of the optimizer, at the learning rate of this step."""
-        if self.checks:
-            return
-        self._updates.apply(step, self.total_steps, guided=guided)
-
-    def finish(self, step: int, loss: Tensor | None, *, guided: bool = False) -> None:
-        """Clips this stage's gradient and updates, if that and its loss are finite."""
-        if self.is_sound(step, loss):
-            self.clip_alone()
-            self.update(step, guided=guided)
-
-    def is_sound(self, step: int, loss: Tensor | None, *, rising: bool = False) -> bool:
-        """Whether its loss and gradients are finite, see :meth:`~pglpipe.watch.Watch.passes`."""
-        return self.checks or self.watch.passes(step, loss, rising=rising)
-
-    def skip(self) -> None:
-        """Leaves the stage as it was before the step; its parameters have not moved yet."""
-        if not self.checks:
-            self.watch.skip()
 
     # -- local step -------------------------------------------------------------------
 
@@ -218,7 +190,7 @@ class Stage:
         parts: int,
     ) -> Tensor:
         """Learns from every part but the last, whose graph stays for :meth:`learn`."""
-        self.zero_grad()
+        self.optimizer.zero_grad()
         outputs: list[Tensor] = []
         images = [None] * parts if image is None else image.tensor_split(parts)
         each = targets.tensor_split(parts)
@@ -238,21 +210,17 @@ class Stage:
             The loss, a detached scalar.
         """
         loss = self.backward_locally()
-        self.finish(step, loss)
+        self.optimizer.finish(step, loss)
         return loss
 
     def backward_locally(self) -> Tensor:
         """Backward of the local loss of the last forward; returns the loss, a detached scalar."""
         if not self._learned:
-            self.zero_grad()
+            self.optimizer.zero_grad()
         loss = sum(self._learned, self._learn_part())
         self._learned.clear()
         self._exit.begin_parts(())
         return loss
-
-    def clip_alone(self) -> None:
-        """Limits the norm of this stage's gradient."""
-        clip_alone(self._modules(), self.learning.clip_norm)
 
     def _learn_part(self) -> Tensor:
         """Adds the gradient of what was kept first; returns its share of the local loss."""
@@ -267,18 +235,8 @@ class Stage:
 
     def pass_on(self, x: Tensor, step: int) -> Tensor:
         """Runs the body without learning from this batch; ``[B, ...]`` for the next stage."""
-        self._begin(step)
+        self.optimizer.begin(step)
         return dense(self._runs.pass_on(x.detach(), step))
-
-    # -- guided step ------------------------------------------------------------------
-
-    def gradient_norms(self) -> Tensor:
-        """The 2-norm of each parameter's gradient ``[parameters]``, in the model's own order."""
-        return norms_of(self.body, self._device)
-
-    def clip(self, total_norm: Tensor) -> None:
-        """Scales the gradients by what the norm of the whole network's is; a head's alone."""
-        clip_with_others(self.body, self.head, self.learning.clip_norm, total_norm)
 
     # -- checkpoints ------------------------------------------------------------------
 
@@ -289,7 +247,7 @@ class Stage:
         found.add("head", module_snapshot(self.head))
         found.add("attributes", self.attributes.snapshot())
         found.add("head_attributes", self._head_attributes.snapshot())
-        found.add("updates", self._updates.snapshot())
+        found.add("updates", self.optimizer.snapshot())
         return found
 
     def load(self, snapshot: Snapshot) -> None:
@@ -302,7 +260,7 @@ class Stage:
         fill_module(self.head, snapshot.part("head"), f"the head of stage {self.index}")
         self.attributes.load(snapshot.part("attributes"))
         self._head_attributes.load(snapshot.part("head_attributes"))
-        self._updates.load(snapshot.part("updates"))
+        self.optimizer.load(snapshot.part("updates"))
 
     # -- evaluation -------------------------------------------------------------------
 
@@ -322,10 +280,6 @@ class Stage:
         return self._exit.conclude()
 
     # -- private ----------------------------------------------------------------------
-
-    def _begin(self, step: int) -> None:
-        if not self.checks:
-            self.watch.begin(step)
 
     def _in_precision(self, run: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         with self.learning.autocast(self._device):

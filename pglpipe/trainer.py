@@ -46,12 +46,13 @@ from pglpipe.metrics import Summary
 from pglpipe.models import as_layers
 from pglpipe.models.chain import HeldModules
 from pglpipe.observers import Observer, Observers
-from pglpipe.overlap import check_device
 from pglpipe.plan import Plan
 from pglpipe.reader import BatchReader, Loader
 from pglpipe.saving import Checkpoints
 from pglpipe.session import Session
 from pglpipe.source import Source, Span
+from pglpipe.steps import find_step
+from pglpipe.steps.overlap import check_device
 from pglpipe.timetable import TIMETABLES
 from pglpipe.trainer_arguments import FIT, TRAINER
 from pglpipe.transport import World, join
@@ -176,7 +177,7 @@ class Trainer:
             compile=compile,
             guided=guided,
             local_weight=local_weight,
-            retains=compare_every > 0 or guidance.reach == "window",
+            retains=compare_every > 0 or find_step(guidance.reach).crosses_window,
             on_nonfinite=on_nonfinite,
         )
         check_together(

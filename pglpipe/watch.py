@@ -167,7 +167,10 @@ class Watch:
         return figures
 
     def judge(
-        self, report: StepReport, norms: Mapping[int, Sequence[float]]
+        self,
+        report: StepReport,
+        norms: Mapping[int, Sequence[float]],
+        upstream: bool,
     ) -> Iterator[NonFinite]:
         """What was wrong in an earlier step, if anything was; its numbers are on the host by now.
 
@@ -178,8 +181,7 @@ class Watch:
             own = norms[self._index][1:]
             lost = not math.isfinite(report.losses.get(self._index, 0.0))
             if lost or not all(map(math.isfinite, own)):
-                rising = report.kind in ("global", "window")
-                yield self._error(report.step, own, lost, rising)
+                yield self._error(report.step, own, lost, upstream)
 
     # -- private ----------------------------------------------------------------------
 
@@ -239,14 +241,21 @@ def _numbers(gradient: Tensor) -> Tensor:
 
 
 def judge(
-    watches: Iterable[Watch], report: StepReport, norms: Mapping[int, Sequence[float]]
+    watches: Iterable[Watch],
+    report: StepReport,
+    norms: Mapping[int, Sequence[float]],
+    *,
+    upstream: bool,
 ) -> None:
     """Raises NonFinite for a step that a GPU has done, if something was wrong in it.
 
     Args:
         watches: of all stages of a worker.
         norms: by stage.
+        upstream: whether what is not finite came up with gradients, not down with activations.
     """
-    found = [error for watch in watches for error in watch.judge(report, norms)]
+    found = [
+        error for watch in watches for error in watch.judge(report, norms, upstream)
+    ]
     if found:
         raise min(found, key=lambda error: error.place)

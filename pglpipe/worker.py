@@ -2,9 +2,7 @@
 
 The whole control flow of training stands here, one line per command::
 
-    inbox ─▶ command ─▶ local step     forward, send on, local loss, backward, update
-                        global step    the worker's row of the timetable, then update
-                        window step    the same, with gradients of several losses
+    inbox ─▶ command ─▶ train step     of a kind of pglpipe.steps, which takes the stages through it
                         evaluate       count what every exit gets right
                         checkpoint     write the stages to disk, beside what follows
                         collect        hand the weights up
@@ -17,10 +15,9 @@ It asks nobody what to do next.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 from torch import Tensor
@@ -31,88 +28,71 @@ from pglpipe.commands import (
     Collect,
     Conclude,
     Evaluate,
-    GlobalStep,
-    LocalStep,
     Message,
     SanityCheck,
-    StaleStep,
     Stop,
     TrainStep,
-    WindowStep,
 )
-from pglpipe.duty import Duty
 from pglpipe.errors import ProtocolError
-from pglpipe.global_pass import GlobalPass
-from pglpipe.local_steps import local_pass
-from pglpipe.overlap import Overlap, lanes_on
-from pglpipe.recall import Recall
 from pglpipe.recent import Recent
-from pglpipe.refresh import Refresh, Sorted
-from pglpipe.reporter import Reporter, samples_of, step_report
-from pglpipe.reports import CheckedReport, Report, SaveRequest, StopRequest
+from pglpipe.reporter import Reporter, step_report
+from pglpipe.reports import CheckedReport, Report, SaveRequest, StepReport, StopRequest
 from pglpipe.sanity_check import Trial
 from pglpipe.saved_bytes import SavedBytes
 from pglpipe.saving import Writer
 from pglpipe.stage import Stage
-from pglpipe.state import digests
+from pglpipe.state import StateLayout, digests
+from pglpipe.steps import Step, StepSettings, make_steps
+from pglpipe.steps.borrow import Loans, Refresh, Sorted
+from pglpipe.steps.sweep import Sweep
 from pglpipe.stopwatch import Figures, Stopwatch
-from pglpipe.timetable import Row
 from pglpipe.transport import Links
 from pglpipe.watch import judge
-from pglpipe.window_pass import WindowPass
+from pglpipe.worker_state import WorkerState
 
 
 class Worker:
-    """One process' part of the pipeline: consecutive stages between two edges."""
+    """One process' part of the pipeline: consecutive stages between two edges.
+
+    Args:
+        settings: what is to be known of the run.
+        stages: the worker's own, in order.
+        post: sends a report on its way without waiting for anyone.
+        layouts: the weights of every stage of the network, to relay those of others.
+        piece_bytes: the most bytes of weights in one message up.
+        loans: whose weights go to whose heads.
+    """
 
     def __init__(
         self,
-        duty: Duty,
+        settings: StepSettings,
         stages: Sequence[Stage],
         post: Callable[[Report], None],
+        *,
+        layouts: Sequence[StateLayout],
+        piece_bytes: int,
+        loans: Loans = Loans(),
         recent: Recent | None = None,
     ) -> None:
-        self.recent = recent or Recent(duty.rank)
+        rank, device = settings.rank, settings.device
+        self.recent = recent or Recent(rank)
         self.asked_to_stop = self.asked_to_save = False
         self._post = post
         self._writer: Writer | None = None
-        self._duty = duty
+        self._settings = settings
         self._stages = stages
-        judges, idle = partial(judge, [s.watch for s in stages]), self._idle_bytes
-        self._reporter = Reporter(duty.rank, duty.device, post, idle, judges)
-        self._stopwatch = Stopwatch(duty.device, len(stages) if duty.overlaps else 1)
+        self._reporter = Reporter(rank, device, post, self._idle_bytes, self._judge)
+        self._stopwatch = Stopwatch(device, len(stages) if settings.overlaps else 1)
         self._saved = {kind: _saved_bytes(stages) for kind in ("local", "global")}
-        self._counted: set[type[TrainStep]] = set()
+        self._counted: set[str] = set()
         self._training: bool | None = None
-        self._first_stale: int | None = None
         self._trial: Trial | None = None
         self._tried_bytes = 0, 0
-        self._overlap: Overlap | None = None
-        if duty.overlaps:
-            lanes = lanes_on(duty.device, len(stages))
-            self._overlap = Overlap(stages, lanes, duty.wire)
-        num_stages = len(duty.layouts)
-        self._collecting = Collecting(duty, stages)
-        self._refresh = Refresh(stages, duty.loans)
-        self._local_pass = local_pass(duty, stages)
-        self.recall = Recall(stages, self._local_pass, self._refresh)
-        self._global_pass = GlobalPass(
-            stages,
-            self._row,
-            clips=duty.clips,
-            skips=duty.skips,
-            is_first=duty.rank == 0,
-            wire=duty.wire,
-            recompute=duty.recompute,
-        )
-        self._window_pass = WindowPass(
-            stages,
-            self._row,
-            window=duty.window,
-            num_stages=num_stages,
-            wire=duty.wire,
-            recompute=duty.recompute,
-        )
+        self._collecting = Collecting(rank, stages, layouts, piece_bytes)
+        self._refresh = Refresh(stages, loans)
+        self._steps = make_steps(settings.guidance.kinds, stages, settings)
+        self._step: Step | None = None  # that took the last one
+        self.state = WorkerState(stages, self._steps, self._refresh)
 
     @property
     def collected(self) -> dict[int, Tensor]:
@@ -121,7 +101,7 @@ class Worker:
 
     def write_to(self, checkpoints: Path) -> None:
         """Says where the checkpoints of this run are."""
-        self._writer = Writer(checkpoints, self._duty.rank, self._post)
+        self._writer = Writer(checkpoints, self._settings.rank, self._post)
 
     def run(self, links: Links) -> None:
         """Obeys until told to stop."""
@@ -143,12 +123,9 @@ class Worker:
             began, ended = ended, time.perf_counter()
             before, waited = waited, self._waits()
             match message.command:
-                case LocalStep() | StaleStep() | GlobalStep() | WindowStep() as step:
-                    if self._trial:
-                        continue
-                    samples = samples_of(step, message.tensors)
-                    report = step_report(step, samples, ended - began, before, waited)
-                    with self._overlap.joined() if self._overlap else nullcontext():
+                case TrainStep() as step if not self._trial:
+                    report = step_report(step, ended - began, before, waited)
+                    with self._steps[step.kind].joined():
                         timing = self._stopwatch.end(report, figures, links.stalls)
                     self._reporter.stepped(timing)
                 case Stop():
@@ -157,27 +134,14 @@ class Worker:
     def _obey(self, message: Message) -> Figures:
         """Does one command; returns what came of it, nothing where nothing was learned."""
         command, tensors = message
-        if not isinstance(command, LocalStep):
-            self._drain()
         if not isinstance(command, SanityCheck) and not self._trial:
-            self.recall.send(self._links)
-        if isinstance(command, (GlobalStep, WindowStep, Stop)):
-            self._local_pass.forget(self._links)
+            self.state.resend_in_flight(self._links)
+        if isinstance(command, TrainStep):
+            return self._train(command, tensors)
+        if self._step is not None:
+            self._step.drain()
         match command:
-            case LocalStep() | StaleStep() | GlobalStep() | WindowStep():
-                self._train(True)
-                if self._trial:
-                    with self._trial.naming(command, samples_of(command, tensors)):
-                        self._step(command, tensors)
-                    return {}
-                figures = self._step(command, tensors)
-                for stage in self._stages:
-                    if told := stage.watch.take_figures():
-                        figures = {**figures, **told}
-                self._refresh.after(command.step, self._links)
-                return figures
             case Evaluate():
-                self._train(False)
                 self._evaluate(command, tensors)
             case Conclude():
                 self._conclude(command)
@@ -201,51 +165,62 @@ class Worker:
         self.recent.checks = begins
         if begins:
             self._trial = Trial(self._stages)
-            # What rises with a delay in a run that goes on stays as it is.
-            self._tried_pass, self._local_pass = self._local_pass, local_pass(
-                self._duty, self._stages
+            # What is delayed in a run that goes on stays as it is, and nothing is recorded.
+            settings = replace(self._settings, overlaps=False)
+            kinds = self._settings.guidance.kinds
+            self._kept_steps, self._steps = self._steps, make_steps(
+                kinds, self._stages, settings
             )
             return
         assert self._trial is not None, "it has begun"
-        self._local_pass.forget(self._links)
-        self._local_pass = self._tried_pass
+        self._finish_steps()
+        self._steps = self._kept_steps
         self._trial.end()
         self._trial = None
         self._tried_bytes = self._sent_bytes()
-        self._post(CheckedReport(self._duty.rank))
+        self._post(CheckedReport(self._settings.rank))
 
     # -- training ---------------------------------------------------------------------
 
-    def _step(self, command: TrainStep, tensors: tuple[Tensor, ...]) -> Figures:
-        if isinstance(command, (LocalStep, StaleStep)):
-            return self._local_step(command, tensors)
-        whole = isinstance(command, GlobalStep)
-        run = self._global_pass.run if whole else self._window_pass.run
-        with self._counting("global", command):
-            return run(command, self._links, tensors)
-
-    def _local_step(
-        self, command: LocalStep | StaleStep, tensors: tuple[Tensor, ...]
-    ) -> Figures:
-        if self._overlap and not self._trial and self._overlap.takes(tensors):
-            put = self._links.outbox.put
-            return self._overlap.step(
-                command.step, tensors, lambda output: put(Message(command, output))
+    def _train(self, command: TrainStep, tensors: tuple[Tensor, ...]) -> Figures:
+        """Takes the stages through one step; returns what there is to report."""
+        step = self._steps.get(command.kind)
+        if step is None:
+            known = ", ".join(self._steps)
+            raise ProtocolError(f"expected a {known} step, got {command}")
+        if step is not self._step:
+            self._finish_steps(but=step)
+            self._step = step
+        self._switch(training=True)
+        if self._trial:
+            with self._trial.naming(command, command.samples):
+                step.run(command, tensors, self._links)
+            return {}
+        with self._counting(step, command):
+            figures: Mapping[tuple[str, int], Tensor] = step.run(
+                command, tensors, self._links
             )
-        self._drain()
-        with self._counting("local", command, self._first_gradients_rise(command)):
-            packet = self._duty.wire.packet(tensors)
-            return self._local_pass.run(command, packet, self._links)
+        for stage in self._stages:
+            if found := stage.optimizer.watch.take_figures():
+                figures = {**figures, **found}
+        self._refresh.after(command.step, self._links)
+        return figures
+
+    def _finish_steps(self, *, but: Step | None = None) -> None:
+        """Leaves nothing under way of any kind of step but one."""
+        for step in {*self._steps.values()} - {but}:
+            step.drain()
+            step.finish(self._links)
+        self._step = None
 
     # -- evaluation and weights -------------------------------------------------------
 
     def _evaluate(self, command: Evaluate, tensors: tuple[Tensor, ...]) -> None:
-        wire = self._duty.wire
+        self._switch(training=False)
+        wire, outbox = self._settings.wire, self._links.outbox
         packet = wire.packet(tensors, learns=False)
-        for stage in self._stages:
-            y = stage.evaluate(wire.open(packet), packet.targets)
-            packet = packet.then(wire.pack(y, ends=stage.is_last))
-        self._links.outbox.put(Message(command, packet.tensors))
+        for visit in Sweep(self._stages, packet, wire, command, outbox):
+            visit.pass_on(visit.stage.evaluate(visit.x, visit.targets))
 
     def _conclude(self, command: Conclude) -> None:
         self._links.outbox.put(Message(command))
@@ -259,22 +234,23 @@ class Worker:
         assert self._writer is not None, "nobody said where checkpoints are"
         # What is known of the steps before is to arrive before the checkpoint does.
         self._reporter.flush()
-        self._writer.write(command.step, self.recall.copies())
+        self._writer.write(command.step, self.state.copies())
 
     def _pass_on_request(self) -> None:
         if self.asked_to_stop:
             self.asked_to_stop = self.asked_to_save = False
-            self._post(StopRequest(self._duty.rank))
+            self._post(StopRequest(self._settings.rank))
         if self.asked_to_save:
             self.asked_to_save = False
-            self._post(SaveRequest(self._duty.rank))
+            self._post(SaveRequest(self._settings.rank))
 
     def _stop(self, command: Stop) -> None:
+        self._finish_steps()
         self._refresh.forget(self._links)
         self._links.outbox.put(Message(command))
         peaks = {kind: saved.peak for kind, saved in self._saved.items()}
-        if self._overlap:
-            peaks["local"] = max(peaks["local"], self._overlap.saved_bytes)
+        for step in self._steps.values():
+            peaks["local"] = max(peaks["local"], step.saved_bytes or 0)
         forward, backward = self._sent_bytes()
         self._reporter.finished(
             {stage.index: digests(stage.body.state_dict()) for stage in self._stages},
@@ -285,23 +261,21 @@ class Worker:
 
     # -- private ----------------------------------------------------------------------
 
-    def _row(self, microbatches: int) -> Row:
-        return self._duty.timetable(self._duty.size, microbatches)[self._duty.rank]
-
-    def _drain(self) -> None:
-        """What comes next needs every stage as it is after the last local step."""
-        if self._overlap:
-            self._overlap.drain()
-
     def _idle_bytes(self) -> int:
-        return self._overlap.idle_bytes if self._overlap else 0
+        return sum(step.idle_bytes for step in self._steps.values())
 
-    def _train(self, mode: bool) -> None:
+    def _judge(self, report: StepReport, norms: Mapping[int, list[float]]) -> None:
+        """Raises for a step that a GPU has done, if something was wrong in it."""
+        watches = [stage.optimizer.watch for stage in self._stages]
+        upstream = self._steps[report.kind].in_microbatches
+        judge(watches, report, norms, upstream=upstream)
+
+    def _switch(self, *, training: bool) -> None:
         """Switches the stages between training and evaluation, when that is a change."""
-        if mode != self._training:
-            self._training = mode
+        if training != self._training:
+            self._training = training
             for stage in self._stages:
-                stage.train(mode)
+                stage.train(training)
 
     def _sent_bytes(self) -> tuple[int, int]:
         """Down and up the edges so far."""
@@ -317,29 +291,19 @@ class Worker:
         )
 
     def _counting(
-        self, kind: str, command: TrainStep, more: bool = False
+        self, step: Step, command: TrainStep
     ) -> AbstractContextManager[object]:
-        """Counts the bytes saved for backward in the first step of each command.
+        """Counts the bytes saved for backward in the first step of each kind, and where more may be kept.
 
-        No later batch is larger, and the hooks that count are not free; ``more`` says that a
-        later step may keep more all the same.
+        No later batch is larger, and the hooks that count are not free.
         """
-        if self._trial:
+        known = command.kind in self._counted
+        self._counted.add(command.kind)
+        if step.saved_bytes is not None or (
+            known and not step.keeps_more(command.step)
+        ):
             return nullcontext()
-        known = type(command) in self._counted
-        self._counted.add(type(command))
-        return nullcontext() if known and not more else self._saved[kind]
-
-    def _first_gradients_rise(self, command: LocalStep | StaleStep) -> bool:
-        """Whether the first stale gradient is under way, and with it the most inputs wait."""
-        if self._trial:
-            return False
-        if self._first_stale is None and isinstance(command, StaleStep):
-            self._first_stale = command.step
-        if self._first_stale is None:
-            return False
-        way = self._duty.delay * (len(self._duty.layouts) - 1)
-        return command.step <= self._first_stale + way
+        return self._saved["global" if step.in_microbatches else "local"]
 
 
 def _saved_bytes(stages: Sequence[Stage]) -> SavedBytes:

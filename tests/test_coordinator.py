@@ -16,11 +16,10 @@ from pglpipe.commands import (
     Collect,
     Conclude,
     Evaluate,
-    GlobalStep,
-    LocalStep,
     Message,
     Microbatch,
     Stop,
+    TrainStep,
 )
 from pglpipe.coordinator import Coordinator
 from pglpipe.errors import EdgeTimeout, WorkerError
@@ -85,11 +84,11 @@ def test_batches_become_steps_by_the_guidance() -> None:
     parts = [Microbatch(1, 0), Microbatch(1, 1), Microbatch(1, 2)]
     again = [Microbatch(3, 0), Microbatch(3, 1), Microbatch(3, 2)]
     assert [m.command for m in messages] == [
-        LocalStep(0, 0),
-        GlobalStep(1, 0, 7, 3),
+        TrainStep("local", 0, 0, 8),
+        TrainStep("global", 1, 0, 7, 3),
         *parts,
-        LocalStep(2, 1),
-        GlobalStep(3, 1, 7, 3),
+        TrainStep("local", 2, 1, 8),
+        TrainStep("global", 3, 1, 7, 3),
         *again,
         Stop(),
     ]
@@ -102,7 +101,7 @@ def test_batches_become_steps_by_the_guidance() -> None:
 def test_a_batch_has_no_more_microbatches_than_samples() -> None:
     office = Office(Guidance(period=1), microbatches=4)
     assert commands(fit(office, image_batches(2), (1, 1)))[:3] == [
-        GlobalStep(0, 0, 2, 2),
+        TrainStep("global", 0, 0, 2, 2),
         Microbatch(0, 0),
         Microbatch(0, 1),
     ]
@@ -111,11 +110,11 @@ def test_a_batch_has_no_more_microbatches_than_samples() -> None:
 def test_after_every_epoch_all_exits_are_evaluated() -> None:
     test = image_batches(4, 3)
     assert commands(fit(Office(), image_batches(8), (2, 2), test)) == [
-        LocalStep(0, 0),
+        TrainStep("local", 0, 0, 8),
         Evaluate(1, 0),
         Evaluate(1, 0),
         Conclude(1, 0),
-        LocalStep(1, 1),
+        TrainStep("local", 1, 1, 8),
         Evaluate(2, 1),
         Evaluate(2, 1),
         Conclude(2, 1),
@@ -130,7 +129,7 @@ def test_evaluations_may_be_seldom_and_the_last_is_always_there() -> None:
 
 def test_a_span_ends_in_the_middle_of_an_epoch() -> None:
     got = commands(fit(Office(), image_batches(8, 8, 8), (2, 4), image_batches(4)))
-    assert [(c.step, c.epoch) for c in got if isinstance(c, LocalStep)] == [
+    assert [(c.step, c.epoch) for c in got if isinstance(c, TrainStep)] == [
         (0, 0),
         (1, 0),
         (2, 0),

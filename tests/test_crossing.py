@@ -66,7 +66,7 @@ def test_in_a_global_step_a_local_loss_counts_for_its_own_stage_alone(
         local_weight=LocalWeight(deepest=1.0, end=weight),
     )
     made.total_steps = 3
-    made.zero_grad()
+    made.optimizer.zero_grad()
     returned, parts = [], zip(X.split(sizes), TARGETS.split(sizes), strict=True)
     for index, (x, targets) in enumerate(parts):
         made.forward(
@@ -108,7 +108,7 @@ def test_in_a_global_step_a_local_loss_counts_for_its_own_stage_alone(
 
 def test_the_true_loss_of_the_last_stage_counts_by_its_weight() -> None:
     made = stage(body(), last=True, guided=Guided(weight=0.25))
-    made.zero_grad()
+    made.optimizer.zero_grad()
     made.forward(X, TARGETS, 0, crossing=True)
     gradient, loss = made.crossing.backward_from_loss()
     x = X.clone().requires_grad_()
@@ -130,7 +130,7 @@ def test_a_parameter_that_nothing_depends_on_is_compared_with_nothing() -> None:
             return used
 
     made = stage(Spare(), guided=Guided(local_weight=0.5))
-    made.zero_grad()
+    made.optimizer.zero_grad()
     made.forward(X, TARGETS, 0, crossing=True)
     made.crossing.backward(FROM_ABOVE, compares=True)
     cosine = made.crossing.settle(compares=True)
@@ -140,7 +140,7 @@ def test_a_parameter_that_nothing_depends_on_is_compared_with_nothing() -> None:
 
 def test_gradients_of_zero_have_no_direction() -> None:
     made = stage(body())
-    made.zero_grad()
+    made.optimizer.zero_grad()
     made.forward(X, TARGETS, 0, crossing=True)
     made.crossing.backward(torch.zeros_like(FROM_ABOVE), compares=True)
     cosine = made.crossing.settle(compares=True)
@@ -156,7 +156,7 @@ def test_in_a_windowed_step_the_farthest_loss_moves_the_body_and_all_pass(
     window: int, index: int
 ) -> None:
     made = stage(body(), index=index, last=index == 3)
-    made.zero_grad()
+    made.optimizer.zero_grad()
     y = made.forward(X, TARGETS, 0, crossing=True)
     arriving = {
         loss: torch.randn_like(y)
@@ -197,7 +197,7 @@ def test_a_stale_gradient_joins_the_local_one_of_another_batch(
     told = norm.running_mean
     assert told is not None
     told = told.clone()
-    made.zero_grad()
+    made.optimizer.zero_grad()
     made.crossing.blend()
     passed = made.crossing.replay(old, 3, FROM_ABOVE)
     assert norm.running_mean is not None and torch.equal(norm.running_mean, told)

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from pglpipe import ALWAYS, NEVER, Guidance
 from pglpipe.errors import WorkerError
-from pglpipe.lanes import CudaLanes
 from pglpipe.layer import Layer
 from pglpipe.models import build
+from pglpipe.steps.lanes import CudaLanes
 
 pytestmark = [
     pytest.mark.gpu,

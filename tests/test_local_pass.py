@@ -16,22 +16,17 @@ from pglpipe.commands import (
     Command,
     Conclude,
     Evaluate,
-    GlobalStep,
-    LocalStep,
     Message,
     Microbatch,
-    StaleStep,
     Stop,
+    TrainStep,
+    has_training_batch,
 )
+from pglpipe.guidance import Guidance
 from pglpipe.guided import Guided
-from pglpipe.local_pass import LocalPass
-from pglpipe.reports import (
-    Report,
-)
 from pglpipe.stage import Stage
+from pglpipe.steps.stale import StaleStep
 from pglpipe.transport import Links
-from pglpipe.wire import Packet, Wire
-from pglpipe.worker import Worker
 
 STAGES = 4
 CUTS: list[list[int]] = [[4], [1, 3], [2, 1, 1], [1, 1, 1, 1]]
@@ -75,25 +70,25 @@ def run(
     up = [Line(max(room, delay)) for _ in sizes[1:]]
     source = Line(0)
     for command in commands:
-        with_data = not isinstance(command, (GlobalStep, Conclude, Stop))
+        with_data = has_training_batch(command) or isinstance(command, Evaluate)
         source.put(Message(command, BATCH if with_data else ()))
 
     def work(rank: int) -> None:
-        duty = factories.duty(
+        made = factories.worker(
+            stages[rank],
             rank=rank,
-            size=len(sizes),
-            layouts=[None] * STAGES,
-            delay=delay,
+            num_workers=len(sizes),
+            num_stages=STAGES,
+            guidance=Guidance(reach="stale", delay=delay, final=1),
             guided=guided,
         )
-        posted: list[Report] = []
         links = Links(
             inbox=source if rank == 0 else down[rank - 1],
             outbox=down[rank] if rank < len(down) else Nowhere(0),
             gradients_in=up[rank] if rank < len(up) else None,
             gradients_out=up[rank - 1] if rank else Nowhere(0),
         )
-        Worker(duty, stages[rank], posted.append).run(links)
+        made.run(links)
 
     for outcome in at_once(*(lambda r=r: work(r) for r in range(len(sizes)))):
         if outcome is not None:
@@ -108,13 +103,18 @@ def steps(kinds: str) -> list[Command]:
     step = 0
     for kind in kinds:
         if kind == "G":
-            commands += [GlobalStep(step, 0, 6, 1), Microbatch(step, 0)]
+            commands += [TrainStep("global", step, 0, 6, 1), Microbatch(step, 0)]
         elif kind == "E":
             commands += [Evaluate(step, 0), Conclude(step, 0)]
         else:
-            commands.append((StaleStep if kind == "S" else LocalStep)(step, 0))
+            commands.append(step_of(kind, step))
         step += kind != "E"
     return [*commands, Stop()]
+
+
+def step_of(kind: str, step: int) -> TrainStep:
+    """A step of the kind that begins with a letter."""
+    return TrainStep("stale" if kind == "S" else "local", step, 0, len(BATCH[0]))
 
 
 LINES = [
@@ -149,8 +149,8 @@ def test_a_gradient_rises_one_cut_after_each_delay(delay: int) -> None:
     for place, edge in enumerate(up):
         # The stage below sends what it hears itself, some delays after the guided step.
         waits = delay * (STAGES - 2 - place)
-        sent = [g for g in guided if g + waits < 12]
-        assert edge.commands == [Microbatch(g, 0) for g in sent]
+        sent = [g + waits for g in guided if g + waits < 12]
+        assert edge.commands == [Microbatch(step, 0) for step in sent]
 
 
 def test_without_stale_steps_nothing_rises_and_nothing_is_kept() -> None:
@@ -166,13 +166,15 @@ def test_the_end_of_a_run_forgets_what_was_under_way() -> None:
 
 def test_a_stage_keeps_its_inputs_only_until_their_gradients_come() -> None:
     made = [stage(k, Guided()) for k in range(STAGES)]
-    keeper = LocalPass(made, Wire(), 1, Guided(), STAGES)
+    settings = factories.settings(
+        num_stages=STAGES, guidance=Guidance(reach="stale", delay=1)
+    )
+    keeper = StaleStep(made, settings)
     nobody: Any = Nowhere(0)
     links = Links(Line(0), nobody, None, nobody)
     kept = []
     for step in range(12):
-        command = StaleStep(step, 0) if step < 6 else LocalStep(step, 0)
-        keeper.run(command, Packet(*BATCH), links)
+        keeper.run(step_of("S" if step < 6 else "L", step), BATCH, links)
         kept.append(len(keeper._inputs))
     # Stage k keeps one for each step of its gradient's way: 3 + 2 + 1 of them at most.
     assert kept == [3, 5, 6, 6, 6, 6, 3, 1, 0, 0, 0, 0]

@@ -16,21 +16,22 @@ from testing.streams import (
     Work,
     equal,
     one_after_another,
+    overlapped,
     side_by_side,
     stages,
+    take_step,
     tensors,
 )
 from testing.worlds import Trained, image_batches, sgd, small_resnet, train
 from torch import Tensor, nn
 
 from pglpipe import ALWAYS, NEVER, Guidance, Trainer
-from pglpipe import overlap as overlapping
 from pglpipe.errors import ConfigError
-from pglpipe.lanes import Lanes
 from pglpipe.layer import Layer
-from pglpipe.overlap import WARMUP_STEPS, Overlap
-from pglpipe.stage import Stage
-from pglpipe.wire import Wire
+from pglpipe.optimizer import StageOptimizer
+from pglpipe.steps import overlap as overlapping
+from pglpipe.steps.lanes import Lanes
+from pglpipe.steps.overlap import WARMUP_STEPS
 
 
 @pytest.fixture
@@ -59,7 +60,9 @@ def test_stages_learn_different_batches_at_the_same_time(threads: Threads) -> No
     meetings = [threading.Barrier(STAGES) for _ in range(steps)]
 
     def meet(lanes: Lanes, timeout: float) -> None:
-        class Watched(Stage):
+        class Watched(StageOptimizer):
+            index: int
+
             def update(self, step: int, *, guided: bool = False) -> None:
                 if (together := step + self.index) in range(STAGES - 1, steps):
                     meetings[together].wait(timeout)
@@ -67,10 +70,11 @@ def test_stages_learn_different_batches_at_the_same_time(threads: Threads) -> No
 
         made = stages()
         for stage in made:
-            stage.__class__ = Watched
-        overlap = Overlap(made, lanes, Wire())
+            stage.optimizer.__class__ = Watched
+            stage.optimizer.index = stage.index
+        overlap = overlapped(made, lanes)
         for step, batch in enumerate(image_batches(*[8] * steps)):
-            overlap.step(step, batch, lambda output: None)
+            take_step(overlap, step, batch)
         overlap.drain()
 
     meet(threads, timeout=10.0)
@@ -93,9 +97,9 @@ def test_gradients_that_a_replay_left_in_its_memory_are_learned() -> None:
 
             return replay
 
-    batches, overlap = image_batches(*[8] * 6), Overlap(made, Graphs(STAGES), Wire())
+    batches, overlap = image_batches(*[8] * 6), overlapped(made, Graphs(STAGES))
     for step, batch in enumerate(batches):
-        overlap.step(step, batch, lambda output: None)
+        take_step(overlap, step, batch)
     assert equal(tensors(made), one_after_another(batches)[0])
 
 
@@ -103,10 +107,10 @@ def test_norms_are_told_of_every_step_where_nobody_waits_for_them() -> None:
     """On a GPU a stage defers its judgement; what a replay saw is copied out of its memory."""
     made = stages(clip_norm=0.5)
     for stage in made:
-        stage.watch._defers = True
-    overlap = Overlap(made, Immediate(STAGES), Wire())
+        stage.optimizer.watch._defers = True
+    overlap = overlapped(made, Immediate(STAGES))
     told = [
-        overlap.step(step, batch, lambda output: None)
+        take_step(overlap, step, batch)
         for step, batch in enumerate(image_batches(*[8] * (WARMUP_STEPS + 3)))
     ]
     norms = [[figures["norms", index] for figures in told] for index in range(STAGES)]
@@ -118,12 +122,12 @@ def test_norms_are_told_of_every_step_where_nobody_waits_for_them() -> None:
 
 def test_what_all_stages_keep_is_counted_together() -> None:
     lanes, made = Immediate(STAGES), stages()
-    overlap = Overlap(made, lanes, Wire())
+    overlap = overlapped(made, lanes)
     batch, alone = image_batches(8)[0], 0
-    overlap.step(0, batch, lambda output: None)
+    take_step(overlap, 0, batch)
     for stage in stages():
-        one = Overlap([stage], Immediate(1), Wire())
-        one.step(0, batch, lambda output: None)
+        one = overlapped([stage], Immediate(1))
+        take_step(one, 0, batch)
         alone += one.saved_bytes
     assert overlap.saved_bytes == alone > 0
 
@@ -141,7 +145,7 @@ def here(monkeypatch: pytest.MonkeyPatch) -> list[Immediate]:
         return made[-1]
 
     monkeypatch.setattr(overlapping, "DEVICES", ("cpu",))
-    monkeypatch.setattr("pglpipe.worker.lanes_on", lanes_on)
+    monkeypatch.setattr("pglpipe.steps.overlap.lanes_on", lanes_on)
     return made
 
 

@@ -13,15 +13,14 @@ from pglpipe.commands import (
     Command,
     Conclude,
     Evaluate,
-    GlobalStep,
-    LocalStep,
     Stop,
+    TrainStep,
 )
 from pglpipe.recent import LENGTH, Recent
 
 WORDS: list[tuple[Command, str]] = [
-    (LocalStep(17, 0), "at step 17, local step"),
-    (GlobalStep(3, 0, 8, 2), "at step 3, global step"),
+    (TrainStep("local", 17, 0, 4), "at step 17, local step"),
+    (TrainStep("global", 3, 0, 8, 2), "at step 3, global step"),
     (Evaluate(40, 1), "at the evaluation after 40 steps"),
     (Conclude(40, 1), "at the end of the evaluation after 40 steps"),
     (Checkpoint(5), "at the checkpoint after 5 steps"),
@@ -44,7 +43,7 @@ def test_worker_0_waits_for_nobody_but_reads() -> None:
     recent.begin("building its stages")
     recent.pause()
     assert recent.doing == "while reading the first batch"
-    recent.begin(LocalStep(2, 0))
+    recent.begin(TrainStep("local", 2, 0, 4))
     recent.pause()
     assert recent.doing == "while reading the next batch after step 2, local step"
 
@@ -55,7 +54,7 @@ def test_the_users_own_code_is_the_script_and_on_worker_0_its_data(rank: int) ->
     assert recent.is_at_own_code, "no method has been called"
     recent.begin("building its stages")
     assert not recent.is_at_own_code
-    for command in (LocalStep(2, 0), Stop()):
+    for command in (TrainStep("local", 2, 0, 4), Stop()):
         recent.pause()
         assert recent.is_at_own_code == (rank == 0)
         recent.begin(command)
@@ -74,11 +73,11 @@ def test_what_is_new_is_told_once_and_lasts_until_something_else_begins() -> Non
     for operation, expected, settled in (
         ("planning", [True], False),
         ("building", [], False),
-        (LocalStep(0, 0), [False, True], False),
-        (LocalStep(1, 0), [False], True),
-        (LocalStep(2, 0), [], True),
+        (TrainStep("local", 0, 0, 4), [False, True], False),
+        (TrainStep("local", 1, 0, 4), [False], True),
+        (TrainStep("local", 2, 0, 4), [], True),
         (Evaluate(3, 0), [True], False),
-        (LocalStep(3, 0), [False], True),
+        (TrainStep("local", 3, 0, 4), [False], True),
         (Evaluate(4, 0), [], True),
         ("building", [], True),
         (Stop(), [True], False),
@@ -97,7 +96,7 @@ def test_the_last_operations_are_written_once_into_a_run_directory(
     recent.keep_in(tmp_path / "elsewhere")
     recent.begin("building its stages")
     for step in range(LENGTH + 9):
-        recent.begin(LocalStep(step, 0))
+        recent.begin(TrainStep("local", step, 0, 4))
     recent.waits_for = 1
     recent.write("rank 1 is gone")
     recent.write("another failure")

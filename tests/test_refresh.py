@@ -23,8 +23,8 @@ from pglpipe import NEVER, Guidance
 from pglpipe.commands import Message, Microbatch, Weights
 from pglpipe.heads import Borrowed, Site, borrowed, build_head
 from pglpipe.layer import Layer, assemble, initialize
-from pglpipe.refresh import Loans, Refresh, Sorted
 from pglpipe.stage import Stage
+from pglpipe.steps.borrow import Loans, Refresh, Sorted
 from pglpipe.transport import Links, Nobody
 
 BATCHES = image_batches(8, 8, 4)

@@ -49,12 +49,12 @@ def test_a_local_step_moves_body_and_head_and_lets_no_gradient_out() -> None:
 def test_the_gradient_that_comes_back_is_that_of_the_input() -> None:
     body = nn.Linear(4, 3)
     made, gradient = stage(body), torch.randn(6, 3)
-    made.zero_grad()
+    made.optimizer.zero_grad()
     made.forward(X, TARGETS, step=0, crossing=True)
     returned, loss = made.crossing.backward(gradient)
     assert returned is not None and loss is None
     assert torch.equal(returned, gradient @ body.weight)
-    assert torch.equal(made.gradient_norms(), torch.stack([p.grad.norm() for p in body.parameters()]))  # type: ignore[union-attr]
+    assert torch.equal(made.optimizer.norms(), torch.stack([p.grad.norm() for p in body.parameters()]))  # type: ignore[union-attr]
 
 
 def test_a_global_step_leaves_the_head_as_it_is() -> None:
@@ -63,10 +63,10 @@ def test_a_global_step_leaves_the_head_as_it_is() -> None:
     made.forward(X, TARGETS, step=0)
     made.learn(step=0)
     after_local = snapshot(made)
-    made.zero_grad()
+    made.optimizer.zero_grad()
     made.forward(X, TARGETS, step=1, crossing=True)
     made.crossing.backward(torch.randn(6, 3))
-    made.update(step=1)
+    made.optimizer.update(step=1)
     after_global = snapshot(made)
     assert not torch.equal(before[2], after_local[2])
     assert not torch.equal(after_local[0], after_global[0])
@@ -177,13 +177,13 @@ def test_a_local_step_clips_the_stage_with_its_head() -> None:
 
 def test_a_stage_without_parameters_learns_nothing_and_fails_nowhere() -> None:
     made = factories.stage(1, nn.Tanh(), None)
-    made.zero_grad()
+    made.optimizer.zero_grad()
     made.forward(X, TARGETS, step=0, crossing=True)
     gradient, loss = made.crossing.backward_from_loss()
-    made.clip(torch.tensor(1.0))
-    made.update(step=0)
+    made.optimizer.clip(torch.tensor(1.0))
+    made.optimizer.update(step=0)
     assert gradient is not None and gradient.shape == X.shape and loss > 0
-    assert made.gradient_norms().tolist() == [0.0] and made.tensors() == []
+    assert made.optimizer.norms().tolist() == [0.0] and made.tensors() == []
 
 
 def test_an_evaluation_counts_every_sample_once_and_then_forgets() -> None:
@@ -251,7 +251,7 @@ def test_a_recomputed_stage_ends_with_the_same_bits(last: bool) -> None:
     def learned(recompute: bool) -> list[Tensor]:
         made, seen = stage(noisy_body(), last=last), []
         for step in range(2):
-            made.zero_grad()
+            made.optimizer.zero_grad()
             for part, x in enumerate(X.clone().split(3)):
                 options = dict(share=0.5, crossing=True, recompute=recompute)
                 y = made.forward(x, TARGETS[:3], step, microbatch=part, **options)
@@ -264,7 +264,7 @@ def test_a_recomputed_stage_ends_with_the_same_bits(last: bool) -> None:
                 )
                 assert gradient is not None
                 seen.append(gradient)
-            made.update(step)
+            made.optimizer.update(step)
         return [*seen, *snapshot(made)]
 
     expected, got = learned(False), learned(True)

@@ -321,6 +321,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "transport": ({"transport": "p2"}, "did you mean 'p2p'"),
     "clipping to nothing": ({"clip_norm": 0.0}, "above 0 for clip_norm, got 0"),
     "clipping to nonsense": ({"clip_norm": math.nan}, "above 0 for clip_norm, got nan"),
+    "reach": ({"guidance": Guidance(reach="windows")}, "did you mean 'window'"),
     "device": ({"device": "cpus"}, "did you mean 'cpu'"),
 }
 

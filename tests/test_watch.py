@@ -64,7 +64,7 @@ def stage(loss: Loss, *, last: bool = False, **changes: Any) -> Stage:
 
 def everything(made: Stage) -> list[Tensor]:
     """Parameters, buffers, and what the optimizer remembers."""
-    (optimizer,) = made._updates._optimizers
+    (optimizer,) = made.optimizer._updates._optimizers
     momenta = [optimizer.state[p].get("momentum_buffer") for p in made.parameters()]
     tensors = [*made.tensors(), *(m for m in momenta if m is not None)]
     return [tensor.detach().clone() for tensor in tensors]
@@ -122,7 +122,7 @@ def test_what_is_finite_passes_however_large(loss: Loss, policy: str) -> None:
     before = everything(made)
     step(made, 0)
     assert not equal(before, everything(made))
-    assert made.watch.take_figures() == {}
+    assert made.optimizer.watch.take_figures() == {}
 
 
 def test_sparse_and_missing_gradients_and_parameters_without_numbers_are_looked_at() -> (
@@ -151,10 +151,13 @@ def test_a_skipped_step_leaves_everything_as_it_was(loss: Loss) -> None:
     switch.loss = loss
     step(made, 1)
     assert equal(everything(made), before)
-    assert list(made.watch.take_figures()) == [(SKIPPED, 2)]
+    assert list(made.optimizer.watch.take_figures()) == [(SKIPPED, 2)]
     switch.loss = sound
     step(made, 2)
-    assert not equal(everything(made), before) and made.watch.take_figures() == {}
+    assert (
+        not equal(everything(made), before)
+        and made.optimizer.watch.take_figures() == {}
+    )
 
 
 def test_a_skipped_batch_is_a_batch_that_never_came() -> None:
@@ -197,21 +200,21 @@ def test_on_a_device_that_nobody_waits_for_the_norms_are_told() -> None:
 def test_a_step_is_judged_by_its_own_numbers() -> None:
     watches = [deferring(0), deferring(1)]
     good = {0: [0.0, 1.0, 1.0], 1: [0.0, 2.0, 0.0]}
-    judge(watches, report("local", 3, {0: 1.0, 1: 2.0}), good)
-    judge(watches, report("local", 3, {0: math.nan}), {})  # a CPU's, looked at before
+    judge(watches, report("local", 3, {0: 1.0, 1: 2.0}), good, upstream=False)
+    judge(
+        watches, report("local", 3, {0: math.nan}), {}, upstream=False
+    )  # a CPU's, looked at before
     bad = {0: [0.0, 1.0, 1.0], 1: [0.0, 2.0, math.inf]}
     with pytest.raises(NonFinite, match="^the gradient of bias .*stage 1 at step 4;"):
-        judge(watches, report("local", 4, {0: 1.0, 1: 2.0}), bad)
+        judge(watches, report("local", 4, {0: 1.0, 1: 2.0}), bad, upstream=False)
 
 
-@pytest.mark.parametrize(
-    ("kind", "first"), [("local", 0), ("stale", 0), ("global", 1), ("window", 1)]
-)
+@pytest.mark.parametrize(("upstream", "first"), [(False, 0), (True, 1)])
 def test_of_several_stages_the_one_where_it_began_is_named(
-    kind: str, first: int
+    upstream: bool, first: int
 ) -> None:
     bad = {stage: [0.0, math.nan, math.nan] for stage in (0, 1)}
     losses = {0: math.nan, 1: math.nan}
     watches = [deferring(0), deferring(1)]
     with pytest.raises(NonFinite, match=f"^the true loss .* stage {first} at step 9;"):
-        judge(watches, report(kind, 9, losses), bad)
+        judge(watches, report("any", 9, losses), bad, upstream=upstream)

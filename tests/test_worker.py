@@ -16,12 +16,11 @@ from pglpipe.commands import (
     Collect,
     Conclude,
     Evaluate,
-    GlobalStep,
-    LocalStep,
     Message,
     Microbatch,
     State,
     Stop,
+    TrainStep,
 )
 from pglpipe.errors import ProtocolError
 from pglpipe.reports import (
@@ -55,9 +54,16 @@ def run(
         StateLayout.of(made.body, made.head)
         for made in (stage(0, last=False), stage(1, last=True))
     ]
-    duty = factories.duty(rank=rank, size=2, clips=clips, layouts=layouts)
     posted: list[Report] = []
-    worker = Worker(duty, stages, posted.append)
+    worker = factories.worker(
+        stages,
+        posted.append,
+        layouts,
+        rank=rank,
+        num_workers=2,
+        num_stages=2,
+        clips=clips,
+    )
     links = Links(
         inbox=Memory(*messages),
         outbox=Memory(),
@@ -70,10 +76,10 @@ def run(
 
 def test_every_command_is_handed_on_in_order_with_its_data() -> None:
     commands = [
-        Message(LocalStep(0, 0), BATCH),
+        Message(TrainStep("local", 0, 0, 4), BATCH),
         Message(Evaluate(1, 0), BATCH),
         Message(Conclude(1, 0)),
-        Message(LocalStep(1, 1), BATCH),
+        Message(TrainStep("local", 1, 1, 4), BATCH),
         Message(Stop()),
     ]
     links, posted, _ = run(*commands)
@@ -94,7 +100,7 @@ def test_the_seconds_of_steps_add_up_to_the_wall_clock(
     seconds = itertools.count()
     clock = SimpleNamespace(perf_counter=lambda: float(next(seconds)))
     monkeypatch.setattr("pglpipe.worker.time", clock)
-    steps = [Message(LocalStep(step, 0), BATCH) for step in range(5)]
+    steps = [Message(TrainStep("local", step, 0, 4), BATCH) for step in range(5)]
     _, posted, _ = run(*steps, Message(Stop()))
     told = [
         s for report in posted if isinstance(report, TrainReport) for s in report.steps
@@ -117,8 +123,8 @@ def test_a_local_step_is_sent_on_before_its_own_backward() -> None:
             return super().learn(step)
 
     made = stage(0, last=False, kind=Slow)
-    worker = Worker(factories.duty(size=2), [made], lambda report: None)
-    inbox = Memory(Message(LocalStep(0, 0), BATCH), Message(Stop()))
+    worker = factories.worker([made], num_workers=2, num_stages=2)
+    inbox = Memory(Message(TrainStep("local", 0, 0, 4), BATCH), Message(Stop()))
     worker.run(Links(inbox, Told(), Memory(), Memory()))
     assert order == ["sent", "learned", "sent"]
 
@@ -129,10 +135,13 @@ def test_a_global_step_follows_the_workers_row_of_the_timetable() -> None:
         Message(Microbatch(5, i), (BATCH[0][i::2], BATCH[1][i::2])) for i in range(2)
     ]
     links, posted, _ = run(
-        Message(GlobalStep(5, 0, 4, 2)), *halves, Message(Stop()), below=gradients
+        Message(TrainStep("global", 5, 0, 4, 2)),
+        *halves,
+        Message(Stop()),
+        below=gradients,
     )
     assert links.outbox.commands == [  # type: ignore[attr-defined]
-        GlobalStep(5, 0, 4, 2),
+        TrainStep("global", 5, 0, 4, 2),
         Microbatch(5, 0),
         Microbatch(5, 1),
         Stop(),
@@ -147,7 +156,7 @@ def test_the_last_worker_sends_gradients_up_and_knows_the_loss() -> None:
         Message(Microbatch(5, i), (BATCH[0][i::2], BATCH[1][i::2])) for i in range(2)
     ]
     links, posted, worker = run(
-        Message(GlobalStep(5, 0, 4, 2)),
+        Message(TrainStep("global", 5, 0, 4, 2)),
         *halves,
         Message(Clip(5), (torch.tensor(1.0),)),
         Message(Stop()),
@@ -183,9 +192,12 @@ def test_weights_go_up_in_pieces_and_those_from_below_are_relayed() -> None:
         (Message(Microbatch(0, 0), BATCH),),
         (Message(Clip(0)),),
         (Message(State(0, 0)),),
-        (Message(GlobalStep(3, 0, 4, 1)), Message(Microbatch(3, 1), BATCH)),
-        (Message(GlobalStep(3, 0, 4, 1)), Message(Microbatch(2, 0), BATCH)),
-        (Message(GlobalStep(3, 0, 4, 1)), Message(LocalStep(4, 0), BATCH)),
+        (Message(TrainStep("global", 3, 0, 4, 1)), Message(Microbatch(3, 1), BATCH)),
+        (Message(TrainStep("global", 3, 0, 4, 1)), Message(Microbatch(2, 0), BATCH)),
+        (
+            Message(TrainStep("global", 3, 0, 4, 1)),
+            Message(TrainStep("local", 4, 0, 4), BATCH),
+        ),
     ],
 )
 def test_what_nobody_expects_is_refused(messages: tuple[Message, ...]) -> None:
@@ -197,7 +209,7 @@ def test_a_gradient_of_another_microbatch_is_refused() -> None:
     wrong = (Message(Microbatch(3, 1), (torch.ones(4, 3),)),)
     with pytest.raises(ProtocolError, match="got Microbatch"):
         run(
-            Message(GlobalStep(3, 0, 4, 1)),
+            Message(TrainStep("global", 3, 0, 4, 1)),
             Message(Microbatch(3, 0), BATCH),
             below=wrong,
         )

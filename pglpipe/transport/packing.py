@@ -2,7 +2,7 @@
 
 The header is a fixed row of whole numbers; nothing is ever unpickled::
 
-    magic version sequence command f0 … f4 bytes tensors | dtype ndim shape x6 stride x6 | x4
+    magic version sequence command f0 … f6 bytes tensors | dtype ndim shape x6 stride x6 | x4
 
 The payload is one run of bytes in which every tensor starts at a multiple of 64, as
 PyTorch's own allocations do, and keeps its strides: a kernel meets the same memory layout
@@ -12,7 +12,8 @@ on either side of an edge and therefore computes the same bits.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -22,15 +23,22 @@ from pglpipe.commands import COMMANDS, Command, Message
 from pglpipe.errors import ProtocolError
 
 MAGIC = 0x70676C70697065  # "pglpipe"
-VERSION = 3
+VERSION = 4
 ALIGNMENT = 64  # bytes
 
-_MAX_FIELDS = 5
+_MAX_FIELDS = 7
+_TEXT = 8  # characters of a text in a number
 _MAX_TENSORS = 4
 _MAX_DIMS = 6
 _FIXED = 6 + _MAX_FIELDS
 _PER_TENSOR = 2 + 2 * _MAX_DIMS
 HEADER_LENGTH = _FIXED + _MAX_TENSORS * _PER_TENSOR  # int64 numbers
+
+# The fields of each command, and whether they are texts.
+_FIELDS = {
+    kind: [(field.name, field.type == "str") for field in dataclasses.fields(kind)]
+    for kind in COMMANDS
+}
 
 CLOSED = -1  # the command code of an edge's last message
 DTYPES = (
@@ -97,10 +105,13 @@ def is_dense(tensor: Tensor) -> bool:
 
 def encode(command: Command, specs: Sequence[TensorSpec], sequence: int) -> list[int]:
     """The header of message number ``sequence`` of an edge."""
+    kind = type(command)
     fields = [
-        int(getattr(command, field.name)) for field in dataclasses.fields(command)
+        number
+        for name, is_text in _FIELDS[kind]
+        for number in _numbers(getattr(command, name), is_text)
     ]
-    header = [MAGIC, VERSION, sequence, COMMANDS.index(type(command))]
+    header = [MAGIC, VERSION, sequence, COMMANDS.index(kind)]
     header += fields + [0] * (_MAX_FIELDS - len(fields))
     header += [sum(spec.nbytes for spec in specs), len(specs)]
     for dtype, shape, stride in specs:
@@ -151,13 +162,41 @@ def decode(header: Sequence[int], sequence: int, capacity: int) -> Envelope:
             f"announces {nbytes} bytes for tensors of shape {[spec.shape for spec in specs]}; "
             "no batch may be larger than the first"
         )
-    kind = COMMANDS[code]
-    fields = header[4 : 4 + len(dataclasses.fields(kind))]
-    if min(fields, default=0) < 0:
+    fields = header[4 : 4 + _MAX_FIELDS]
+    if min(fields) < 0:
         raise ProtocolError(
-            f"expected numbers of at least 0 for {kind.__name__}, got {list(fields)}"
+            f"expected numbers of at least 0 for {COMMANDS[code].__name__}, got {list(fields)}"
         )
-    return Envelope(kind(*fields), specs, nbytes)
+    return Envelope(_command(COMMANDS[code], iter(fields)), specs, nbytes)
+
+
+def _command(kind: type[Command], numbers: Iterator[int]) -> Command:
+    values = [
+        _text(next(numbers), next(numbers)) if is_text else next(numbers)
+        for _, is_text in _FIELDS[kind]
+    ]
+    return kind(*values)  # type: ignore[arg-type]
+
+
+def _numbers(value: int | str, is_text: bool) -> tuple[int, ...]:
+    """A field as it travels: a text as the bytes of two numbers."""
+    return _text_numbers(str(value)) if is_text else (int(value),)
+
+
+@cache
+def _text_numbers(text: str) -> tuple[int, ...]:
+    if not text.isascii() or len(text) > 2 * _TEXT:
+        raise ProtocolError(
+            f"expected a name of at most {2 * _TEXT} ASCII characters, got {text!r}"
+        )
+    parts = text[:_TEXT], text[_TEXT:]
+    return tuple(int.from_bytes(part.encode()) for part in parts)
+
+
+@cache
+def _text(*numbers: int) -> str:
+    parts = (n.to_bytes(_TEXT).lstrip(b"\0") for n in numbers)
+    return b"".join(parts).decode("ascii", "replace")
 
 
 def _decode_spec(numbers: Sequence[int]) -> TensorSpec:

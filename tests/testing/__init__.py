@@ -2,7 +2,7 @@
 
 ::
 
-    factories         how stages learn, one stage, a worker's duty: each with a test's defaults
+    factories         how stages learn, one stage, a worker: each with a test's defaults
     worlds            every rank a thread of this process; small networks, batches, whole runs on such ranks
     edges             ends of edges that are seen through
     streams           lanes that need no GPU

@@ -2,23 +2,26 @@
 
 ::
 
-    stage(0, body, head, clip_norm=0.1)      learning(optimizer=…)      duty(rank=1, clips=True)
+    stage(0, body, head, clip_norm=0.1)      learning(optimizer=…)      worker(stages, rank=1, clips=True)
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
-from pglpipe.duty import Duty
 from pglpipe.learning import Learning
 from pglpipe.losses import LocalLoss, Supervised
+from pglpipe.reports import Report
 from pglpipe.stage import Stage
+from pglpipe.state import StateLayout
+from pglpipe.steps import StepSettings
 from pglpipe.timetable import one_forward_one_backward
+from pglpipe.worker import Worker
 
 
 def plain_sgd(parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
@@ -60,15 +63,23 @@ def stage(
     )
 
 
-def duty(**changes: Any) -> Duty:
-    """Orders for the only worker of a run."""
+def settings(**changes: Any) -> StepSettings:
+    """Of a run with one worker."""
     defaults: dict[str, Any] = dict(
         rank=0,
-        size=1,
-        timetable=one_forward_one_backward,
-        clips=False,
-        layouts=[],
-        piece_bytes=16,
+        num_workers=1,
+        num_stages=1,
         device=torch.device("cpu"),
+        timetable=one_forward_one_backward,
     )
-    return Duty(**(defaults | changes))
+    return StepSettings(**(defaults | changes))
+
+
+def worker(
+    stages: Sequence[Stage],
+    post: Callable[[Report], None] = lambda report: None,
+    layouts: Sequence[StateLayout] = (),
+    **changes: Any,
+) -> Worker:
+    """A worker with these stages, and :func:`settings` with these changes."""
+    return Worker(settings(**changes), stages, post, layouts=layouts, piece_bytes=16)

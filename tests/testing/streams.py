@@ -13,14 +13,16 @@ from typing import Any
 
 import torch
 from testing import factories
+from testing.edges import Memory
 from testing.worlds import sgd
 from torch import Tensor, nn
 
-from pglpipe.lanes import Lanes, Signal
-from pglpipe.overlap import Overlap
+from pglpipe.commands import Message, TrainStep
 from pglpipe.stage import Stage
+from pglpipe.steps.lanes import Lanes, Signal
+from pglpipe.steps.overlap import OverlappedStep
 from pglpipe.stopwatch import Figures
-from pglpipe.wire import Wire
+from pglpipe.transport import Links
 
 Work = Callable[[], None]
 
@@ -171,14 +173,36 @@ def one_after_another(batches: list[tuple[Tensor, Tensor]], **options: Any) -> R
     return tensors(made), losses, sent
 
 
+def overlapped(made: list[Stage], lanes: Lanes) -> OverlappedStep:
+    """What takes these stages through local steps side by side."""
+    settings = factories.settings(num_stages=len(made), overlaps=True)
+    return OverlappedStep(made, settings, lanes)
+
+
+def take_step(
+    overlap: OverlappedStep,
+    step: int,
+    batch: tuple[Tensor, Tensor],
+    sent: list[Tensor] | None = None,
+) -> Figures:
+    """Takes one local step; what is sent on is added to ``sent``."""
+
+    class Sent(Memory):
+        def put(self, message: Message) -> None:
+            if sent is not None:
+                sent.append(message.tensors[0].clone())
+
+    links = Links(Memory(), Sent(), None, Memory())
+    return overlap.run(TrainStep("local", step, 0, len(batch[0])), batch, links)
+
+
 def side_by_side(
     batches: list[tuple[Tensor, Tensor]], lanes: Lanes, **options: Any
 ) -> Result:
     made, sent = stages(**options), list[Tensor]()
-    overlap = Overlap(made, lanes, Wire())
+    overlap = overlapped(made, lanes)
     losses = [
-        overlap.step(step, batch, lambda output: sent.append(output[0].clone()))
-        for step, batch in enumerate(batches)
+        take_step(overlap, step, batch, sent) for step, batch in enumerate(batches)
     ]
     overlap.drain()
     # What else a GPU's stages tell of a step is no loss.

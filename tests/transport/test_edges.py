@@ -22,7 +22,7 @@ from testing.worlds import outcomes
 from torch import Tensor
 from torch.distributed import FileStore
 
-from pglpipe.commands import Evaluate, LocalStep, Message, Microbatch, Stop
+from pglpipe.commands import Evaluate, Message, Microbatch, Stop, TrainStep
 from pglpipe.errors import (
     EdgeTimeout,
     PeerLeft,
@@ -98,7 +98,7 @@ def sent(*messages: Message, **options: Any) -> list[Message]:
 
 
 def local(step: int, *tensors: Tensor) -> Message:
-    return Message(LocalStep(step, 0), tensors)
+    return Message(TrainStep("local", step, 0, 4), tensors)
 
 
 def assert_equal(arrived: list[Message], expected: list[Message]) -> None:
@@ -480,13 +480,13 @@ def test_close_waits_until_all_that_was_sent_has_arrived() -> None:
 CHILD = """
 import sys, time, torch
 from torch.distributed import FileStore
-from pglpipe.commands import LocalStep, Message
+from pglpipe.commands import TrainStep, Message
 from pglpipe.transport import EdgePlan, Edges, World
 
 world = World(1, 2, 0, FileStore(sys.argv[1], 2))
 plan = EdgePlan(["rank 0 (stages 0-1)", "rank 1 (stage 2)"], [1024], [512], 1, 60.0)
 edges = Edges(world, plan, torch.device("cpu"), "gloo", lambda error: None)
-edges.links(None).gradients_out.put(Message(LocalStep(0, 0), (torch.ones(3),)))
+edges.links(None).gradients_out.put(Message(TrainStep("local", 0, 0, 4), (torch.ones(3),)))
 if sys.argv[2] == "raise":
     raise SystemExit(3)
 time.sleep(60)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from pglpipe.commands import COMMANDS, LocalStep, Message, Microbatch, Stop
+from pglpipe.commands import COMMANDS, Message, Microbatch, Stop, TrainStep
 from pglpipe.errors import ProtocolError
 from pglpipe.transport import is_dense, packing, payload_bytes
 
@@ -43,15 +43,29 @@ def test_every_type_and_shape_comes_back(
     shape: tuple[int, ...], dtype: torch.dtype
 ) -> None:
     tensor = fresh(shape, dtype)
-    (back,) = there_and_back(Message(LocalStep(3, 1), (tensor,))).tensors
+    (back,) = there_and_back(Message(TrainStep("local", 3, 1, 4), (tensor,))).tensors
     assert torch.equal(back, tensor) and back.dtype == dtype
     assert back.stride() == tensor.stride()
 
 
 @pytest.mark.parametrize("kind", COMMANDS)
 def test_every_command_comes_back_with_its_numbers(kind: Any) -> None:
-    numbers = range(10, 10 + len(dataclasses.fields(kind)))
-    assert there_and_back(Message(kind(*numbers))) == (kind(*numbers), ())
+    command = kind(
+        *(
+            "stale-window" if field.type == "str" else number
+            for number, field in enumerate(dataclasses.fields(kind), 10)
+        )
+    )
+    assert there_and_back(Message(command)) == (command, ())
+
+
+def test_a_name_has_at_most_16_ascii_characters() -> None:
+    for name in ("", "a", "12345678", "123456789", "x" * 16):
+        command = TrainStep(name, 0, 0, 1)
+        assert there_and_back(Message(command)).command == command
+    for name in ("x" * 17, "größer"):
+        with pytest.raises(ProtocolError, match="at most 16 ASCII characters"):
+            there_and_back(Message(TrainStep(name, 0, 0, 1)))
 
 
 def test_strides_are_kept_for_dense_tensors_even_where_a_length_is_one() -> None:
@@ -90,10 +104,10 @@ def test_a_payload_has_the_bytes_that_were_planned_on_the_meta_device() -> None:
 
 
 def test_a_message_larger_than_its_slot_is_refused_with_both_sizes() -> None:
-    with pytest.raises(ProtocolError, match=r"at most 64 bytes for LocalStep, got 128"):
+    with pytest.raises(ProtocolError, match=r"at most 64 bytes for TrainStep, got 128"):
         packing.write(
             torch.empty(64, dtype=torch.uint8),
-            Message(LocalStep(0, 0), (torch.zeros(17),)),
+            Message(TrainStep("local", 0, 0, 4), (torch.zeros(17),)),
             0,
         )
 
@@ -107,8 +121,8 @@ def test_what_no_edge_can_carry_is_refused(tensor: Tensor) -> None:
 
 
 # Where things stand in a header of one tensor of shape [2, 3].
-SEQUENCE, COMMAND, NBYTES, TENSORS = 2, 3, 9, 10
-DTYPE, NDIM, SHAPE, STRIDE = 11, 12, 13, 19
+SEQUENCE, COMMAND, NBYTES, TENSORS = 2, 3, 11, 12
+DTYPE, NDIM, SHAPE, STRIDE = 13, 14, 15, 21
 
 WRONG: dict[str, tuple[dict[int, int], str]] = {
     "magic": ({0: 1}, "protocol"),
@@ -143,7 +157,7 @@ WRONG: dict[str, tuple[dict[int, int], str]] = {
 
 
 def good_header() -> list[int]:
-    message = Message(LocalStep(1, 2), (torch.zeros(2, 3),))
+    message = Message(TrainStep("local", 1, 2, 4), (torch.zeros(2, 3),))
     header, _ = packing.write(torch.empty(CAPACITY, dtype=torch.uint8), message, 5)
     return header
 
@@ -151,7 +165,7 @@ def good_header() -> list[int]:
 @pytest.mark.parametrize("fault", WRONG)
 def test_a_wrong_header_is_refused_on_one_line(fault: str) -> None:
     header = good_header()
-    assert packing.decode(header, 5, CAPACITY).command == LocalStep(1, 2)
+    assert packing.decode(header, 5, CAPACITY).command == TrainStep("local", 1, 2, 4)
     changes, words = WRONG[fault]
     for place, value in changes.items():
         header[place] = value

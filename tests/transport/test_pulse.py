@@ -8,7 +8,7 @@ import time
 import pytest
 from torch.distributed import HashStore, Store
 
-from pglpipe.commands import LocalStep
+from pglpipe.commands import TrainStep
 from pglpipe.recent import Recent
 from pglpipe.transport import pulse
 from pglpipe.transport.mailbox import Mailbox
@@ -115,7 +115,7 @@ def test_the_others_know_what_a_worker_is_at_and_who_keeps_them_waiting() -> Non
     recents = [Recent(rank) for rank in range(3)]
     pulses = [made(store, rank, recents[rank]) for rank in range(3)]
     for each in recents:
-        each.begin(LocalStep(7, 0))
+        each.begin(TrainStep("local", 7, 0, 4))
     recents[2].pause()
     recents[2].waits_for = 1
     for each in pulses:
@@ -136,7 +136,7 @@ def test_who_keeps_the_others_at_the_users_own_code_is_known_until_it_leaves() -
     store, recent = HashStore(), Recent(0)
     reader, waiter = made(store, 0, recent), made(store, 2)
     store.set("alive/1", json.dumps(Beat(waits_for=0)))
-    recent.begin(LocalStep(7, 0))
+    recent.begin(TrainStep("local", 7, 0, 4))
     for each in (reader, waiter):
         each.start()
     assert waiter.own_code(1) == "", "it is at a step"

@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.distributed import HashStore
 from torch.futures import Future
 
-from pglpipe.commands import LocalStep, Message
+from pglpipe.commands import Message, TrainStep
 from pglpipe.errors import EdgeTimeout, PeerLost, ProtocolError, WorkerError
 from pglpipe.recent import Recent
 from pglpipe.stopwatch import Stalls
@@ -114,12 +114,14 @@ def opened() -> Iterator[Open]:
 
 
 def local(step: int, *tensors: Tensor) -> Message:
-    return Message(LocalStep(step, 0), tensors)
+    return Message(TrainStep("local", step, 0, 4), tensors)
 
 
 def header(number: int, nbytes: int = 64) -> Tensor:
     spec = packing.TensorSpec(torch.uint8, (nbytes,), (1,))
-    return torch.tensor(packing.encode(LocalStep(number, 0), [spec], number))
+    return torch.tensor(
+        packing.encode(TrainStep("local", number, 0, 4), [spec], number)
+    )
 
 
 # -- order, values, back-pressure -----------------------------------------------------
@@ -310,7 +312,7 @@ PAIR = """
 import json, os, signal, subprocess, sys, time
 import torch
 from torch.distributed import TCPStore
-from pglpipe.commands import LocalStep, Message
+from pglpipe.commands import TrainStep, Message
 from pglpipe.transport import EdgePlan, Edges, World, rpc_agent
 
 rank = len(sys.argv) - 1
@@ -342,8 +344,8 @@ tensors = [
     torch.zeros(0, 4), torch.arange(10), torch.randn(6, 8)[:, ::2].contiguous(),
     torch.randn(1 << 17), torch.ones(3, dtype=torch.bfloat16), torch.tensor([True]),
 ]
-messages = [Message(LocalStep(i, 0), (t, torch.arange(i))) for i, t in enumerate(tensors)]
-small = [Message(LocalStep(i, 0), (torch.full((9,), i),)) for i in range(4)]
+messages = [Message(TrainStep("local", i, 0, 4), (t, torch.arange(i))) for i, t in enumerate(tensors)]
+small = [Message(TrainStep("local", i, 0, 4), (torch.full((9,), i),)) for i in range(4)]
 
 edges = opened()
 found["values"] = equal(messages[:4], echo(edges.links(object()), messages[:4]))
@@ -369,7 +371,7 @@ if rank:
         links.inbox.get()
 else:
     for i in range(20):
-        links.outbox.put(Message(LocalStep(i, 0), (torch.zeros(1000),)))
+        links.outbox.put(Message(TrainStep("local", i, 0, 4), (torch.zeros(1000),)))
 found["under way"], found["waited"] = most[0], links.outbox.waited
 rpc_agent._call = call
 if rank:

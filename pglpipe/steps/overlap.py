@@ -6,7 +6,7 @@
     lane 1             ▕ batch 2 ▕ batch 3 ▕
     lane 2                       ▕ batch 2 ▕
 
-Each stage has a lane (:mod:`pglpipe.lanes`). After some steps its forward and its backward are
+Each stage has a lane (:mod:`pglpipe.steps.lanes`). After some steps its forward and its backward are
 recorded and from then on replayed, so that the host has almost nothing to queue; the
 optimizer's step is queued as ever, so that any optimizer and learning rate will do. Between two
 lanes a batch is copied twice, into a slot and out of it, so a stage may be one batch ahead.
@@ -24,11 +24,15 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from pglpipe.commands import Message, TrainStep
 from pglpipe.errors import ConfigError, setting
-from pglpipe.lanes import CudaLanes, Lanes
 from pglpipe.saved_bytes import SavedBytes
 from pglpipe.stage import Stage
+from pglpipe.steps.base import StepSettings
+from pglpipe.steps.lanes import CudaLanes, Lanes
+from pglpipe.steps.local import LocalStep
 from pglpipe.stopwatch import Figures
+from pglpipe.transport import Links
 from pglpipe.wire import Wire
 
 DEVICES = ("cuda",)  # where there are lanes
@@ -53,57 +57,60 @@ def lanes_on(device: torch.device, number: int) -> Lanes:
     return CudaLanes(device, number)
 
 
-class Overlap:
+class OverlappedStep(LocalStep):
     """Takes one worker's stages through local steps, side by side.
 
     Args:
-        stages: those of the worker, in order.
-        lanes: one for each.
-        wire: the format of the activations between them.
+        lanes: one for each stage; those of the worker's device if None.
     """
 
-    def __init__(self, stages: Sequence[Stage], lanes: Lanes, wire: Wire) -> None:
-        self._lanes = lanes
-        slots = [_Slot(lanes) for _ in stages[1:]]
+    def __init__(
+        self,
+        stages: Sequence[Stage],
+        settings: StepSettings,
+        lanes: Lanes | None = None,
+    ) -> None:
+        super().__init__(stages, settings)
+        self._lanes = lanes or lanes_on(settings.device, len(stages))
+        slots = [_Slot(self._lanes) for _ in stages[1:]]
         self._tracks = [
-            _Track(stage, lanes, lane, wire, source, sink)
+            _Track(stage, self._lanes, lane, settings.wire, source, sink)
             for lane, (stage, source, sink) in enumerate(
                 zip(stages, [None, *slots], [*slots, None], strict=True)
             )
         ]
         self._layout: object = None
 
+    def run(
+        self, command: TrainStep, tensors: Sequence[Tensor], links: Links
+    ) -> Figures:
+        """Queues one local step of every stage; its losses are to be read in :meth:`joined`, or after :meth:`drain`.
+
+        A batch that is not as the first one was goes through the stages one after another.
+        """
+        batch = tuple(tensors)
+        if not self._takes(batch):
+            self.drain()
+            return super().run(command, batch, links)
+        losses: dict[tuple[str, int], Tensor] = {}
+
+        def send(output: Tensors) -> None:
+            links.outbox.put(Message(command, output))
+
+        for lane, track in enumerate(self._tracks):
+            work = partial(track.step, command.step, batch, send, losses)
+            self._lanes.run(lane, work)
+        return losses
+
     @property
-    def saved_bytes(self) -> int:
+    def saved_bytes(self) -> int | None:
         """Bytes kept for backward by all stages together."""
         return sum(track.saved.peak for track in self._tracks)
 
     @property
     def idle_bytes(self) -> int:
-        """Memory held for what was recorded, beyond what counts as allocated."""
+        """Memory held for what was recorded."""
         return self._lanes.idle_bytes
-
-    def takes(self, batch: Tensors) -> bool:
-        """Whether a batch is as the first one was: what is recorded has one shape."""
-        layout = [(t.shape, t.stride(), t.dtype) for t in batch]
-        self._layout = self._layout or layout
-        return layout == self._layout
-
-    def step(self, step: int, batch: Tensors, send: Send) -> Figures:
-        """Queues one local step of every stage.
-
-        Args:
-            step: its number.
-            batch: as it travels between stages, ``[B, ...]`` each.
-            send: takes what goes on to the next worker, in the last lane.
-
-        Returns:
-            The losses by stage; to be read in :meth:`joined`, or after :meth:`drain`.
-        """
-        losses: dict[tuple[str, int], Tensor] = {}
-        for lane, track in enumerate(self._tracks):
-            self._lanes.run(lane, partial(track.step, step, batch, send, losses))
-        return losses
 
     def drain(self) -> None:
         """Whatever comes next in the current stream comes after all steps so far."""
@@ -112,6 +119,12 @@ class Overlap:
     def joined(self) -> AbstractContextManager[None]:
         """Its block comes after all steps so far, and keeps none that follow waiting."""
         return self._lanes.joined()
+
+    def _takes(self, batch: Tensors) -> bool:
+        """Whether a batch is as the first one was: what is recorded has one shape."""
+        layout = [(t.shape, t.stride(), t.dtype) for t in batch]
+        self._layout = self._layout or layout
+        return layout == self._layout
 
 
 class _Slot:
@@ -174,7 +187,7 @@ class _Track:
             put = send if self._sink is None else self._sink.fill
             put(self._output)
             losses["losses", self._stage.index] = self._learn(step)
-            losses.update(self._stage.watch.take_figures())
+            losses.update(self._stage.optimizer.watch.take_figures())
 
     def _forward(self, step: int) -> None:
         if self._replay is None:
@@ -198,8 +211,8 @@ class _Track:
             self._stage.parameters(), self._gradients, strict=True
         ):
             parameter.grad = gradient
-        self._stage.watch.tell(self._norms)
-        self._stage.update(step)
+        self._stage.optimizer.watch.tell(self._norms)
+        self._stage.optimizer.update(step)
         return self._loss.clone()
 
     def _record(self) -> None:
@@ -207,8 +220,8 @@ class _Track:
 
         def backward() -> None:
             self._loss = self._stage.backward_locally()
-            self._norms = self._stage.watch.look()
-            self._stage.clip_alone()
+            self._norms = self._stage.optimizer.watch.look()
+            self._stage.optimizer.clip()
             self._gradients = [p.grad for p in self._stage.parameters()]
 
         try:

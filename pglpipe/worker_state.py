@@ -6,33 +6,40 @@ memory is whole whoever hosts its neighbours, and whoever will.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Protocol
 
-from pglpipe.local_pass import LocalPass
-from pglpipe.refresh import Refresh
 from pglpipe.snapshot import Snapshot
 from pglpipe.stage import Stage
-from pglpipe.stale_windows import StaleWindows
+from pglpipe.steps import Step
+from pglpipe.steps.borrow import Refresh
 from pglpipe.transport import Links
 
 
-class Recall:
-    """The memory of one worker's stages, and of the passes that take them through steps.
+class Holder(Protocol):
+    """What keeps something for stages between two steps."""
+
+    def snapshot(self, stage: Stage) -> Snapshot:
+        """What it keeps for a stage."""
+
+    def load(self, snapshots: Mapping[int, Snapshot], links: Links) -> None:
+        """Goes on from what was kept for the stages, by index."""
+
+
+class WorkerState:
+    """The memory of one worker's stages, and of what takes them through steps.
 
     Args:
         stages: those of the worker, in order.
-        local_pass: holds what rises with a delay.
+        steps: by kind; one object may take several kinds.
         refresh: holds what heads borrow.
     """
 
     def __init__(
-        self,
-        stages: Sequence[Stage],
-        local_pass: LocalPass | StaleWindows,
-        refresh: Refresh,
+        self, stages: Sequence[Stage], steps: Mapping[str, Step], refresh: Refresh
     ) -> None:
         self._stages = stages
-        self._local_pass = local_pass
+        self._steps = steps
         self._refresh = refresh
         self._loaded: Mapping[int, Snapshot] = {}
 
@@ -50,19 +57,22 @@ class Recall:
             stage.load(snapshots[stage.index].part("stage"))
         self._loaded = snapshots
 
-    def send(self, links: Links) -> None:
+    def resend_in_flight(self, links: Links) -> None:
         """Puts what was under way, in what was loaded, on its way again."""
         loaded, self._loaded = self._loaded, {}
         if loaded:
-            for name, holder in (
-                ("rising", self._local_pass),
-                ("loans", self._refresh),
-            ):
-                holder.load({k: each.part(name) for k, each in loaded.items()}, links)
+            for name, holder in self._holders():
+                parts = {index: each.part(name) for index, each in loaded.items()}
+                holder.load(parts, links)
 
     def _snapshot(self, stage: Stage) -> Snapshot:
         found = Snapshot()
         found.add("stage", stage.snapshot())
-        found.add("rising", self._local_pass.snapshot(stage))
-        found.add("loans", self._refresh.snapshot(stage))
+        for name, holder in self._holders():
+            found.add(name, holder.snapshot(stage))
         return found
+
+    def _holders(self) -> Iterator[tuple[str, Holder]]:
+        for step, kind in {step: kind for kind, step in self._steps.items()}.items():
+            yield f"{kind}-step", step
+        yield "loans", self._refresh

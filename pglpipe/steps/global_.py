@@ -1,0 +1,82 @@
+"""A global step: the true loss's gradient crosses all stages, in one synchronized backward.
+
+::
+
+    x ─▶ stage ─▶ stage ─▶ … ─▶ true loss
+    ◀─── gradient of x ◀── gradient of y ◀──┘      at every stage
+    norms of all gradients up, the total norm down; clip, update
+
+The gradient stops at no cut, so the sum over the microbatches is the gradient of the mean
+loss that back-propagation through the uncut network would give. Where gradients are clipped, that is by
+the norm of the whole network's; where steps that are not finite are skipped, all stages skip them: the
+worker that has found one says NaN for its norms.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import isfinite, nan
+
+import torch
+from torch import Tensor
+
+from pglpipe.commands import Clip, Message, Microbatch
+from pglpipe.steps.base import only
+from pglpipe.steps.microbatched import MicrobatchedStep
+
+
+class GlobalStep(MicrobatchedStep):
+    """Takes the stages through back-propagation."""
+
+    compares_gradients = True
+
+    def _backward(self, expected: Microbatch) -> Tensor | None:
+        gradient: Tensor | None = None
+        if self._links.gradients_in is not None:
+            (gradient,) = only(expected, self._links.gradients_in.get())
+        for stage in reversed(self._stages):
+            loss: Tensor | None = None
+            if stage.is_last:
+                gradient, loss = stage.crossing.backward_from_loss()
+            elif gradient is not None:
+                compares = bool(self._command.compares)
+                gradient, loss = stage.crossing.backward(gradient, compares=compares)
+            if loss is not None:
+                self._losses[stage.index].append(loss)
+        return gradient
+
+    def _collect_figures(self) -> dict[tuple[str, int], Tensor]:
+        figures = super()._collect_figures()
+        compares = bool(self._command.compares)
+        for stage in self._stages:
+            if (cosine := stage.crossing.settle(compares=compares)) is not None:
+                figures["cosines", stage.index] = cosine
+        return figures
+
+    def _update(self, finite: Sequence[bool]) -> None:
+        clips, skips = self._settings.clips, self._settings.skips
+        total = self._total_norm(finite=all(finite)) if clips or skips else None
+        if total is not None and skips and not isfinite(total):
+            for stage in self._stages:
+                stage.optimizer.skip()
+            return
+        for stage in self._stages:
+            limits = total if clips else None
+            stage.optimizer.apply(self._command.step, guided=True, total_norm=limits)
+
+    def _total_norm(self, *, finite: bool) -> Tensor:
+        """Norms of all gradients ride up to the first worker, the total norm rides down."""
+        expected = Clip(self._command.step)
+        norms = torch.cat([stage.optimizer.norms() for stage in self._stages])
+        if not finite:
+            norms = torch.full_like(norms, nan)
+        if self._links.gradients_in is not None:
+            (below,) = only(expected, self._links.gradients_in.get())
+            norms = torch.cat([norms, below])
+        self._links.gradients_out.put(Message(expected, (norms,)))
+        if self._settings.rank == 0:
+            total: Tensor = torch.linalg.vector_norm(norms)
+        else:
+            (total,) = only(expected, self._links.inbox.get())
+        self._links.outbox.put(Message(expected, (total,)))
+        return total

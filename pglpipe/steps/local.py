@@ -1,0 +1,46 @@
+"""A local step: every stage learns from its own loss, and hands its output on first.
+
+::
+
+    x ─▶ stage ─▶ y, handed on at once ─▶ local loss, backward, update ─▶ the next stage here
+
+So one stage's graph is alive at a time, and the next worker does not wait for a backward.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from pglpipe.commands import TrainStep
+from pglpipe.stage import Stage
+from pglpipe.steps.base import Step
+from pglpipe.steps.sweep import Sweep, Visit
+from pglpipe.stopwatch import Figures
+from pglpipe.transport import Links
+
+
+class LocalStep(Step):
+    """Takes the stages through local steps, one after another."""
+
+    is_guided = False
+
+    def run(
+        self, command: TrainStep, tensors: Sequence[Tensor], links: Links
+    ) -> Figures:
+        """Does one step; returns the losses of all stages."""
+        wire, losses = self._settings.wire, {}
+        for visit in Sweep(
+            self._stages, wire.packet(tensors), wire, command, links.outbox
+        ):
+            loss = self.learn(visit, command.step)
+            losses["losses", visit.stage.index] = loss
+        return losses
+
+    def learn(self, visit: Visit, step: int) -> Tensor:
+        """One stage's part; returns its loss."""
+        stage: Stage = visit.stage
+        y = stage.forward(visit.x, visit.targets, step, image=visit.image)
+        visit.pass_on(y)
+        return stage.learn(step)

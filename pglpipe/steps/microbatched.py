@@ -1,0 +1,132 @@
+"""What steps in microbatches have in common: a worker's row of the timetable, then the update.
+
+::
+
+    inbox ─▶ F0 ─▶ outbox          activations, one microbatch each
+             F1
+    gradients_out ◀─ B0 ◀─ gradients_in
+                     B1
+    are loss and gradients finite? looked at before the last gradient goes up
+    update
+
+A stage whose loss or gradient is not finite is found before the stages above it can see what came of
+that.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections import defaultdict
+from collections.abc import Sequence
+from itertools import zip_longest
+
+import torch
+from torch import Tensor
+
+from pglpipe.commands import Message, Microbatch, TrainStep
+from pglpipe.stage import Stage
+from pglpipe.steps.base import Step, StepSettings, only
+from pglpipe.steps.sweep import Sweep
+from pglpipe.stopwatch import Figures
+from pglpipe.timetable import Action
+from pglpipe.transport import Links
+
+
+class MicrobatchedStep(Step):
+    """Takes the stages through a batch in microbatches, whose gradients add up."""
+
+    in_microbatches = True
+
+    def __init__(self, stages: Sequence[Stage], settings: StepSettings) -> None:
+        super().__init__(stages, settings)
+        self._wire = settings.wire
+
+    def run(
+        self, command: TrainStep, tensors: Sequence[Tensor], links: Links
+    ) -> Figures:
+        """Does one step; returns the losses, and what was compared, of the stages that know.
+
+        Args:
+            tensors: what the loss of each microbatch counts for, ``[2, M]``: the true loss, and the
+                local losses. None if these are its samples.
+        """
+        self._links, self._command = links, command
+        self._shares = [row.tolist() for row in tensors[0]] if tensors else []
+        self._losses: dict[int, list[Tensor]] = defaultdict(list)
+        links.outbox.put(Message(command, tuple(tensors)))
+        for stage in self._stages:
+            stage.optimizer.zero_grad()
+        row = self._settings.row(command.microbatches)
+        for action, following in zip_longest(row, row[1:]):
+            expected = Microbatch(command.step, action.microbatch)
+            if action.kind == "F":
+                self._forward(expected, turns=following == Action("B", expected.index))
+                continue
+            gradient = self._backward(expected)
+            if following is None:
+                figures = self._collect_figures()
+                finite = self._are_finite(figures)
+            if gradient is not None:
+                links.gradients_out.put(Message(expected, (gradient,)))
+        self._update(finite)
+        return figures
+
+    @abstractmethod
+    def _backward(self, expected: Microbatch) -> Tensor | None:
+        """Takes a microbatch's gradients back through all stages here.
+
+        Returns:
+            What goes on to the worker above, None from the first one.
+        """
+
+    @abstractmethod
+    def _update(self, finite: Sequence[bool]) -> None:
+        """From gradients to weights; ``finite`` says of each stage whether its numbers are."""
+
+    def _forward(self, expected: Microbatch, *, turns: bool) -> None:
+        """Takes one microbatch through all stages here and sends it on.
+
+        Args:
+            turns: whether it comes straight back; the last stage here then loses nothing by
+                keeping its graph until then.
+        """
+        packet = self._wire.packet(only(expected, self._links.inbox.get()))
+        for visit in Sweep(
+            self._stages, packet, self._wire, expected, self._links.outbox
+        ):
+            stage, samples = visit.stage, len(visit.targets)
+            keeps_graph = turns and stage is self._stages[-1]
+            y = stage.forward(
+                visit.x,
+                visit.targets,
+                expected.step,
+                image=visit.image,
+                microbatch=expected.index,
+                share=self._share(stage, expected.index, samples),
+                crossing=True,
+                recompute=self._settings.recompute and not keeps_graph,
+            )
+            visit.pass_on(y)
+
+    def _share(self, stage: Stage, microbatch: int, samples: int) -> float:
+        if not self._shares:
+            return samples / self._command.samples
+        share: float = self._shares[0 if stage.is_last else 1][microbatch]
+        return share
+
+    def _collect_figures(self) -> dict[tuple[str, int], Tensor]:
+        """What the step has come to by stage, when the last backward is done."""
+        return {
+            ("losses", stage): torch.stack(parts).sum()
+            for stage, parts in sorted(self._losses.items())
+        }
+
+    def _are_finite(self, figures: Figures) -> list[bool]:
+        """Whether each stage's loss and gradients are; those nearest to the loss are asked first."""
+        found = [
+            stage.optimizer.is_finite(
+                self._command.step, figures.get(("losses", stage.index)), upstream=True
+            )
+            for stage in reversed(self._stages)
+        ]
+        return found[::-1]

@@ -1,0 +1,344 @@
+"""Stale guidance: a gradient rises one cut every ``delay`` steps, while the pipeline goes on.
+
+In a guided step a batch goes forward as in any local step. The gradients of its losses then rise from
+stage to stage; each stage keeps its input of that batch, runs it again when a gradient comes
+(the weights have moved meanwhile), and learns from the farthest loss that reaches it. For the true loss
+alone and delay 1, where the batch of step 1 is guided (``·``: a local step)::
+
+    step                0   1   2   3   4
+    stage 0             ·   ·   ·   ◀   ·      forwards the batch of step 3, runs that of step 1
+    stage 1             ·   ·   ◀   ·   ·      again and applies its gradient
+    last stage          ·   ◀   ·   ·   ·      its loss is the true one anyway
+
+With windows the gradients of all losses rise, and cross ``window`` stages each; for window 3::
+
+    step                5      6      7
+    stage 4             loss                its gradient passes stage 4,
+    stage 3                 ─▶ through      then stage 3,
+    stage 2                        ─▶ ◀     and stage 2 learns from it
+
+The true loss alone is the case of a window over all stages. Which step a gradient is applied in depends
+on stage and step alone, so that the trained parameters are the same on any number of workers; a worker that is
+ahead waits for it.
+
+Sources: delayed gradients of DDG (Huo et al. 2018, arXiv 1804.10574), applied to a replayed forward as in
+Features Replay (Huo et al. 2018, arXiv 1807.04511), here for some batches only; windows of Interlocking
+Backpropagation (Gomez et al. 2022, arXiv 2010.04116).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from pglpipe.commands import Message, Microbatch, TrainStep
+from pglpipe.errors import ConfigError, setting
+from pglpipe.guidance import Guidance
+from pglpipe.saved_bytes import Held
+from pglpipe.snapshot import Snapshot, by_number, numbered
+from pglpipe.stage import Stage
+from pglpipe.steps.base import Step, StepSettings, only
+from pglpipe.steps.sweep import Sweep, Visit
+from pglpipe.stopwatch import Figures
+from pglpipe.transport import Links
+from pglpipe.windows import crossing, farthest
+
+# A loss by the stage that has it, and the step of its batch.
+Source = tuple[int, int]
+
+
+class StaleStep(Step):
+    """Takes the stages through local steps, of some of which the true loss's gradient rises.
+
+    A stage to which a gradient comes learns from that instead of its own loss, or from both.
+    """
+
+    is_delayed = True
+    conflicts = {
+        "overlap_stages": "overlapping stages wait for no gradient",
+        "compile": "compiled stages cannot be run again on an earlier input",
+        "memory_budget": "what waits for gradients cannot be predicted",
+        "local_microbatches": "a stale gradient is that of a whole batch",
+    }
+
+    def __init__(self, stages: Sequence[Stage], settings: StepSettings) -> None:
+        super().__init__(stages, settings)
+        self._delay = settings.guidance.delay
+        self._num_stages = settings.num_stages
+        self._window = self._window_of(settings.guidance, settings.num_stages)
+        self._next_step = 0
+        self._first_guided: int | None = None
+        self._guided: set[int] = set()
+        # By stage and step: inputs of guided batches, and what came up to a stage's output from here.
+        self._inputs: dict[tuple[int, int], Held] = {}
+        self._risen: dict[tuple[int, int], Held] = {}
+        # What was handed to the worker above and is not taken there yet, by step: a checkpoint of
+        # this worker holds what is on the edge.
+        self._on_edge: dict[int, Tensor] = {}
+
+    @classmethod
+    def _window_of(cls, guidance: Guidance, num_stages: int) -> int:
+        return num_stages
+
+    @classmethod
+    def latency(cls, guidance: Guidance, num_stages: int) -> int:
+        """A delay for every cut that a gradient crosses."""
+        return guidance.delay * (cls._window_of(guidance, num_stages) - 1)
+
+    @classmethod
+    def waiting_messages(cls, guidance: Guidance) -> int:
+        """Those of the steps that a gradient waits for."""
+        return guidance.delay
+
+    # -- a step -----------------------------------------------------------------------
+
+    def run(
+        self, command: TrainStep, tensors: Sequence[Tensor], links: Links
+    ) -> Figures:
+        """Does one step, guided or local; returns the losses of the stages that took one."""
+        step, wire = command.step, self._settings.wire
+        losses: dict[tuple[str, int], Tensor] = {}
+        arriving: dict[int, list[Source]] = {}
+        leaving: dict[int, dict[int, Tensor]] = {}
+        if command.kind != "local":
+            self._guided.add(step)
+            if self._first_guided is None:
+                self._first_guided = step
+        packet = wire.packet(tensors)
+        for visit in Sweep(self._stages, packet, wire, command, links.outbox):
+            stage = visit.stage
+            index, last = stage.index, self._farthest(stage)
+            comes = arriving[index] = self._passing(index + 1, step - self._delay)
+            if step in self._guided and last > index:
+                # On the first stage a loader may fill the same memory again.
+                x = visit.x.clone() if index == 0 else visit.x
+                self._inputs[index, step] = Held(x)
+            has_gradient_due = any(loss == last for loss, _ in comes)
+            loss, leaving[index] = self._own_loss(visit, step, has_gradient_due)
+            if loss is not None:
+                losses["losses", index] = loss
+            if not comes:
+                self._finish(stage, step, loss, leaving[index], links, learned=False)
+        for stage in reversed(self._stages):
+            if comes := arriving[stage.index]:
+                loss = losses.get(("losses", stage.index))
+                learned = self._replay(stage, step, comes, leaving[stage.index], links)
+                self._finish(
+                    stage, step, loss, leaving[stage.index], links, learned=learned
+                )
+        self._forget_done(step)
+        return losses
+
+    def _own_loss(
+        self, visit: Visit, step: int, has_gradient_due: bool
+    ) -> tuple[Tensor | None, dict[int, Tensor]]:
+        """Forward, and what the stage's own loss adds to its gradients.
+
+        Returns:
+            The loss, if there was one, and the gradient of the stage's input if it rises, by the stage of the loss.
+        """
+        stage, mixes = visit.stage, self._settings.guided.asks_heads
+        if has_gradient_due and not mixes:
+            visit.pass_on(stage.pass_on(visit.x, step))
+            stage.optimizer.zero_grad()
+            return None, {}
+        is_true_loss = stage.is_last and step in self._guided
+        self._forward(visit, step, crossing=is_true_loss)
+        if has_gradient_due:
+            stage.optimizer.zero_grad()
+            return stage.crossing.blend(), {}
+        if is_true_loss:
+            stage.optimizer.zero_grad()
+            gradient, loss = stage.crossing.backward_from_loss()
+            return loss, {} if gradient is None else {stage.index: gradient}
+        return stage.backward_locally(), {}
+
+    def _forward(self, visit: Visit, step: int, *, crossing: bool) -> None:
+        y = visit.stage.forward(
+            visit.x, visit.targets, step, image=visit.image, crossing=crossing
+        )
+        visit.pass_on(y)
+
+    def _replay(
+        self,
+        stage: Stage,
+        step: int,
+        arriving: Sequence[Source],
+        leaving: dict[int, Tensor],
+        links: Links,
+    ) -> bool:
+        """Runs earlier batches again, for the gradients that have come; whether the stage learned from one."""
+        passing, last, learned = (
+            self._passing(stage.index, step),
+            self._farthest(stage),
+            False,
+        )
+        shrink = self._settings.guided.shrink
+        gradients = self._arrived(stage, step - self._delay, arriving, links)
+        for (source, guided), gradient in zip(arriving, gradients, strict=True):
+            passed = stage.crossing.replay(
+                self._inputs[stage.index, guided].tensor,
+                guided,
+                gradient * shrink if shrink != 1 else gradient,
+                learns=source == last,
+            )
+            if (source, guided) in passing and passed is not None:
+                leaving[source] = passed
+            if source == last:
+                learned = True
+                del self._inputs[stage.index, guided]
+        return learned
+
+    def _finish(
+        self,
+        stage: Stage,
+        step: int,
+        loss: Tensor | None,
+        leaving: dict[int, Tensor],
+        links: Links,
+        *,
+        learned: bool,
+    ) -> None:
+        """Updates, and hands on what rises to the stage before."""
+        is_true_loss = stage.is_last and step in self._guided
+        stage.optimizer.finish(step, loss, guided=learned or is_true_loss)
+        if passing := self._passing(stage.index, step):
+            self._rise(stage, step, [leaving[source] for source, _ in passing], links)
+
+    # -- what is on its way -----------------------------------------------------------
+
+    def _farthest(self, stage: Stage) -> int:
+        """The loss that a stage learns from, once it has come."""
+        return farthest(stage.index, self._window, self._num_stages)
+
+    def _passing(self, stage: int, step: int) -> list[Source]:
+        """What passes from a stage to the one before it in a step."""
+        if stage >= self._num_stages:
+            return []
+        losses = crossing(stage, self._window, self._num_stages)
+        pairs = ((loss, step - self._delay * (loss - stage)) for loss in losses)
+        return [pair for pair in pairs if pair[1] in self._guided]
+
+    def _arrived(
+        self, stage: Stage, began: int, arriving: Sequence[Source], links: Links
+    ) -> Sequence[Tensor]:
+        """The gradients that have come to a stage's output; they were handed to it in the step ``began``."""
+        if stage is self._stages[-1]:
+            assert links.gradients_in is not None, "nothing comes to the last stage"
+            (joined,) = only(Microbatch(began, 0), links.gradients_in.get())
+        else:
+            joined = self._risen.pop((stage.index, began)).tensor
+        sizes = [len(self._inputs[stage.index, step].tensor) for _, step in arriving]
+        return torch.split(joined, sizes)
+
+    def _rise(
+        self, stage: Stage, step: int, gradients: list[Tensor], links: Links
+    ) -> None:
+        """Hands gradients to the stage before, here or on the worker above, as one tensor."""
+        joined = gradients[0] if len(gradients) == 1 else torch.cat(gradients)
+        if stage is self._stages[0]:
+            links.gradients_out.put(Message(Microbatch(step, 0), (joined,)))
+            if stage.index > 0:
+                self._on_edge[step] = joined
+        else:
+            self._risen[stage.index - 1, step] = Held(joined)
+
+    def _forget_done(self, step: int) -> None:
+        self._next_step = step + 1
+        oldest = step - self._delay * self._window
+        self._guided = {guided for guided in self._guided if guided > oldest}
+        still = range(step + 1 - self._delay, step + 1)
+        self._on_edge = {s: self._on_edge[s] for s in still if s in self._on_edge}
+
+    def finish(self, links: Links) -> None:
+        """Lets no gradient rise any further; what is under way is received and dropped."""
+        nearest = self._stages[-1].index
+        for step in range(max(0, self._next_step - self._delay), self._next_step):
+            if links.gradients_in is not None and self._passing(nearest + 1, step):
+                only(Microbatch(step, 0), links.gradients_in.get())
+        self._guided.clear()
+        self._inputs.clear()
+        self._risen.clear()
+        self._on_edge.clear()
+
+    def keeps_more(self, step: int) -> bool:
+        """Until the first gradient has risen to the first stage more and more inputs wait."""
+        way = self.latency(self._settings.guidance, self._num_stages)
+        return self._first_guided is not None and step <= self._first_guided + way
+
+    # -- checkpoints ------------------------------------------------------------------
+
+    def snapshot(self, stage: Stage) -> Snapshot:
+        """What waits at a stage between two steps: inputs, and gradients on their way from it, by step."""
+        rising = self._on_edge
+        if stage is not self._stages[0]:
+            rising = _waiting_at(stage.index - 1, self._risen)
+        found = Snapshot()
+        found.numbers |= {"step": self._next_step, "guided": sorted(self._guided)}
+        found.add("inputs", by_number(_waiting_at(stage.index, self._inputs)))
+        found.add("rising", by_number(rising))
+        return found
+
+    def load(self, snapshots: Mapping[int, Snapshot], links: Links) -> None:
+        """Goes on from what waited at the stages, by index; what was on the edge goes there again."""
+        for stage in self._stages:
+            snapshot = snapshots[stage.index]
+            if not snapshot.numbers:
+                continue  # the run before had no such steps
+            self._next_step = snapshot.numbers["step"]
+            self._guided = set(snapshot.numbers["guided"])
+            for step, x in numbered(snapshot.part("inputs")):
+                self._inputs[stage.index, step] = Held(x.to(stage.device))
+            for step, joined in numbered(snapshot.part("rising")):
+                self._rise(stage, step, [joined.to(stage.device)], links)
+
+
+class StaleWindowStep(StaleStep):
+    """Takes the stages through local steps, of some of which the gradients of all losses rise.
+
+    The head of a stage learns from every batch at once. While its farthest loss is not there yet, a body
+    learns from its own.
+    """
+
+    crosses_window = True
+
+    @classmethod
+    def check(cls, guidance: Guidance) -> None:
+        """Without a delay this is a windowed step."""
+        if not guidance.delay:
+            raise ConfigError(
+                f"expected a {setting('guidance_delay')} of at least 1 for "
+                f"{setting('guidance_reach', guidance.reach)}, got 0"
+            )
+
+    @classmethod
+    def _window_of(cls, guidance: Guidance, num_stages: int) -> int:
+        return min(guidance.window, num_stages)
+
+    @classmethod
+    def gradients_together(cls, stage: int, guidance: Guidance, num_stages: int) -> int:
+        """Those of the losses that the stages before learn from."""
+        return len(crossing(stage, guidance.window, num_stages))
+
+    def _own_loss(
+        self, visit: Visit, step: int, has_gradient_due: bool
+    ) -> tuple[Tensor | None, dict[int, Tensor]]:
+        stage, guided = visit.stage, step in self._guided
+        passing = self._passing(stage.index, step)
+        own = [loss for loss, _ in passing if loss == stage.index]
+        self._forward(visit, step, crossing=guided)
+        stage.optimizer.zero_grad()
+        farthest_here = None if has_gradient_due else stage.index
+        leaving, loss = stage.crossing.backward_window(
+            {}, farthest_here, own, guided=guided
+        )
+        return loss, leaving
+
+
+def _waiting_at(
+    index: int, waiting: Mapping[tuple[int, int], Held]
+) -> dict[int, Tensor]:
+    """What waits at a stage, by step."""
+    return {step: held.tensor for (at, step), held in waiting.items() if at == index}
