@@ -10,15 +10,16 @@ import contextlib
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from testing.commands import (
+    Ended,
     Processes,
     call,
     draw_images,
@@ -30,8 +31,9 @@ from testing.commands import (
 )
 
 pytestmark = pytest.mark.dist
+SLOWLY = pytest.mark.slow
 
-STEPS = 240
+STEPS = 150
 EVERY = 5
 KILLS = 100
 WATCHDOG = 60.0  # seconds
@@ -105,9 +107,6 @@ def kill_once(command: list[str], folder: Path, count: int, cwd: Path) -> None:
     # Leaving the block has killed them.
 
 
-SLOWLY = pytest.mark.slow
-
-
 @SLOWLY
 @pytest.mark.parametrize(
     ("first", "then"),
@@ -125,36 +124,54 @@ def test_a_run_that_was_killed_goes_on_by_the_same_command(
     assert_as_whole(folder, whole)
 
 
+def stop(workers: int, number: signal.Signals, images: Path, folder: Path) -> Ended:
+    """A run that is asked to end after 40 steps, and has saved once."""
+    arguments = options(images, folder, "--checkpoint-every", "0")
+    with Processes(command(workers, *arguments), cwd=images) as processes:
+        assert await_lines(processes, folder, 40)
+        processes.signal(number)
+        ended = processes.wait(WATCHDOG)
+        assert not processes.pids(), "processes are left"
+    (said,) = ended.said
+    assert said.startswith("pglpipe: stopped") and str(folder) in said
+    (kept,) = (folder / "checkpoints").iterdir()
+    assert int(kept.name[5:]) < STEPS
+    return ended
+
+
+@SLOWLY
 @pytest.mark.parametrize(
-    ("workers", "number", "status"),
-    [
-        pytest.param(1, signal.SIGTERM, 143, marks=SLOWLY),
-        pytest.param(1, signal.SIGINT, 130, marks=SLOWLY),
-        (2, signal.SIGTERM, None),
-    ],
+    ("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)]
 )
 def test_a_run_that_is_asked_to_end_saves_once_and_goes_on(
-    workers: int,
     number: signal.Signals,
-    status: int | None,
+    status: int,
     images: Path,
     whole: dict[str, Any],
     tmp_path: Path,
 ) -> None:
     folder = tmp_path / "run"
+    ended = stop(1, number, images, folder)
+    assert ended.status == status and "Traceback" not in ended.err
     arguments = options(images, folder, "--checkpoint-every", "0")
-    with Processes(command(workers, *arguments), cwd=tmp_path) as processes:
-        assert await_lines(processes, folder, 40)
-        processes.signal(number)
-        ended = processes.wait(WATCHDOG)
-        assert not processes.pids(), "processes are left"
-    assert ended.status == (status or ended.status) != 0
-    (said,) = ended.said
-    assert said.startswith("pglpipe: stopped") and str(folder) in said
-    assert "Traceback" not in ended.err or workers > 1  # torchrun has one of its own
-    (kept,) = (folder / "checkpoints").iterdir()
-    assert int(kept.name[5:]) < STEPS
     run(command(1, *arguments), cwd=tmp_path).check()
+    assert_as_whole(folder, whole)
+
+
+@pytest.fixture(scope="module")
+def stopped(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run with two workers that was asked to end; only read."""
+    folder = tmp_path_factory.mktemp("stopped") / "run"
+    assert stop(2, signal.SIGTERM, images, folder).status != 0
+    return folder
+
+
+def test_two_workers_that_are_asked_to_end_save_once_and_one_goes_on(
+    images: Path, whole: dict[str, Any], stopped: Path, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(stopped, tmp_path / "run")
+    arguments = options(images, folder, "--checkpoint-every", "0")
+    call("train", *arguments, cwd=tmp_path).check()
     assert_as_whole(folder, whole)
 
 
@@ -195,63 +212,43 @@ def test_evaluate_and_export_take_a_run_that_was_done_in_parts(
     call("export", "--run-dir", str(folder), cwd=tmp_path).check()
 
 
-@pytest.fixture(scope="module")
-def killed(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """The folder of a run that was killed; only read."""
-    folder = tmp_path_factory.mktemp("killed") / "run"
-    kill_once(command(1, *options(images, folder)), folder, 30, images)
-    yield folder
+TAKEN = "already holds a run; choose another --run-dir"
 
 
 @pytest.mark.parametrize(
     ("more", "words"),
     [
-        (["--lr", "0.2"], "--lr 0.2 (it was 0.05)"),
-        (["--resume", "never"], "already holds a run; choose another --run-dir"),
-        *(
-            pytest.param(*each, marks=SLOWLY)
-            for each in (
-                (
-                    ["--seed", "1", "--head", "0c1f"],
-                    "--head 0c1f (it was 1c2f); --seed 1",
-                ),
-                (["--guidance-duration", "1"], "--guidance-duration 1 (it was 2)"),
-                (
-                    ["--resume", "elsewhere"],
-                    "already holds a run; choose another --run-dir",
-                ),
-            )
-        ),
+        ("--lr 0.2", "--lr 0.2 (it was 0.05)"),
+        ("--seed 1 --head 0c1f", "--head 0c1f (it was 1c2f); --seed 1"),
+        ("--guidance-duration 1", "--guidance-duration 1 (it was 2)"),
+        ("--resume never", TAKEN),
+        ("--resume elsewhere", TAKEN),
     ],
 )
 def test_other_options_than_the_run_began_with_are_refused(
-    more: list[str], words: str, images: Path, killed: Path
+    more: str, words: str, images: Path, stopped: Path
 ) -> None:
-    before = sorted(path.name for path in killed.rglob("*"))
-    ended = call("train", *options(images, killed, *more), cwd=images)
+    before = sorted(path.name for path in stopped.rglob("*"))
+    words_given = options(images, stopped, "--checkpoint-every", "0", *more.split())
+    ended = call("train", *words_given, cwd=images)
     assert ended.status == 2
     (line,) = ended.err.splitlines()
     assert words in line
-    assert sorted(path.name for path in killed.rglob("*")) == before
+    assert sorted(path.name for path in stopped.rglob("*")) == before
 
 
 def test_a_new_run_begins_from_a_checkpoint_with_other_options(
-    images: Path, whole: dict[str, Any], killed: Path, tmp_path: Path
+    images: Path, whole: dict[str, Any], stopped: Path, tmp_path: Path
 ) -> None:
-    *_, kept = sorted((killed / "checkpoints").glob("step-*/manifest.json"))
+    *_, kept = sorted((stopped / "checkpoints").glob("step-*/manifest.json"))
     folder = tmp_path / "run"
     more = ["--resume", str(kept.parent), "--lr", "0.01"]
     call("train", *options(images, folder, *more), cwd=tmp_path).check()
     assert summary_of(folder)["steps"] == STEPS
     first = min(row["step"] for row in events(folder) if row["event"] == "train")
     assert first == int(kept.parent.name[5:])
-    # To the bit the one that was killed, were it not for its learning rate.
-    same = options(images, tmp_path / "same", "--resume", str(kept.parent))
-    call("train", *same, cwd=tmp_path).check()
-    found, other = (
-        summary_of(each)["parameters_sha256"] for each in (folder, tmp_path / "same")
-    )
-    assert other == whole["parameters_sha256"] != found
+    # The same command goes on to the bit, so this is of the learning rate alone.
+    assert summary_of(folder)["parameters_sha256"] != whole["parameters_sha256"]
 
 
 def test_a_checkpoint_that_is_none_is_refused(images: Path, tmp_path: Path) -> None:

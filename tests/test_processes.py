@@ -88,6 +88,7 @@ def check_same_numbers(
     assert ended.said == []
 
 
+@pytest.mark.slow
 def test_four_workers_end_with_the_bits_of_one(images: Path, tmp_path: Path) -> None:
     options = ["--guidance-period", "5", "--microbatches", "3", "--clip-norm", "1"]
     check_same_numbers(images, tmp_path, 4, 4, *options)
@@ -128,7 +129,7 @@ def test_a_cut_by_time_is_measured_once_for_all_and_repeated_by_one(
 # -- the death of a worker ------------------------------------------------------------
 
 
-@pytest.fixture(params=["p2p", pytest.param("rpc", marks=pytest.mark.slow)])
+@pytest.fixture(params=["p2p", "rpc"])
 def training(
     images: Path, tmp_path: Path, request: pytest.FixtureRequest
 ) -> Iterator[Processes]:
@@ -150,15 +151,8 @@ def wait_for_steps(processes: Processes, metrics: Path, steps: int) -> None:
         time.sleep(0.05)
 
 
-@pytest.mark.parametrize(
-    "victim",
-    [
-        pytest.param(0, marks=pytest.mark.slow),
-        pytest.param(1, marks=pytest.mark.slow),
-        2,
-        pytest.param(3, marks=pytest.mark.slow),
-    ],
-)
+@pytest.mark.slow  # test_restart.py kills one always
+@pytest.mark.parametrize("victim", range(4))
 def test_a_killed_worker_ends_all_with_one_line_that_names_it(
     victim: int, training: Processes, tmp_path: Path
 ) -> None:

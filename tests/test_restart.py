@@ -9,9 +9,9 @@ import contextlib
 import json
 import os
 import random
-import shutil
 import signal
 import socket
+import sys
 import time
 from contextlib import ExitStack
 from pathlib import Path
@@ -19,9 +19,10 @@ from typing import Any
 
 import pytest
 from testing.commands import (
-    AMBUSH,
     Processes,
+    call,
     draw_images,
+    lay_ambush,
     module,
     run,
     small_run,
@@ -34,39 +35,31 @@ WORKERS = 2
 TRIES = 20
 KILLS = 50
 RUN = [
-    *("-m", "pglpipe.train", "--model", "ambush:network", "--stages", str(WORKERS)),
-    *("--balance", "1,1", "--head", "0c1f", "--dataset", "synthetic"),
-    *(
-        "--no-sanity-check",
-        "--batch-size",
-        "16",
-        "--train-limit",
-        "64",
-        "--test-limit",
-        "32",
-    ),
     *("--epochs", "3", "--guidance-period", "4", "--checkpoint-every", "2"),
-    *("--device", "cpu", "--threads", "1", "--run-dir", "run", "--quiet"),
 ]
 
 
-def lay(folder: Path, rank: int, phase: str) -> None:
-    """Has a worker killed in the first attempt, and in that alone."""
-    order = {"stage": rank, "stages": WORKERS, "strike": "kill", "phase": phase}
-    (folder / "order.json").write_text(json.dumps(order))
-    shutil.copy(AMBUSH, folder)
+def lay(folder: Path, rank: int, phase: str) -> list[str]:
+    """Has a worker killed in the first attempt, and in that alone; the run's command line."""
+    return [
+        "-m",
+        "pglpipe.train",
+        *lay_ambush(folder, rank, WORKERS, "kill", phase),
+        *RUN,
+    ]
 
 
-def restarting(*options: str) -> list[str]:
-    return module("torch.distributed.run", "--max-restarts=1", *options, *RUN)
+def restarting(*words: str) -> list[str]:
+    return module("torch.distributed.run", "--max-restarts=1", *words)
 
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """The summary of the run that nobody strikes, with one worker."""
     folder = tmp_path_factory.mktemp("whole")
-    lay(folder, -1, "none")
-    run(module("pglpipe.train", *RUN[2:]), cwd=folder).check()
+    _, _, *options = lay(folder, -1, "none")
+    call("train", *options, cwd=folder).check()
+    sys.modules.pop("ambush")
     return summary_of(folder / "run")
 
 
@@ -84,8 +77,8 @@ def check_as_whole(folder: Path, whole: dict[str, Any]) -> None:
 def test_a_killed_worker_comes_back_with_all_others(
     number: int, whole: dict[str, Any], tmp_path: Path
 ) -> None:
-    lay(tmp_path, number % 2, ["evaluate", "local", "checkpoint"][number % 3])
-    command = restarting("--standalone", f"--nproc_per_node={WORKERS}")
+    words = lay(tmp_path, number % 2, ["evaluate", "local", "checkpoint"][number % 3])
+    command = restarting("--standalone", f"--nproc_per_node={WORKERS}", *words)
     ended = run(command, cwd=tmp_path).check()
     assert len(ended.said) == 1 and " is gone" in ended.said[0], ended.err
     check_as_whole(tmp_path, whole)
@@ -97,10 +90,10 @@ def test_workers_on_several_hosts_come_back(
     number: int, whole: dict[str, Any], tmp_path: Path
 ) -> None:
     """Two launchers, each with a worker of its own, and with a count of attempts of its own."""
-    lay(tmp_path, number % 2, "local")
+    words = lay(tmp_path, number % 2, "local")
     command = restarting(
         *("--nnodes=2", "--nproc_per_node=1", "--rdzv_backend=c10d"),
-        *("--rdzv_id=pglpipe", f"--rdzv_endpoint=localhost:{free_port()}"),
+        *("--rdzv_id=pglpipe", f"--rdzv_endpoint=localhost:{free_port()}", *words),
     )
     with ExitStack() as stack:
         hosts = [
@@ -116,9 +109,9 @@ def test_workers_on_several_hosts_come_back(
 def test_without_a_run_directory_it_goes_on_in_the_one_of_the_first_attempt(
     whole: dict[str, Any], tmp_path: Path
 ) -> None:
-    lay(tmp_path, 1, "local")
-    at = RUN.index("--run-dir")
-    anywhere = [*RUN[:at], *RUN[at + 2 :]]
+    words = lay(tmp_path, 1, "local")
+    at = words.index("--run-dir")
+    anywhere = [*words[:at], *words[at + 2 :]]
     options = ["--max-restarts=1", "--standalone", f"--nproc_per_node={WORKERS}"]
     run(module("torch.distributed.run", *options, *anywhere), cwd=tmp_path).check()
     (folder,) = (tmp_path / "runs").iterdir()

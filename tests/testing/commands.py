@@ -21,6 +21,7 @@ import itertools
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -41,8 +42,6 @@ from PIL import Image
 from pglpipe import cli
 
 ROOT = Path(__file__).resolve().parents[2]
-# Copied beside a run, for its ``--model ambush:network``.
-AMBUSH = ROOT / "tests" / "testing" / "ambush.py"
 WATCHDOG = 100.0  # seconds, below pytest's own limit
 _MARK = "PGLPIPE_TEST"
 _LISTENING = "0A"  # the state of a socket in /proc/net/tcp
@@ -296,6 +295,28 @@ def small_run(images: Path) -> list[str]:
         *("--model", "resnet8", "--width", "4", "--stages", "3"),
         *("--batch-size", "16", "--epochs", "1", "--lr", "0.05"),
         *("--device", "cpu", "--threads", "1"),
+    ]
+
+
+def lay_ambush(
+    folder: Path, stage: int, stages: int, strike: str, phase: str
+) -> list[str]:
+    """Has a stage strike itself in a run in this folder, as ``ambush.py`` says; 4 batches per epoch.
+
+    Returns:
+        The options of the run.
+    """
+    order = {"stage": stage, "stages": stages, "strike": strike, "phase": phase}
+    (folder / "order.json").write_text(json.dumps(order))
+    shutil.copy(Path(__file__).with_name("ambush.py"), folder)
+    # The synthetic pictures take seconds to draw.
+    images = draw_images(folder / "images")
+    return [
+        *("--model", "ambush:network", "--stages", str(stages)),
+        *("--balance", ",".join("1" * stages), "--head", "0c1f"),
+        *("--dataset", "imagefolder", "--data-root", str(images)),
+        *("--batch-size", "10", "--device", "cpu", "--threads", "1"),
+        *("--no-sanity-check", "--run-dir", "run", "--quiet"),
     ]
 
 
