@@ -14,6 +14,7 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable, Sequence
+from functools import wraps
 from pathlib import Path
 from typing import Annotated, Any, Optional
 
@@ -37,12 +38,6 @@ from pglpipe.streams import lasting
 # errors that a command line can have are siblings of this one.
 UsageError: Any = typer.BadParameter.__mro__[1]
 
-app = typer.Typer(
-    help="Train a network as a pipeline of locally supervised stages with periodic global guidance.",
-    no_args_is_help=True,
-    add_completion=False,
-)
-
 Config = Annotated[
     Optional[Path], typer.Option("--config", help="TOML file of options")
 ]
@@ -53,32 +48,35 @@ RunDir = Annotated[Path, typer.Option("--run-dir", help="folder of a finished ru
 
 
 def _with_options(
-    *without: str,
+    *hidden: str,
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Adds an option for every setting but those of some sections; unset ones arrive as None.
+    """Adds an option for every setting; unset ones arrive as None.
 
     Those that most people need come first, the others in a panel for each section.
+
+    Args:
+        hidden: sections whose settings a command takes without showing them in its help.
     """
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
         signature = inspect.signature(command, eval_str=True)
         own = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
-        found = [
-            (section, name, field)
-            for section, name, field in option_fields()
-            if section.__name__ not in without
-        ]
-        found.sort(key=lambda each: not each[2].metadata["common"])
-        options = [_parameter(*each) for each in found]
-        command.__signature__ = signature.replace(parameters=own + options)  # type: ignore[attr-defined]
-        command.__annotations__ = {p.name: p.annotation for p in own + options}
-        return command
+        found = sorted(option_fields(), key=lambda each: not each[2].metadata["common"])
+        options = [_parameter(*each, each[0].__name__ in hidden) for each in found]
+
+        @wraps(command)
+        def call(**given: Any) -> None:
+            command(**given)
+
+        call.__signature__ = signature.replace(parameters=own + options)  # type: ignore[attr-defined]
+        call.__annotations__ = {p.name: p.annotation for p in own + options}
+        return call
 
     return decorate
 
 
 def _parameter(
-    section: type[Section], name: str, field: dataclasses.Field[Any]
+    section: type[Section], name: str, field: dataclasses.Field[Any], hidden: bool
 ) -> inspect.Parameter:
     about = field.metadata
     help, kind = about["help"], about["kind"]
@@ -93,6 +91,7 @@ def _parameter(
         + (f"/--no-{name.replace('_', '-')}" if kind is bool else ""),
         help=help,
         show_default=False,
+        hidden=hidden,
         rich_help_panel="Most used" if about["common"] else section.title,
     )
     return inspect.Parameter(
@@ -103,15 +102,11 @@ def _parameter(
     )
 
 
-@app.command()
-@_with_options()
 def train(config: Config = None, **options: Any) -> None:
     """Trains; under torchrun with one worker per process."""
     run.train(_resolve(config, options))
 
 
-@app.command()
-@_with_options("Optimizer", "Length", "Checkpoints", "Output")
 def plan(
     config: Config = None,
     workers: Annotated[int, typer.Option(help="number of workers")] = 1,
@@ -121,7 +116,6 @@ def plan(
     tables.show_plan(run.plan(_resolve(config, options), workers))
 
 
-@app.command()
 def evaluate(
     run_dir: RunDir,
     data_root: Annotated[
@@ -133,7 +127,6 @@ def evaluate(
     tables.show_exits(*run.evaluate(run_dir, data_root))
 
 
-@app.command()
 def export(
     run_dir: RunDir,
     output: Annotated[
@@ -145,7 +138,6 @@ def export(
     print(f"written to {output}")
 
 
-@app.command()
 def doctor() -> None:
     """Checks machines and network, under torchrun every edge too; says what to set."""
     diagnosis = examine()
@@ -154,6 +146,21 @@ def doctor() -> None:
     elif diagnosis.status:
         time.sleep(_GRACE_SECONDS)  # as where a complaint is told
     _leave(diagnosis.status)
+
+
+def commands() -> typer.Typer:
+    """The commands, with an option for every setting that there is now."""
+    app = typer.Typer(
+        help="Train a network as a pipeline of locally supervised stages with periodic global guidance.",
+        no_args_is_help=True,
+        add_completion=False,
+    )
+    app.command()(_with_options()(train))
+    hidden = "Optimizer", "Length", "Checkpoints", "Output"
+    app.command()(_with_options(*hidden)(plan))
+    for command in (evaluate, export, doctor):
+        app.command()(command)
+    return app
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -170,7 +177,7 @@ def _main(arguments: Sequence[str] | None) -> None:
     try:
         # Some versions of typer return the status of an interruption, others raise it.
         with command_line_style():
-            if status := app(arguments, standalone_mode=False):
+            if status := commands()(arguments, standalone_mode=False):
                 _leave(status)
     except UsageError as error:
         text = " ".join(error.format_message().split())

@@ -1,14 +1,14 @@
 """Everything that a run can be told on the command line or in a TOML file, in sections.
 
-A field of a section is an option of the command line (``--batch-size``), a key in the section's table
-of the TOML file (``batch_size`` in ``[data]``) and a line of the run directory's ``config.toml``. The command
+A field of a section is an option of the command line (``--guidance-period``), a key in the section's table
+of the TOML file (``period`` in ``[guidance]``) and a line of the run directory's ``config.toml``. The command
 line beats the file, the file beats the default, and a name that does not exist is an error.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -216,7 +216,7 @@ class RunConfig:
         """The whole configuration as a TOML document that :func:`~pglpipe.config_file.read` accepts."""
         tables = (
             "\n".join(
-                [f"[{table}]", *(f"{k} = {to_toml(v)}" for k, v in _values(section))]
+                [f"[{table}]", *(f"{k} = {to_toml(v)}" for k, v in _keys(section))]
             )
             for table, section in self.tables().items()
         )
@@ -247,11 +247,18 @@ def _table(losses_options: type[Section]) -> str:
     return losses_options.prefix.rstrip("_")
 
 
-def _values(section: Section) -> Iterable[tuple[str, Any]]:
+def _values(section: Section) -> Iterator[tuple[str, Any]]:
+    """What is not left open, by the names of the options."""
     for name, each in fields_of(type(section)):
         value = getattr(section, each.name)
         if value is not None:
             yield name, value
+
+
+def _keys(section: Section) -> Iterator[tuple[str, Any]]:
+    """The same by the names of the fields."""
+    names = {name: each.name for name, each in fields_of(type(section))}
+    return ((names[name], value) for name, value in _values(section))
 
 
 def _check(config: RunConfig) -> None:

@@ -27,7 +27,7 @@ def read(path: Path) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:  # no TOML, or more than can be read
         raise ConfigError(f"expected TOML in {path}: {error}") from None
     known = {
-        table: [name for name, _ in fields_of(section)]
+        table: {field.name: name for name, field in fields_of(section)}
         for table, section in sections().items()
     }
     values: dict[str, Any] = {}
@@ -41,23 +41,24 @@ def read(path: Path) -> dict[str, Any]:
         for key in entries:
             if key not in known[table]:
                 raise _unknown(path, key, known, table)
-        values |= entries
+            values[known[table][key]] = entries[key]
     return values
 
 
 def _unknown(
-    path: Path, name: str, known: Mapping[str, list[str]], table: str = ""
+    path: Path, word: str, known: Mapping[str, Mapping[str, str]], table: str = ""
 ) -> ConfigError:
     """An unknown table, or a key that is unknown in its table."""
-    homes = [home for home, keys in known.items() if name in keys]
-    if homes:
-        where = f"[{table}]" if table else "the top"
-        return ConfigError(
-            f"expected {name} in the table [{homes[0]}] of {path}, found it in {where}; move it there"
-        )
+    for home, keys in known.items():
+        for key, name in keys.items():
+            if word in (key, name):
+                where = f"[{table}]" if table else "the top"
+                return ConfigError(
+                    f"expected the key {key} in the table [{home}] of {path}, found {word} in {where}; move it there"
+                )
     words = known[table] if table else known
-    what = f"key {shown(name)} in [{table}]" if table else f"table {shown(name)}"
-    return ConfigError(f"unknown {what} of {path}: {nearest(name, words)}")
+    what = f"key {shown(word)} in [{table}]" if table else f"table {shown(word)}"
+    return ConfigError(f"unknown {what} of {path}: {nearest(word, words)}")
 
 
 def resolve(file: Path | None, options: Mapping[str, Any]) -> RunConfig:

@@ -153,7 +153,9 @@ class Guidance(Section, title="Guidance", prefix="guidance_"):
         """Of the steps that there may be: ``"local"``, ``"global"``, and the reach."""
         starts_global = self.warmup and self.warmup_kind == "global"
         found = {
-            "local": self.duration < self.period or (self.warmup and not starts_global),
+            "local": not self.duration
+            or self.duration < self.period
+            or (self.warmup and not starts_global),
             "global": starts_global or self.final,
         }
         found[self.reach] = found.get(self.reach) or self.duration

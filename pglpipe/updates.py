@@ -154,7 +154,7 @@ class Updates:
             if told != mine:
                 raise DataError(
                     f"expected {setting('optimizer')} to make what the checkpoint was made with, {_described(*told)}, "
-                    f"got {_described(*mine)}; resume with the former, or begin anew from {setting('weights')}"
+                    f"got {_described(*mine)}; resume with the former, or begin anew"
                 )
             now = json.loads(
                 json.dumps(self._asked[number])

@@ -21,7 +21,7 @@ from testing.worlds import (
 from torch import nn
 
 from pglpipe import ALWAYS, NEVER, Guidance
-from pglpipe.guided import Guided, LocalWeight
+from pglpipe.guided import Guided
 from pglpipe.transport import World
 
 pytestmark = pytest.mark.together
@@ -33,7 +33,7 @@ def planned_quickly(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 BATCHES = image_batches(8, 8, 5)
-WEIGHTS = LocalWeight(end=0.5, deepest=0.25)
+WEIGHTS: dict[str, Any] = dict(local_weight_end=0.5, local_weight_deepest=0.25)
 
 
 @cache
@@ -82,7 +82,7 @@ MANNERS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("size", [1, 2])
 @pytest.mark.parametrize("manner", MANNERS)
 def test_a_window_of_all_stages_is_a_global_step(manner: str, size: int) -> None:
-    options = MANNERS[manner] | {"guided": Guided(heads="trained", weight=0.5)}
+    options = MANNERS[manner] | {"guided_heads": "trained", "guided_weight": 0.5}
     expected = run(every(2), size, **options)
     for window in (4, 7):
         got = run(every(2, reach="window", window=window), size, **options)
@@ -122,12 +122,12 @@ def test_windows_between_the_two_are_neither() -> None:
 
 STALE: dict[str, dict[str, Any]] = {
     "plain": {},
-    "weighted": {"guided": Guided(weight=0.5)},
-    "heads trained": {"guided": Guided(heads="trained")},
+    "weighted": {"guided_weight": 0.5},
+    "heads trained": {"guided_heads": "trained"},
     # Products with powers of two are exact, so that the order of a sum shows nowhere.
-    "mixed": {"guided": Guided(local_weight=0.5, weight=0.25)},
-    "separate": {"guided": Guided(optimizer="separate", lr_scale=0.5)},
-    "reset": {"guided": Guided(optimizer="reset")},
+    "mixed": {"guided_local_weight": 0.5, "guided_weight": 0.25},
+    "separate": {"guided_optimizer": "separate", "guided_lr_scale": 0.5},
+    "reset": {"guided_optimizer": "reset"},
     "rounded": {"edge_dtype": "int8"},
     "bfloat16": {"precision": "bf16", "edge_dtype": "bf16"},
 }
@@ -146,8 +146,8 @@ def test_stale_guidance_without_delay_is_fresh(manner: str, size: int) -> None:
 
 @pytest.mark.parametrize("delay", [0, 1, 3])
 def test_one_stage_alone_is_guided_at_once(delay: int) -> None:
-    options: dict[str, Any] = dict(num_stages=1, balance="5")
-    options |= dict(guided=Guided(weight=0.5, lr_scale=0.5, optimizer="separate"))
+    options: dict[str, Any] = dict(stages=1, balance="5")
+    options |= dict(guided_weight=0.5, guided_lr_scale=0.5, guided_optimizer="separate")
     expected = run(every(2), **options)
     got = run(every(2, reach="stale", delay=delay), **options)
     assert alike(got, expected)
@@ -221,10 +221,10 @@ def test_without_a_weight_of_their_own_local_losses_do_not_count(
 ) -> None:
     guidance = every(2, reach=reach)
     expected = run(guidance, size)
-    assert alike(run(guidance, size, guided=Guided(local_weight=0.0)), expected)
+    assert alike(run(guidance, size, guided_local_weight=0.0), expected)
     # One so small that no sum shows it goes another way to the same end.
-    assert alike(run(guidance, size, guided=Guided(local_weight=1e-37)), expected)
-    assert not alike(run(guidance, size, guided=Guided(local_weight=0.5)), expected)
+    assert alike(run(guidance, size, guided_local_weight=1e-37), expected)
+    assert not alike(run(guidance, size, guided_local_weight=0.5), expected)
 
 
 @pytest.mark.parametrize("reach", ["global", "window", "stale"])

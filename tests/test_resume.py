@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from testing import factories
 from testing.kinds import KINDS, METHODS, MIXED
 from testing.worlds import (
     Batch,
@@ -35,14 +36,12 @@ from pglpipe import Checkpoints, Guidance, Trainer, saving
 from pglpipe.checkpoint import MANIFEST, folder_of, newest, stage_file, write_stage
 from pglpipe.data import Batches, ImageSet, Recipe
 from pglpipe.errors import ConfigError, DataError
-from pglpipe.losses import LossSettings, build_loss
 from pglpipe.reader import BatchReader
 from pglpipe.snapshot import Snapshot
 from pglpipe.transport import World
 
 BATCHES = image_batches(8, 8, 8, 5)
 STEPS = 2 * len(BATCHES)
-SETTINGS = LossSettings((5, 0.05, 0.2, 0.5), (0.5,) * 3, (0.25,) * 3)
 
 
 @pytest.fixture(autouse=True)
@@ -157,9 +156,9 @@ def test_a_run_with_any_head_goes_on(name: str, tmp_path: Path) -> None:
     told = {"head": "1c2f", "loss": "ce"} | METHODS_HERE[name]
     options: dict[str, Any] = dict(
         guidance=Guidance(period=3),
-        guided=MIXED,
+        **MIXED,
         head=told["head"],
-        local_loss=build_loss(told["loss"], SETTINGS),
+        local_loss=factories.local_loss(told["loss"]),
         refresh_every=2,
     )
     whole = run(4, tmp_path / "whole", **options)
@@ -433,7 +432,7 @@ def test_another_cut_keeps_the_bodies_and_says_what_begins_anew(
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         stages = balance.count(",") + 1
-        options: dict[str, Any] = dict(balance=balance, num_stages=stages)
+        options: dict[str, Any] = dict(balance=balance, stages=stages)
         got = run(1, tmp_path / "then", resume=saved, **options)
     assert any("begin anew" in str(each.message) for each in said)
     assert got.summary.steps == STEPS
@@ -475,7 +474,7 @@ def test_what_layers_keep_as_plain_attributes_goes_on(
     layers = [lambda: nn.Linear(6, 8), Wanes, nn.Tanh, lambda: nn.Linear(8, 3)]
 
     def trained(size: int, balance: str = "2,2", **options: Any) -> Trained:
-        options |= dict(num_stages=1 + balance.count(","), balance=balance)
+        options |= dict(stages=1 + balance.count(","), balance=balance)
         options |= dict(head=lambda shape: nn.Sequential(Wanes(), nn.Linear(8, 3)))
         return train(size, layers, batches, evaluate=batches, **options)
 

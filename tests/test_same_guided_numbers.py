@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from testing import factories
 from testing.kinds import BORROWING, KINDS, METHODS, MIXED, UNMIXED, stale, windowed
 from testing.worlds import (
     Trained,
@@ -18,7 +19,6 @@ from testing.worlds import (
 )
 
 from pglpipe import Guidance
-from pglpipe.losses import LossSettings, build_loss
 
 pytestmark = pytest.mark.together
 
@@ -26,7 +26,6 @@ BATCHES = image_batches(8, 8, 5)
 WORKERS = (2, 4)
 # With four every cut lies between two workers; two have cuts within, too.
 MOST = [pytest.param(2, marks=pytest.mark.slow), 4]
-SETTINGS = LossSettings((5, 0.05, 0.2, 0.5), (0.5,) * 3, (0.25,) * 3)
 
 
 @pytest.fixture(autouse=True)
@@ -66,8 +65,8 @@ def method(
     refresh_every: int = 20,
 ) -> Trained:
     """A local loss and a head, in steps of all kinds that ask the heads."""
-    local_loss = build_loss(loss, SETTINGS)
-    options: dict[str, Any] = dict(guidance=Guidance(period=2), guided=MIXED)
+    local_loss = factories.local_loss(loss)
+    options: dict[str, Any] = dict(guidance=Guidance(period=2), **MIXED)
     options |= dict(local_loss=local_loss, compare_every=1)
     options |= dict(refresh_every=refresh_every)
     options |= dict(microbatches=1 if local_loss.compares else 2)
@@ -123,8 +122,8 @@ def test_no_bit_of_an_image_on_its_way_depends_on_the_workers(
 def test_no_bit_of_a_loss_in_other_reaches_depends_on_the_workers(
     loss: str, guidance: Guidance
 ) -> None:
-    options: dict[str, Any] = dict(guidance=guidance, guided=UNMIXED, edge_dtype="int8")
-    options |= dict(local_loss=build_loss(loss, SETTINGS))
+    options: dict[str, Any] = dict(guidance=guidance, **UNMIXED, edge_dtype="int8")
+    options |= dict(local_loss=factories.local_loss(loss))
     expected = run(1, **options)
     for size in WORKERS:
         assert_same(run(size, **options), expected)

@@ -66,7 +66,7 @@ def run(size: int, stages: int, guidance: str, **options: Any) -> Trained:
         batches(train=True),
         epochs=2,
         evaluate=batches(train=False),
-        num_stages=stages,
+        stages=stages,
         guidance=GUIDANCE[guidance],
         **options,
     )

@@ -19,14 +19,18 @@ A new loss is a class derived from :class:`LocalLoss` and an entry in :data:`LOS
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
-
 from torch import nn
 
 from pglpipe.errors import ConfigError, nearest, setting
-from pglpipe.losses.base import Beside, LocalLoss, Loss, Shape, Supervised
+from pglpipe.losses.base import (
+    Beside,
+    LocalLoss,
+    Loss,
+    LossFacts,
+    LossKind,
+    Shape,
+    Supervised,
+)
 from pglpipe.losses.contrast import SupervisedContrast, contrast
 from pglpipe.losses.infopro import InfoPro
 from pglpipe.losses.lambdas import (
@@ -60,36 +64,6 @@ __all__ = [
     "contrast",
     "published_lambdas",
 ]
-
-
-@dataclass(frozen=True)
-class LossFacts:
-    """What a loss may need to know of a run.
-
-    Attributes:
-        model, dataset: their names.
-        stages: of the network.
-        mean, std: by which images were normalized, per channel, of pixels in [0, 1].
-    """
-
-    model: str = ""
-    dataset: str = ""
-    stages: int = 0
-    mean: tuple[float, ...] = ()
-    std: tuple[float, ...] = ()
-
-
-@dataclass(frozen=True)
-class LossKind:
-    """An entry of the registry.
-
-    Attributes:
-        make: makes the loss from the facts of a run and from its options, if it has any.
-        options: its hyper-parameters.
-    """
-
-    make: Callable[[LossFacts, Any], LocalLoss]
-    options: type[Section] | None = None
 
 
 def _infopro(

@@ -65,7 +65,7 @@ class Memory(Section, title="Memory"):
     )
     budget: int | None = option(
         None,
-        "most bytes kept for backward, such as 300MiB: picks --recompute and microbatches",
+        "most bytes kept for backward, such as 300MiB: picks what is needed of recomputing and microbatches",
         optional(_budget),
         kind=str,
         name="memory_budget",

@@ -77,7 +77,7 @@ class Edges(Section, title="Edges"):
         60.0,
         "seconds until a silent neighbour counts as lost; at least 300 while anybody does what is new, "
         "as in the first step",
-        number(1),
+        number(above=True),
         name="edge_timeout",
     )
 

@@ -6,14 +6,14 @@ from typing import Any
 
 import pytest
 import torch
+from testing import factories
 from testing.worlds import Trained, image_batches, plan_quickly, small_resnet, train
 from torch import Tensor, nn
 
 from pglpipe import ALWAYS, NEVER, Guidance
 from pglpipe.errors import ConfigError, PartitionError, PglpipeWarning
-from pglpipe.guided import Guided
 from pglpipe.layer import Layer
-from pglpipe.losses import LossSettings, build_loss
+from pglpipe.losses import build_loss
 from pglpipe.memory import as_bytes
 from pglpipe.models import build
 
@@ -56,7 +56,7 @@ def mixed_layers() -> list[Layer]:
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)
 @pytest.mark.parametrize("size", [1, 3])
 def test_what_is_foretold_is_what_is_kept(size: int, settings: dict[str, Any]) -> None:
-    options = dict(num_stages=6, head="0c1f", guidance=Guidance(period=2), **settings)
+    options = dict(stages=6, head="0c1f", guidance=Guidance(period=2), **settings)
     trained = train(size, mixed_layers(), BATCHES, **options)
     assert kept(trained) == kept(trained, "predicted")
     assert min(min(by.values()) for by in kept(trained)) > 0
@@ -81,11 +81,11 @@ def test_a_residual_network_keeps_what_is_foretold(settings: dict[str, Any]) -> 
 
 
 # Steps that run the heads as well: in some of them for their own sake, in others to compare.
-TRAINED = Guided(heads="trained")
+TRAINED: dict[str, Any] = dict(guided_heads="trained")
 WINDOW = Guidance(period=2, reach="window", window=3)
 ASKING: dict[str, dict[str, Any]] = {
     "heads trained": {"guided": TRAINED},
-    "mixed": {"guided": Guided(local_weight=0.5)},
+    "mixed": {"guided_local_weight": 0.5},
     "compared": {"compare_every": 1},
     "compared now and then": {"compare_every": 3},
     "window of one": {"guidance": Guidance(period=2, reach="window", window=1)},
@@ -109,7 +109,7 @@ def test_heads_that_are_asked_in_guided_steps_keep_what_is_foretold(
     asking: str, way: dict[str, Any]
 ) -> None:
     options = dict(guidance=Guidance(period=2)) | ASKING[asking] | way
-    options |= dict(num_stages=6, head="0c1f")
+    options |= dict(stages=6, head="0c1f")
     trained = train(3, mixed_layers(), BATCHES + BATCHES, **options)
     assert kept(trained) == kept(trained, "predicted")
 
@@ -136,13 +136,12 @@ def test_residual_networks_that_ask_heads_keep_what_is_foretold(asking: str) -> 
     ids=str,
 )
 def test_images_that_travel_are_foretold_too(way: dict[str, Any]) -> None:
-    settings = LossSettings((5, 0.05, 0.2, 0.5), (0.5,) * 3, (0.25,) * 3)
     trained = train(
         2,
         small_resnet("resnet8"),
         BATCHES,
         guidance=Guidance(period=2),
-        local_loss=build_loss("infopro", settings),
+        local_loss=factories.local_loss("infopro"),
         **way,
     )
     assert kept(trained) == kept(trained, "predicted")
@@ -155,7 +154,7 @@ def test_what_other_losses_keep_is_foretold(name: str) -> None:
         small_resnet("resnet8"),
         BATCHES,
         guidance=Guidance(period=2),
-        guided=TRAINED,
+        **TRAINED,
         local_loss=build_loss(name),
     )
     assert kept(trained) == kept(trained, "predicted")
@@ -184,7 +183,7 @@ def test_the_published_networks_keep_what_is_foretold(name: str) -> None:
         2,
         build(name, image_shape=(3, 32, 32), num_classes=10),
         [(images, torch.zeros(4, dtype=torch.int64))] * 2,
-        num_stages=8,
+        stages=8,
         balance="memory",
         guidance=Guidance(period=2),
         recompute=True,
@@ -283,4 +282,4 @@ def test_a_budget_that_cannot_be_met_is_refused_with_one_that_can() -> None:
 
 def test_parts_that_no_batchnorm_can_take_are_refused_before_training() -> None:
     with pytest.raises(PartitionError, match="stage 3 cannot take 1 samples at once"):
-        train(1, mixed_layers(), BATCHES, num_stages=6, head="0c1f", microbatches=13)
+        train(1, mixed_layers(), BATCHES, stages=6, head="0c1f", microbatches=13)
