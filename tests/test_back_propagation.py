@@ -18,7 +18,7 @@ from pglpipe.layer import Layer, assemble
 
 @pytest.fixture(autouse=True)
 def planned_quickly(monkeypatch: pytest.MonkeyPatch) -> None:
-    plan_quickly(monkeypatch, foretells=False)
+    plan_quickly(monkeypatch, predicts_memory=False)
 
 
 SETTINGS: dict[str, Any] = dict(lr=0.1, momentum=0.9, nesterov=True, weight_decay=1e-3)

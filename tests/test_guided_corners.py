@@ -29,7 +29,7 @@ pytestmark = pytest.mark.together
 
 @pytest.fixture(autouse=True)
 def planned_quickly(monkeypatch: pytest.MonkeyPatch) -> None:
-    plan_quickly(monkeypatch, foretells=False)
+    plan_quickly(monkeypatch, predicts_memory=False)
 
 
 BATCHES = image_batches(8, 8, 5)

@@ -36,7 +36,7 @@ BATCHES = image_batches(8, 8)
 
 @pytest.fixture(autouse=True)
 def planned_quickly(monkeypatch: pytest.MonkeyPatch) -> None:
-    plan_quickly(monkeypatch, foretells=False)
+    plan_quickly(monkeypatch, predicts_memory=False)
 
 
 def run(size: int, guidance: Guidance, **options: Any) -> Trained:

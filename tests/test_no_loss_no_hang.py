@@ -31,7 +31,7 @@ LONG_TIMEOUT, SOON = 15.0, 6.0
 
 @pytest.fixture(autouse=True)
 def planned_quickly(monkeypatch: pytest.MonkeyPatch) -> None:
-    plan_quickly(monkeypatch, foretells=False)
+    plan_quickly(monkeypatch, predicts_memory=False)
 
 
 class Bomb(nn.Module):

@@ -28,7 +28,7 @@ BATCHES: list[Batch] = list(zip(X.split(4), Y.split(4), strict=True))
 
 @pytest.fixture(autouse=True)
 def planned_quickly(monkeypatch: pytest.MonkeyPatch) -> None:
-    plan_quickly(monkeypatch, foretells=False)
+    plan_quickly(monkeypatch, predicts_memory=False)
 
 
 def layers() -> list[Any]:

@@ -30,7 +30,7 @@ MOST = [pytest.param(2, marks=pytest.mark.slow), 4]
 
 @pytest.fixture(autouse=True)
 def planned_quickly(monkeypatch: pytest.MonkeyPatch) -> None:
-    plan_quickly(monkeypatch, foretells=False)
+    plan_quickly(monkeypatch, predicts_memory=False)
 
 
 # How packets with images travel.

@@ -44,7 +44,7 @@ RECIPE = Recipe(mean=(0.5,) * 3, std=(0.25,) * 3, padding=2, flip=True)
 @pytest.fixture(autouse=True)
 def analysed_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Spares the many runs the costs of the same layers, which take longer than the training."""
-    plan_quickly(monkeypatch, foretells=False)
+    plan_quickly(monkeypatch, predicts_memory=False)
 
 
 def batches(*, train: bool) -> Batches:
@@ -242,7 +242,7 @@ def test_recomputation_moves_buffers_once(timetable: str) -> None:
 
 
 def test_a_memory_budget_is_met_alike_by_all(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.undo()  # what is kept must be foretold
+    monkeypatch.undo()  # what is kept must be predicted
     expected = run(4, 4, "pgl", recompute=True, microbatches=2, local_microbatches=4)
     kept = [w["peak_activation_bytes"] for w in expected.summary.workers]
     got = run(4, 4, "pgl", memory_budget=max(max(by.values()) for by in kept))

@@ -29,7 +29,7 @@ BATCHES = image_batches(8, 8, 5)
 
 @pytest.fixture(autouse=True)
 def planned_quickly(monkeypatch: pytest.MonkeyPatch) -> None:
-    plan_quickly(monkeypatch, foretells=False)
+    plan_quickly(monkeypatch, predicts_memory=False)
 
 
 def guidance(window: int, delay: int = 1, period: int = 1, **more: Any) -> Guidance:

@@ -43,7 +43,7 @@ CUT = [1, 2, 1, 1]
 
 @pytest.fixture
 def quick_plans(monkeypatch: pytest.MonkeyPatch) -> None:
-    plan_quickly(monkeypatch, foretells=False)
+    plan_quickly(monkeypatch, predicts_memory=False)
 
 
 def run(size: int = 1, **options: Any) -> Trained:
