@@ -13,7 +13,7 @@ from testing.worlds import Batch, image_batches, plan_quickly, small_resnet, tra
 from torch import Tensor, nn
 
 from pglpipe import ALWAYS
-from pglpipe.layer import Layer, assemble
+from pglpipe.models.layer import Layer, assemble
 
 
 @pytest.fixture(autouse=True)

@@ -13,7 +13,7 @@ import typer
 from benchmarks import gpu, gpu_row
 from benchmarks.resnet50 import resnet50
 from pglpipe.models import build
-from pglpipe.partition import activations, analyse
+from pglpipe.plan.partition import activations, analyse
 
 CPU = torch.device("cpu")
 

@@ -12,7 +12,13 @@ from testing.worlds import Batch, Records, image_batches
 from torch.distributed import HashStore
 
 from pglpipe import NEVER, Guidance
-from pglpipe.commands import (
+from pglpipe.cluster.mailbox import Mailbox
+from pglpipe.data.loader import Span
+from pglpipe.data.reader import BatchReader
+from pglpipe.engine.coordinator import Coordinator
+from pglpipe.engine.source import Source
+from pglpipe.errors import EdgeTimeout, WorkerError
+from pglpipe.messages.commands import (
     Collect,
     EndEvaluation,
     Evaluate,
@@ -21,16 +27,11 @@ from pglpipe.commands import (
     Stop,
     TrainStep,
 )
-from pglpipe.coordinator import Coordinator
-from pglpipe.errors import EdgeTimeout, WorkerError
-from pglpipe.reader import BatchReader
-from pglpipe.reports import (
+from pglpipe.messages.reports import (
     FinalReport,
     StepReport,
     TrainReport,
 )
-from pglpipe.source import Source, Span
-from pglpipe.transport import Mailbox
 
 
 class Office:

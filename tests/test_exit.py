@@ -10,9 +10,6 @@ import torch
 from testing import factories
 from torch import Tensor, nn
 
-from pglpipe.body import Kept
-from pglpipe.exit import Exit, weighted
-from pglpipe.guided import LocalWeight
 from pglpipe.losses import (
     InfoPro,
     LocalLoss,
@@ -21,10 +18,13 @@ from pglpipe.losses import (
     Supervised,
     SupervisedContrast,
 )
-from pglpipe.reports import (
+from pglpipe.messages.reports import (
     ExitCount,
 )
-from pglpipe.saved_bytes import CountedTensor
+from pglpipe.schedules.gradients import LocalWeight
+from pglpipe.stage.exit import Exit, weighted
+from pglpipe.stage.forwards import Kept
+from pglpipe.utils.saved_bytes import CountedTensor
 
 CE = nn.CrossEntropyLoss()
 OUTPUT = torch.randn(6, 4, generator=torch.Generator().manual_seed(1))

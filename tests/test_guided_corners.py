@@ -21,8 +21,8 @@ from testing.worlds import (
 from torch import nn
 
 from pglpipe import ALWAYS, NEVER, Guidance
-from pglpipe.guided import Guided
-from pglpipe.transport import World
+from pglpipe.cluster.world import World
+from pglpipe.schedules.gradients import Guided
 
 pytestmark = pytest.mark.together
 

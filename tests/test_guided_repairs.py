@@ -19,17 +19,16 @@ from testing.worlds import (
 from torch import nn
 
 from pglpipe import ALWAYS, NEVER, Guidance
-from pglpipe.config import RunConfig
+from pglpipe.app.build import learning_rate
+from pglpipe.app.config import RunConfig
+from pglpipe.data.loader import Span, span_of
+from pglpipe.data.reader import BatchReader
 from pglpipe.errors import ConfigError
-from pglpipe.guided import Guided, LocalWeight
 from pglpipe.heads import Borrowed
 from pglpipe.heads.borrowed import _Sum
-from pglpipe.ingredients import learning_rate
-from pglpipe.loaders import span_of
 from pglpipe.losses import InfoPro, Supervised, build_loss
 from pglpipe.losses.predsim import projection
-from pglpipe.reader import BatchReader
-from pglpipe.source import Span
+from pglpipe.schedules.gradients import Guided, LocalWeight
 
 BATCHES = image_batches(8, 8)
 

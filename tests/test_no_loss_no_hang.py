@@ -21,8 +21,8 @@ from testing.worlds import (
 from torch import Tensor, nn
 
 from pglpipe import ALWAYS, NEVER, Guidance, UserError, WorkerError
-from pglpipe.layer import Layer
-from pglpipe.transport import World
+from pglpipe.cluster.world import World
+from pglpipe.models.layer import Layer
 
 TIMEOUT = 4.0  # seconds, of the edges
 # Where nobody may have to wait for the edges: far less than their time-out.

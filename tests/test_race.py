@@ -31,7 +31,7 @@ from benchmarks.race import main as race_main
 from benchmarks.rows import Row, Share, Track, merge
 from benchmarks.standings import COLUMNS, PEERS, TITLES, Standings, Target
 from benchmarks.workload import Cuts, Stream, measure_cuts, tiny
-from pglpipe.timetable import clock, gpipe, one_forward_one_backward
+from pglpipe.schedules.timetable import clock, gpipe, one_forward_one_backward
 
 # -- figures --------------------------------------------------------------------------
 

@@ -18,9 +18,9 @@ from torch.utils.data import (
 )
 
 from pglpipe import NEVER, Guidance
+from pglpipe.cluster.world import World
+from pglpipe.data.reader import BatchReader, as_batch
 from pglpipe.errors import ConfigError, DataError, PglpipeWarning, UserError
-from pglpipe.reader import BatchReader, as_batch
-from pglpipe.transport import World
 
 X, Y = torch.randn(32, 6), torch.arange(32) % 4
 BATCHES: list[Batch] = list(zip(X.split(4), Y.split(4), strict=True))

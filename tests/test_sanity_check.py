@@ -26,8 +26,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pglpipe import ALWAYS, NEVER, Guidance
+from pglpipe.cluster.world import World
 from pglpipe.errors import ConfigError, PglpipeWarning, UserError, WorkerError
-from pglpipe.transport import World
 
 TARGETS = torch.tensor([0, 1, 2, 3])
 VECTORS = [(torch.randn(4, 6), TARGETS) for _ in range(4)]

@@ -13,8 +13,8 @@ from testing import factories
 from torch import Tensor, nn
 
 from pglpipe.errors import ConfigError, DataError
-from pglpipe.guided import Guided
-from pglpipe.updates import Updates
+from pglpipe.schedules.gradients import Guided
+from pglpipe.stage.updates import Updates
 
 LINE = "LLGGLGLLL"  # local and guided steps
 

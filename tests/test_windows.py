@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from pglpipe.windows import farthest_loss, losses_passing
+from pglpipe.schedules.windows import farthest_loss, losses_passing
 
 CASES = [
     (num_stages, window)

@@ -14,7 +14,8 @@ import torch
 from testing.sections import grouped
 from torch import nn
 
-from pglpipe.learning import Learning
+from pglpipe.checkpoint.weights import StateLayout
+from pglpipe.engine.worker import Worker
 from pglpipe.losses import (
     InfoProOptions,
     LocalLoss,
@@ -22,12 +23,11 @@ from pglpipe.losses import (
     Supervised,
     build_loss,
 )
-from pglpipe.reports import Report
-from pglpipe.stage import Stage
-from pglpipe.state import StateLayout
+from pglpipe.messages.reports import Report
+from pglpipe.schedules.timetable import one_forward_one_backward
+from pglpipe.stage.settings import Learning
+from pglpipe.stage.stage import Stage
 from pglpipe.steps import StepSettings
-from pglpipe.timetable import one_forward_one_backward
-from pglpipe.worker import Worker
 
 
 def plain_sgd(parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
