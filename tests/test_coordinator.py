@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from testing import factories
 from testing.worlds import Batch, Records, image_batches
 from torch.distributed import HashStore
 
@@ -41,16 +42,10 @@ class Office:
         store = HashStore()
         self.boxes = [Mailbox(store, rank, 2, 1.0) for rank in range(2)]
         self.records = Records()
-        self.coordinator = Coordinator(
-            num_stages=2,
-            num_workers=2,
-            guidance=guidance,
-            microbatches=microbatches,
-            mailbox=self.boxes[0],
-            observer=self.records,
-            device=torch.device("cpu"),
-            timeout=0.3,
+        spec = factories.blueprint(
+            stages=2, guidance=guidance, microbatches=microbatches
         )
+        self.coordinator = Coordinator(spec, 2, self.boxes[0], self.records, 0.3)
 
 
 def all_of(source: Source) -> list[Message]:

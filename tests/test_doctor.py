@@ -15,8 +15,8 @@ from pglpipe.app.doctor import examine as doctor
 from pglpipe.app.doctor.examine import Diagnosis, look
 from pglpipe.app.doctor.findings import Facts, Finding
 from pglpipe.app.doctor.probe import LOOPBACK, Network, Ping, look_around, part, ping
-from pglpipe.cluster.world import World
 from pglpipe.app.doctor.show import show_diagnosis
+from pglpipe.cluster.world import World
 
 CPU = torch.device("cpu")
 

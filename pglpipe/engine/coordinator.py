@@ -20,14 +20,13 @@ from dataclasses import asdict
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from pglpipe.checkpoint.writer import CheckpointCoordinator
 from pglpipe.cluster.mailbox import Mailbox
 from pglpipe.data.loader import Position, Span
 from pglpipe.data.reader import Batch, BatchReader
-from pglpipe.engine.source import Image, Source
+from pglpipe.engine.source import Source
 from pglpipe.errors import ConfigError, DataError, EdgeTimeout, warn
 from pglpipe.messages.commands import (
     Collect,
@@ -56,7 +55,7 @@ from pglpipe.observe.records import (
     Summary,
     summarize,
 )
-from pglpipe.schedules.guidance import Guidance
+from pglpipe.plan.spec import Blueprint
 from pglpipe.schedules.timetable import parts_of
 from pglpipe.steps import find_step
 from pglpipe.utils.seeding import generators, set_generators
@@ -71,16 +70,11 @@ class Coordinator:
     """Decides what comes next, and gathers what came of it.
 
     Args:
-        num_stages, num_workers: the shape of the pipeline.
-        guidance: when steps are global.
-        microbatches: into how many parts the batch of a global step is cut.
+        spec: what is asked for.
+        num_workers: how many there are.
         mailbox: where the reports arrive.
-        observer: told of every record; called from worker 0's thread.
-        device: worker 0's.
+        observer: is called with every record, from worker 0's thread.
         timeout: seconds to wait for the workers' last words.
-        image: what local losses want to see of the network's input; None if nothing.
-        compare_every: global steps from one to the next in which every stage compares its own
-            gradient with the true one, beginning with the first; 0 for none.
 
     Attributes:
         ended_early: whether a run was asked to end, and did.
@@ -88,29 +82,20 @@ class Coordinator:
 
     def __init__(
         self,
-        *,
-        num_stages: int,
+        spec: Blueprint,
         num_workers: int,
-        guidance: Guidance,
-        microbatches: int,
         mailbox: Mailbox,
         observer: Observer,
-        device: torch.device,
         timeout: float,
-        image: Image | None = None,
-        compare_every: int = 0,
     ) -> None:
-        self._image = image
-        self._compare_every = compare_every
-        self._num_stages = num_stages
-        self._num_workers = num_workers
-        self._guidance = guidance
-        self.set_microbatches(microbatches, 1)
+        self._spec = spec
+        self._num_stages, self._num_workers = spec.cut.stages, num_workers
+        self._guidance = spec.guidance
+        self.set_microbatches(spec.memory.microbatches, 1)
         self._mailbox = mailbox
         self._observer = observer
-        self._device = device
         self._timeout = timeout
-        self._merger = Merger(num_stages, num_workers)
+        self._merger = Merger(self._num_stages, num_workers)
         self._finals: dict[int, FinalReport] = {}
         self._evaluation: EvaluationRecord | None = None
         self._at = Position()
@@ -299,7 +284,7 @@ class Coordinator:
         self._at.step += 1
         kind = self._guidance.kind(step, epoch, span.total_steps, span.epochs)
         self._at.guided_steps += find_step(kind).is_guided
-        compares = self._at.global_steps % max(1, self._compare_every) == 0
+        compares = self._at.global_steps % max(1, self._spec.compare_every) == 0
         self._at.global_steps += kind == "global"
         yield from self._step_of(kind, step, epoch, x, targets, compares)
 
@@ -320,7 +305,7 @@ class Coordinator:
         parts = self._parts(samples)
         each = targets.tensor_split(parts)
         shares = self._shares(each) if parts > 1 else None
-        asked = self._compare_every > 0 and kind_of_step.compares_gradients
+        asked = self._spec.compare_every > 0 and kind_of_step.compares_gradients
         command = TrainStep(kind, step, epoch, samples, parts, int(asked and compares))
         yield Message(command, () if shares is None else (shares,))
         chunks = zip(x.tensor_split(parts), each, strict=True)
@@ -369,7 +354,7 @@ class Coordinator:
         """The messages and a last one, for a run that will have last words of its own."""
         self._finals.clear()
         whole = itertools.chain(messages, [Message(Stop())])
-        return Source(whole, self._device, self._image)
+        return Source(whole, self._spec.device, self._spec.learning.image)
 
     # -- what came of it --------------------------------------------------------------
 

@@ -307,18 +307,9 @@ class Session:
 
     def _make_coordinator(self, observer: Observer) -> Coordinator:
         blueprint = self._blueprint
-        return Coordinator(
-            num_stages=blueprint.cut.stages,
-            num_workers=self._world.size,
-            guidance=blueprint.guidance,
-            microbatches=blueprint.memory.microbatches,
-            mailbox=self._mailbox,
-            observer=observer,
-            device=blueprint.device,
-            timeout=max(blueprint.edges.timeout, FIRST_SECONDS),
-            image=blueprint.learning.image,
-            compare_every=blueprint.compare_every,
-        )
+        timeout = max(blueprint.edges.timeout, FIRST_SECONDS)
+        size = self._world.size
+        return Coordinator(blueprint, size, self._mailbox, observer, timeout)
 
     def _summary(self) -> tuple[bool, dict[str, Any]]:
         assert self._coordinator is not None, "asked on worker 0 only"

@@ -236,18 +236,15 @@ def _weigh(
     for module in chain.from_iterable(skeletons):
         if module is not None:
             module.train()
-    x, targets = (t[: sample.trained].clone() for t in (sample.x, sample.targets))
-    forecast = MemoryPrediction(
+    prediction = MemoryPrediction(
         skeletons,
-        (blueprint.learning.loss, blueprint.learning.local_loss),
-        x,
-        targets,
+        blueprint.learning,
+        (sample.x[: sample.trained].clone(), sample.targets[: sample.trained].clone()),
         stages_of,
         TIMETABLES[blueprint.memory.timetable],
         lambda y: wire.rounded(dense(y)),
-        blueprint.learning.machine.overlap_stages,
-        blueprint.device.type if blueprint.learning.machine.bf16 else None,
-        blueprint.runs_heads,
+        device=blueprint.device.type,
+        heads=blueprint.runs_heads,
     )
     memory, kinds = blueprint.memory, _weighed_kinds(blueprint.guidance)
     if blueprint.memory.budget is not None:
@@ -256,9 +253,9 @@ def _weigh(
             blueprint.memory.budget,
             kinds,
             sample.trained,
-            forecast.peaks,
+            prediction.peaks,
         )
-    peaks = {kind: forecast.peaks(kind, memory) for kind in kinds}
+    peaks = {kind: prediction.peaks(kind, memory) for kind in kinds}
     predicted: list[dict[str, int] | None] = [
         {kind: peaks[kind][rank] if kind in peaks else 0 for kind in KINDS}
         for rank in range(len(stages_of))

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from pglpipe.errors import PartitionError, setting
-from pglpipe.losses import LocalLoss, Loss
 from pglpipe.plan.memory.fit import Memory
 from pglpipe.plan.memory.weigh import (
     Criterion,
@@ -25,6 +24,7 @@ from pglpipe.plan.memory.weigh import (
 )
 from pglpipe.schedules.gradients import head_depth
 from pglpipe.schedules.timetable import Timetable
+from pglpipe.stage.settings import Learning
 
 
 class PredictionError(Exception):
@@ -36,13 +36,12 @@ class MemoryPrediction:
 
     Args:
         stages: body and head of each stage on the meta device, in training mode.
-        losses: the true loss and that of the heads.
-        x, targets: a training batch on the meta device, ``[B, ...]`` each.
+        learning: the losses, in which precision, and whether a worker's stages take local steps side by side.
+        batch: inputs and targets of a training batch on the meta device, ``[B, ...]`` each.
         stages_of: the stages of each worker, by rank.
         timetable: ``(num_workers, num_microbatches) -> Timetable``.
         carry: what the next stage makes of an output.
-        overlaps: whether a worker's stages take local steps side by side.
-        autocast: the type of device whose choice of precision counts; None for none.
+        device: the type of the device whose choice of precision counts.
         heads: whether guided steps run the heads.
 
     Raises:
@@ -52,18 +51,17 @@ class MemoryPrediction:
     def __init__(
         self,
         stages: Sequence[tuple[nn.Module, nn.Module | None]],
-        losses: tuple[Loss, LocalLoss],
-        x: Tensor,
-        targets: Tensor,
+        learning: Learning,
+        batch: tuple[Tensor, Tensor],
         stages_of: Sequence[range],
         timetable: Callable[[int, int], Timetable],
         carry: Callable[[Tensor], Tensor] = lambda output: output,
-        overlaps: bool = False,
-        autocast: str | None = None,
+        *,
+        device: str = "cpu",
         heads: bool = False,
     ) -> None:
         # A loss may have weights, and those have to be where its inputs are.
-        true, local = copy.deepcopy(losses)
+        true, local = copy.deepcopy((learning.loss, learning.local_loss))
         own = [true] if isinstance(true, nn.Module) else []
         self._movable = [*own, *local.modules()]
         for loss in self._movable:
@@ -71,17 +69,17 @@ class MemoryPrediction:
         self._true, self._local_loss = true, local
         self._heads = heads
         self._stages = list(stages)
-        self._batch = x, targets
+        self._batch = batch
         self._precision: Callable[[], AbstractContextManager[object]] = nullcontext
-        if autocast:
+        if learning.machine.bf16:
             try:
-                self._pretend(autocast)
+                self._pretend(device)
             except Exception as error:
                 raise PredictionError(_first_line(error)) from error
         self._stages_of = stages_of
         self._timetable = timetable
         self._carry = carry
-        self._overlaps = overlaps
+        self._overlaps = learning.machine.overlap_stages
         self._weights: dict[tuple[int, bool], list[StageBytes]] = {}
         self._in_place: dict[nn.Module, bool] = {}
 
