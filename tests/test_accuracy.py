@@ -71,7 +71,7 @@ def test_the_seeds_are_run_in_turns_and_can_be_chosen() -> None:
 @pytest.mark.parametrize(("period", "duration"), [(10, 1), (50, 5), (2, 1)])
 def test_a_period_ends_with_its_global_steps(period: int, duration: int) -> None:
     config = resolve(None, underscored(every(period, duration)))
-    kinds = [config.guidance().kind(step, epoch=0) for step in range(period)]
+    kinds = [config.guidance.kind(step, epoch=0) for step in range(period)]
     assert kinds == ["local"] * (period - duration) + ["global"] * duration
 
 
@@ -83,7 +83,7 @@ def test_a_tenth_of_the_epochs_is_global_at_the_start_or_at_the_end() -> None:
         ("warmup", range(tenth)),
     ):
         options = underscored(Row(method, 8, "1c2f").options(scale, 0))
-        guidance = resolve(None, options).guidance()
+        guidance = resolve(None, options).guidance
         kinds = [guidance.kind(0, e, total_epochs=last) for e in range(last)]
         assert [e for e, kind in enumerate(kinds) if kind == "global"] == [*guided]
 

@@ -22,7 +22,6 @@ from torch import nn
 
 from pglpipe import ALWAYS, NEVER, Guidance
 from pglpipe.cluster.world import World
-from pglpipe.schedules.gradients import Guided
 
 pytestmark = pytest.mark.together
 
@@ -70,7 +69,7 @@ MANNERS: dict[str, dict[str, Any]] = {
     "plain": {},
     "microbatches": {"microbatches": 3},
     "recomputed": {"microbatches": 2, "recompute": True, "timetable": "gpipe"},
-    "falling weights": {"local_weight": WEIGHTS},
+    "falling weights": WEIGHTS,
     "rounded": {"edge_dtype": "int8"},
     "bfloat16": {"precision": "bf16", "edge_dtype": "bf16"},
 }
@@ -175,8 +174,7 @@ def test_a_gradient_that_cannot_arrive_in_time_reaches_the_last_stages_alone() -
 
 def test_a_gradient_shrunk_to_nothing_leaves_the_first_stages_what_they_were() -> None:
     def weights(shrink: float) -> list[torch.Tensor]:
-        guided = Guided(shrink=shrink)
-        options: dict[str, Any] = dict(optimizer=plain_sgd, guided=guided)
+        options: dict[str, Any] = dict(optimizer=plain_sgd, guided_shrink=shrink)
         trained = run(every(1, reach="stale", delay=0), **options)
         return [w for name, w in trained.body.items() if name.startswith("stem.")]
 
@@ -229,8 +227,9 @@ def test_without_a_weight_of_their_own_local_losses_do_not_count(
 
 @pytest.mark.parametrize("reach", ["global", "window", "stale"])
 def test_frozen_heads_keep_every_bit_in_steps_that_ask_them(reach: str) -> None:
-    guided = Guided(local_weight=0.0 if reach == "window" else 0.5, heads="frozen")
-    always = run(Guidance(period=1, reach=reach, delay=0), guided=guided)
+    delay = {"delay": 0} if reach == "stale" else {}
+    mu = 0.0 if reach == "window" else 0.5
+    always = run(Guidance(period=1, reach=reach, **delay), guided_local_weight=mu)
     at_start = run(NEVER, optimizer=still)
     # Statistics are told in local steps even where nothing is learned: names without them.
     for index, head in always.heads.items():
@@ -280,7 +279,8 @@ def test_only_global_steps_compare() -> None:
 @pytest.mark.filterwarnings("ignore:no gradients are compared")
 def test_a_stage_without_parameters_compares_nothing_and_hinders_nobody() -> None:
     layers = [nn.Flatten(), nn.Linear(192, 12), nn.Tanh(), nn.Linear(12, 10)]
-    for guided in (Guided(), Guided(local_weight=0.5, heads="trained")):
+    trains = {"guided_heads": "trained"}
+    for guided in ({}, trains | {"guided_local_weight": 0.5}):
         for guidance in (ALWAYS, every(1, reach="window"), every(1, reach="stale")):
             trained = train(
                 2,
@@ -289,10 +289,8 @@ def test_a_stage_without_parameters_compares_nothing_and_hinders_nobody() -> Non
                 balance="1,1,1,1",
                 head="0c1f",
                 guidance=guidance,
-                guided=(
-                    Guided(heads="trained") if guidance.reach == "window" else guided
-                ),
                 compare_every=1,
+                **(trains if guidance.reach == "window" else guided),
             )
             for record in trained.records.steps:
                 known = [cosine is not None for cosine in record.cosines]

@@ -246,7 +246,7 @@ def test_who_skips_a_gradient_that_one_stage_spoils(kind: str) -> None:
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"clip_norm": 0.1}, PARTS, {"guided": MIXED}],
+    [{}, {"clip_norm": 0.1}, PARTS, MIXED],
     ids=["plain", "clipped", "parts", "mixed"],
 )
 @pytest.mark.parametrize("guidance", [NEVER, ALWAYS], ids=["local", "global"])

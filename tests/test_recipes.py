@@ -131,7 +131,7 @@ def test_our_recipes_end_with_a_global_step() -> None:
             config = resolve(path, {})
             epochs, steps = config.epochs, 10  # in an epoch
             kinds = [
-                config.guidance().kind(step, step // steps, epochs * steps, epochs)
+                config.guidance.kind(step, step // steps, epochs * steps, epochs)
                 for step in range(epochs * steps)
             ]
             assert kinds[-1] == "global" and kinds.count("global") == epochs

@@ -271,7 +271,9 @@ def _check(config: RunConfig) -> None:
                 f"for {setting(name, parts)}; lower {setting(name)}"
             )
     sections = config.cut, config.guidance, config.gradients, config.memory
-    Asked(*sections, config.machine).check()
+    asked = Asked(*sections, config.machine)
+    asked.check()
+    asked.check_used()
     ends, rate = config.guidance.final > 0, config.optimizer
     if is_given(rate, "final_lr") and rate.final_lr and not ends:
         raise ConfigError(

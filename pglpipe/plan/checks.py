@@ -57,12 +57,15 @@ class Asked:
         return any(getattr(step, fact) for step in find_steps(self.kinds))
 
     def check(self) -> None:
-        """Raises ConfigError for settings that exclude each other, or do nothing together."""
+        """Raises ConfigError for settings that exclude each other."""
         find_step(self.guidance.reach)
         for step in find_steps(self.kinds):
             step.check(self.guidance)
         self._check_steps()
         self._check_contradictions()
+
+    def check_used(self) -> None:
+        """Raises ConfigError for settings that do nothing beside the others."""
         self._check_guided()
         self._check_kinds()
 
@@ -132,6 +135,15 @@ class Asked:
                 raise ConfigError(
                     f"expected {_named(options)}, got both: {reason}; drop one"
                 )
+        if (
+            gradients.guided_shrink != 1
+            and not find_step(self.guidance.reach).is_delayed
+        ):
+            raise ConfigError(
+                f"expected a stale {setting('guidance_reach')} for "
+                f"{setting('guided_shrink', gradients.guided_shrink)}, got {self.guidance.reach}, whose gradients do not "
+                "shrink; drop one"
+            )
 
     def _check_guided(self) -> None:
         """What belongs to guided steps, or to one reach, is not given where it would do nothing."""
@@ -152,12 +164,6 @@ class Asked:
                     f"expected {setting('guidance_reach', ' or '.join(reaches))} for "
                     f"{setting(f'guidance_{field}', getattr(guidance, field))}, got {guidance.reach}; drop one"
                 )
-        if gradients.guided_shrink != 1 and not find_step(guidance.reach).is_delayed:
-            raise ConfigError(
-                f"expected a stale {setting('guidance_reach')} for "
-                f"{setting('guided_shrink', gradients.guided_shrink)}, got {guidance.reach}, whose gradients do not "
-                "shrink; drop one"
-            )
         if is_given(self.cut, "refresh_every") and not borrows(self.cut.head):
             raise ConfigError(
                 f"expected a {setting('head')} that borrows layers, such as thin-2, for "

@@ -84,7 +84,7 @@ def test_a_residual_network_keeps_what_is_foretold(settings: dict[str, Any]) -> 
 TRAINED: dict[str, Any] = dict(guided_heads="trained")
 WINDOW = Guidance(period=2, reach="window", window=3)
 ASKING: dict[str, dict[str, Any]] = {
-    "heads trained": {"guided": TRAINED},
+    "heads trained": TRAINED,
     "mixed": {"guided_local_weight": 0.5},
     "compared": {"compare_every": 1},
     "compared now and then": {"compare_every": 3},
@@ -126,9 +126,7 @@ def test_residual_networks_that_ask_heads_keep_what_is_foretold(asking: str) -> 
     [
         {},
         *(
-            pytest.param(
-                {"guided": TRAINED} | way, marks=[pytest.mark.slow] if way else []
-            )
+            pytest.param(TRAINED | way, marks=[pytest.mark.slow] if way else [])
             for way in WAYS
         ),
         {"local_microbatches": 3, "edge_dtype": "int8"},

@@ -170,6 +170,7 @@ def trainer(world: World, layers: object, **options: Any) -> Trainer:
         head="1c2f",
         device="cpu",
         edge_timeout=30.0,
+        compare_every=0,
         # Tried by the tests of it; here it would cost every small run several steps.
         sanity_check=False,
     )
@@ -275,7 +276,7 @@ def named_builder(
     made = made_of(blueprint.layers)
     loss = blueprint.learning.local_loss
     trained = spelled(loss)
-    key = made, blueprint.head, trained, tuple(sample.x.shape[1:]), tuple(balance)
+    key = made, blueprint.cut.head, trained, tuple(sample.x.shape[1:]), tuple(balance)
     build.key = key  # type: ignore[attr-defined]
     return build
 
