@@ -1,4 +1,7 @@
-"""A run that goes on from a checkpoint ends as if it had never been interrupted, to the bit."""
+"""A run that goes on from a checkpoint ends as if it had never been interrupted, to the bit.
+
+That it does so with every kind of guidance, on any number of workers, is in ``test_same_numbers.py``.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from testing.kinds import KINDS, METHODS, MIXED
 from testing.worlds import (
     Batch,
     Trained,
@@ -35,14 +37,12 @@ from pglpipe import Checkpoints, Guidance, Trainer, saving
 from pglpipe.checkpoint import MANIFEST, folder_of, newest, stage_file, write_stage
 from pglpipe.data import Batches, ImageSet, Recipe
 from pglpipe.errors import ConfigError, DataError
-from pglpipe.losses import LossSettings, build_loss
 from pglpipe.reader import BatchReader
 from pglpipe.snapshot import Snapshot
 from pglpipe.transport import World
 
 BATCHES = image_batches(8, 8, 8, 5)
 STEPS = 2 * len(BATCHES)
-SETTINGS = LossSettings((5, 0.05, 0.2, 0.5), (0.5,) * 3, (0.25,) * 3)
 
 
 @pytest.fixture(autouse=True)
@@ -92,81 +92,30 @@ def steps_of(root: Path) -> list[int]:
     return sorted(int(path.name[5:]) for path in root.iterdir())
 
 
-# Those that remember most from step to step; the others are slow.
-TELLING = (
-    *("local", "epochs", "all of it", "reset", "window 3", "recomputed"),
-    *("stale 1", "stale 2", "stale mixed", "stale reset", "stale and final"),
-    *("stale windows 3, 1", "stale windows 4, 2"),
-)
-
-
-@pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param(name, marks=[] if name in TELLING else pytest.mark.slow)
-        for name in KINDS
-    ],
-)
-def test_a_run_of_any_kind_goes_on_on_any_number_of_workers(
-    name: str, tmp_path: Path
-) -> None:
-    whole = run(2, tmp_path / "whole", **KINDS[name])
-    # Each of them once, from a checkpoint of its own: in the middle of epochs and of windows.
-    for size, step in ((1, 3), (4, 6)):
-        saved = newest_up_to(tmp_path / "whole", step)
-        got = run(size, tmp_path / f"{size}", resume=saved, **KINDS[name])
-        assert_goes_on(got, whole, int(saved.name[5:]))
-
-
 def newest_up_to(root: Path, step: int) -> Path:
     """One that was due while another was being written is not there."""
     return folder_of(root, max(s for s in steps_of(root) if s <= step))
 
 
-def test_a_checkpoint_of_four_goes_on_on_1_2_and_3_and_ends_in_the_uncut_network(
+def test_a_checkpoint_of_four_goes_on_on_three_and_ends_in_the_uncut_network(
     tmp_path: Path,
 ) -> None:
     options: dict[str, Any] = dict(guidance=Guidance(period=3, duration=2))
     whole = run(4, tmp_path / "whole", **options)
     saved = newest_up_to(tmp_path / "whole", 3)
-    for size in (1, 2, 3):
-        got = run(size, tmp_path / f"{size}", resume=saved, **options)
-        assert_goes_on(got, whole, int(saved.name[5:]))
-        uncut = nn.Sequential(
-            OrderedDict(
-                (layer.name, layer.build()) for layer in small_resnet("resnet8")
-            )
-        )
-        uncut.load_state_dict(got.body, strict=True)
-        assert accuracy(uncut.eval(), BATCHES[2:]) == whole.summary.test_accuracy
+    got = run(3, tmp_path / "rest", resume=saved, **options)
+    assert_goes_on(got, whole, int(saved.name[5:]))
+    uncut = nn.Sequential(
+        OrderedDict((layer.name, layer.build()) for layer in small_resnet("resnet8"))
+    )
+    uncut.load_state_dict(got.body, strict=True)
+    assert accuracy(uncut.eval(), BATCHES[2:]) == whole.summary.test_accuracy
 
 
 @torch.no_grad()
 def accuracy(network: nn.Module, batches: list[Batch]) -> float:
     right = sum(int((network(x).argmax(1) == y).sum()) for x, y in batches)
     return right / sum(len(y) for _, y in batches)
-
-
-METHODS_HERE = {
-    name: METHODS[name] for name in ("loss infopro", "head man", "head solo")
-}
-
-
-@pytest.mark.parametrize("name", METHODS_HERE)
-def test_a_run_with_any_head_goes_on(name: str, tmp_path: Path) -> None:
-    told = {"head": "1c2f", "loss": "ce"} | METHODS_HERE[name]
-    options: dict[str, Any] = dict(
-        guidance=Guidance(period=3),
-        guided=MIXED,
-        head=told["head"],
-        local_loss=build_loss(told["loss"], SETTINGS),
-        refresh_every=2,
-    )
-    whole = run(4, tmp_path / "whole", **options)
-    for size, step in ((1, 2), (2, 3), (4, 5)):
-        saved = newest_up_to(tmp_path / "whole", step)
-        got = run(size, tmp_path / f"{size}", resume=saved, **options)
-        assert_goes_on(got, whole, int(saved.name[5:]))
 
 
 OPTIMIZERS: dict[str, Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]] = {
@@ -186,11 +135,17 @@ OPTIMIZERS: dict[str, Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]]
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_a_run_with_any_optimizer_goes_on(name: str, tmp_path: Path) -> None:
-    options: dict[str, Any] = dict(optimizer=OPTIMIZERS[name], learning_rate=falling)
-    whole = run(2, tmp_path / "whole", **options)
-    saved = newest_up_to(tmp_path / "whole", 3)
-    got = run(1, tmp_path / "rest", resume=saved, **options)
-    assert_goes_on(got, whole, int(saved.name[5:]))
+    layers = [nn.Flatten(), nn.Linear(192, 6), nn.Linear(6, 6), nn.Linear(6, 10)]
+
+    def trained(size: int, **more: Any) -> Trained:
+        options = dict(optimizer=OPTIMIZERS[name], learning_rate=falling, epochs=2)
+        return train(
+            size, layers, BATCHES, num_stages=2, head="0c1f", **options, **more
+        )
+
+    whole = trained(2, checkpoints=Checkpoints(tmp_path, every=3, keep=9))
+    saved = folder_of(tmp_path, 3)
+    assert_goes_on(trained(1, resume=saved), whole, 3)
 
 
 def falling(step: int, total: int) -> float:
@@ -228,7 +183,7 @@ def test_a_loader_that_draws_from_the_process_goes_on_as_it_would_have(
 
     # The plan takes a first batch; it must not move what the run itself draws from there.
     whole = work(tmp_path / "whole")
-    for step in (2, 3, 4):
+    for step in (2, 4):  # in the middle of an epoch, and near its end
         saved = newest_up_to(tmp_path / "whole", step)
         got = work(tmp_path / f"{step}", resume=saved)
         assert_goes_on(got, whole, int(saved.name[5:]))
@@ -246,7 +201,7 @@ def test_a_loader_without_a_length_goes_on(tmp_path: Path) -> None:
         return train(2, layers, Endless(), epochs=None, steps=7, **options)
 
     whole = work(tmp_path / "whole")
-    for step in (4, 6, 7):
+    for step in (4, 6):
         saved = newest_up_to(tmp_path / "whole", step)
         got = work(tmp_path / f"{step}", resume=saved)
         assert_goes_on(got, whole, int(saved.name[5:]))
@@ -270,15 +225,14 @@ class Shown:
         return iter(self.loader)
 
 
-@pytest.mark.parametrize("size", [1, 2])
 def test_a_run_goes_on_with_the_samples_that_are_left(
-    size: int, prompt_disk: None, tmp_path: Path
+    prompt_disk: None, tmp_path: Path
 ) -> None:
-    told = Checkpoints(tmp_path, every=1, keep=99)
+    told = Checkpoints(tmp_path, every=4, keep=99)
     layers = small_resnet("resnet8")
     train(1, layers, Shown(2), epochs=2, checkpoints=told)
     # After eight samples of the second epoch: the rest of it, and the whole third.
-    got = train(size, layers, Shown(4), epochs=3, resume=folder_of(tmp_path, 12 + 4))
+    got = train(2, layers, Shown(4), epochs=3, resume=folder_of(tmp_path, 12 + 4))
     assert [r.samples for r in got.records.steps] == [4] * (4 + 6)
     assert got.summary.steps == 12 + 4 + 4 + 6
 
@@ -287,7 +241,7 @@ def test_batches_that_begin_elsewhere_are_refused(
     prompt_disk: None, tmp_path: Path
 ) -> None:
     told, layers = Checkpoints(tmp_path, every=1, keep=99), small_resnet("resnet8")
-    train(1, layers, Shown(2), epochs=2, checkpoints=told)
+    train(1, layers, Shown(2), checkpoints=told)
     with pytest.raises(
         DataError, match="begins after 2 samples .* that end at 5; use the"
     ):
@@ -538,8 +492,7 @@ def test_another_network_is_refused(tmp_path: Path) -> None:
 # -- ending early ---------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("asks", [0, 1])
-@pytest.mark.parametrize("moment", ["step", "evaluation"])
+@pytest.mark.parametrize(("moment", "asks"), [("step", 0), ("evaluation", 1)])
 def test_a_run_that_is_stopped_saves_and_goes_on(
     moment: str, asks: int, tmp_path: Path
 ) -> None:

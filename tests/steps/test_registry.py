@@ -34,8 +34,6 @@ def test_a_new_kind_of_step_trains_resumes_and_is_reported(tmp_path: Path) -> No
     plain = run(1, epochs=2, guidance=Guidance(period=1, duration=0))
     digest = whole.summary.parameters_sha256
     assert digest != plain.summary.parameters_sha256
-    resumed = run(
-        2, epochs=2, guidance=EVERY_OTHER, resume=folder_of(tmp_path, 3)
-    )
+    resumed = run(2, epochs=2, guidance=EVERY_OTHER, resume=folder_of(tmp_path, 3))
     assert resumed.summary.parameters_sha256 == digest
     assert run(2, epochs=2, guidance=EVERY_OTHER).summary.parameters_sha256 == digest
