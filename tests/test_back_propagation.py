@@ -9,16 +9,13 @@ from typing import Any
 
 import pytest
 import torch
-from testing.worlds import Batch, image_batches, plan_quickly, small_resnet, train
+from testing.worlds import Batch, image_batches, small_resnet, train
 from torch import Tensor, nn
 
 from pglpipe import ALWAYS
 from pglpipe.layer import Layer, assemble
 
-
-@pytest.fixture(autouse=True)
-def planned_quickly(monkeypatch: pytest.MonkeyPatch) -> None:
-    plan_quickly(monkeypatch, foretells=False)
+pytestmark = pytest.mark.usefixtures("planned_quickly")
 
 
 SETTINGS: dict[str, Any] = dict(lr=0.1, momentum=0.9, nesterov=True, weight_decay=1e-3)

@@ -11,7 +11,6 @@ import torch
 from testing.worlds import (
     Trained,
     image_batches,
-    plan_quickly,
     same,
     small_resnet,
     train,
@@ -31,12 +30,9 @@ from pglpipe.losses.predsim import projection
 from pglpipe.reader import BatchReader
 from pglpipe.source import Span
 
+pytestmark = pytest.mark.usefixtures("planned_quickly")
+
 BATCHES = image_batches(8, 8)
-
-
-@pytest.fixture(autouse=True)
-def planned_quickly(monkeypatch: pytest.MonkeyPatch) -> None:
-    plan_quickly(monkeypatch, foretells=False)
 
 
 def run(size: int, guidance: Guidance, **options: Any) -> Trained:

@@ -17,7 +17,6 @@ from testing.worlds import (
     Batch,
     Trained,
     image_batches,
-    plan_quickly,
     small_resnet,
     train,
 )
@@ -27,12 +26,7 @@ from pglpipe import Guidance
 from pglpipe.guided import Guided, LocalWeight
 from pglpipe.layer import Layer
 
-pytestmark = pytest.mark.together
-
-
-@pytest.fixture(autouse=True)
-def planned_quickly(monkeypatch: pytest.MonkeyPatch) -> None:
-    plan_quickly(monkeypatch, foretells=False)
+pytestmark = [pytest.mark.together, pytest.mark.usefixtures("planned_quickly")]
 
 
 BATCHES = image_batches(8, 8, 5)

@@ -23,7 +23,6 @@ from testing.worlds import (
     Trained,
     image_batches,
     on_every_rank,
-    plan_quickly,
     same,
     sgd,
     small_resnet,
@@ -41,13 +40,10 @@ from pglpipe.reader import BatchReader
 from pglpipe.snapshot import Snapshot
 from pglpipe.transport import World
 
+pytestmark = pytest.mark.usefixtures("planned_quickly")
+
 BATCHES = image_batches(8, 8, 8, 5)
 STEPS = 2 * len(BATCHES)
-
-
-@pytest.fixture(autouse=True)
-def planned_quickly(monkeypatch: pytest.MonkeyPatch) -> None:
-    plan_quickly(monkeypatch, foretells=False)
 
 
 @pytest.fixture

@@ -25,7 +25,7 @@ from testing.commands import (
     small_run,
     summary_of,
 )
-from testing.worlds import on_every_rank, plan_quickly
+from testing.worlds import on_every_rank
 
 from pglpipe import Trainer, data, state
 from pglpipe.config import RunConfig
@@ -74,11 +74,6 @@ def train_into(folder: Path, images: Path, *options: str) -> Path:
     options = (*small_run(images), "--run-dir", str(folder), "--quiet", *options)
     call("train", *options, cwd=images).check()
     return folder
-
-
-@pytest.fixture
-def planned_quickly(monkeypatch: pytest.MonkeyPatch) -> None:
-    plan_quickly(monkeypatch, foretells=False)
 
 
 @pytest.fixture

@@ -24,7 +24,6 @@ from testing.worlds import (
     Trained,
     image_batches,
     on_every_rank,
-    plan_quickly,
     same,
     small_resnet,
     train,
@@ -43,15 +42,10 @@ from pglpipe.losses import LossSettings, build_loss
 from pglpipe.transport import World
 from pglpipe.wire import WIRE_FORMATS
 
-pytestmark = pytest.mark.together
+pytestmark = [pytest.mark.together, pytest.mark.usefixtures("planned_quickly")]
 
 BATCHES = image_batches(8, 8, 8, 5)
 SETTINGS = LossSettings((5, 0.05, 0.2, 0.5), (0.5,) * 3, (0.25,) * 3)
-
-
-@pytest.fixture(autouse=True)
-def planned_quickly(monkeypatch: pytest.MonkeyPatch) -> None:
-    plan_quickly(monkeypatch, foretells=False)
 
 
 # -- what must not depend on who computes it ------------------------------------------

@@ -16,7 +16,6 @@ from testing.worlds import (
     image_batches,
     on_every_rank,
     outcomes,
-    plan_quickly,
     same,
     small_resnet,
     train,
@@ -29,6 +28,8 @@ from pglpipe import ALWAYS, NEVER, Guidance
 from pglpipe.errors import ConfigError, PglpipeWarning, UserError, WorkerError
 from pglpipe.transport import World
 
+pytestmark = pytest.mark.usefixtures("planned_quickly")
+
 TARGETS = torch.tensor([0, 1, 2, 3])
 VECTORS = [(torch.randn(4, 6), TARGETS) for _ in range(4)]
 GUIDANCE = {
@@ -37,11 +38,6 @@ GUIDANCE = {
     "stale": Guidance(period=2, reach="stale"),
     "stale windows": Guidance(period=2, reach="stale-window"),
 }
-
-
-@pytest.fixture(autouse=True)
-def planned_quickly(monkeypatch: pytest.MonkeyPatch) -> None:
-    plan_quickly(monkeypatch, foretells=False)
 
 
 def mlp(*between: Any) -> list[Any]:
