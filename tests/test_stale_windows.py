@@ -208,4 +208,4 @@ def test_without_a_step_between_stages_it_is_refused() -> None:
     with pytest.raises(
         ConfigError, match=r"Guidance\(delay=\) of at least 1 .*'stale-window'.*, got 0"
     ):
-        guidance(2, delay=0)
+        run(1, guidance(2, delay=0))
