@@ -18,6 +18,7 @@ from testing.commands import (
     all_listening,
     call,
     draw_images,
+    forked,
     run,
     small_run,
     summary_of,
@@ -123,7 +124,7 @@ for name in {OVER_RPC!r}:
 def check_all_kinds(workers: int, transport: str, folder: Path) -> None:
     """Trains with every reach, one after another in the same processes."""
     (folder / "all.py").write_text(TRAINS_ALL)
-    ended = run(torchrun(workers, "all.py", transport), cwd=folder).check()
+    ended = run(forked(workers, "all.py", transport), cwd=folder).check()
     expected = []
     for name in OVER_RPC:
         layers, batches = small_resnet("resnet8"), image_batches(8, 8, 5)
