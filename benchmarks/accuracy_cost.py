@@ -133,7 +133,7 @@ def kept_bytes(
             if guidance.reach == "stale-window":
                 source = farthest(stage, guidance.window, len(inputs))
             under_way = guidance.delay * (source - stage)
-            waiting = math.ceil(under_way * guidance.duration / guidance.period)
+            waiting = math.ceil(under_way * guidance.duration / max(1, guidance.period))
             most[stage] += given * waiting
     return max(most)
 

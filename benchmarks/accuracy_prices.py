@@ -36,8 +36,8 @@ def costs(scale: Scale, row: Row, place: Place | None) -> Result:
         "kept_bytes": kept_bytes(
             place["kept"],
             place["input_bytes"],
-            config.guidance(),
-            heads=config.guided().asks_heads,
+            config.guidance,
+            heads=config.gradients.asks_heads,
         ),
     }
 
@@ -46,7 +46,7 @@ def costs(scale: Scale, row: Row, place: Place | None) -> Result:
 def time(scale: Scale, row: Row, cut: Cut, microbatches: int) -> float:
     """Of a step, the mean over the whole run; see :mod:`benchmarks.accuracy_cost`."""
     config = resolve(None, underscored(row.options(scale, seed=0)))
-    guidance, guided = config.guidance(), config.guided()
+    guidance, gradients = config.guidance, config.gradients
     total = scale.epochs * scale.steps_per_epoch
     kinds = (
         guidance.kind(step, step // scale.steps_per_epoch, total, scale.epochs)
@@ -56,8 +56,8 @@ def time(scale: Scale, row: Row, cut: Cut, microbatches: int) -> float:
         microbatches,
         guidance.window,
         guidance.delay,
-        heads=guided.heads == "trained",
-        beside=guided.local_weight > 0,
+        heads=gradients.guided_heads == "trained",
+        beside=gradients.guided_local_weight > 0,
         windows=guidance.reach == "stale-window",
     )
     return relative_time(cut, kinds, steps)

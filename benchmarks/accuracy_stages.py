@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from functools import cache
 from itertools import accumulate
 from pathlib import Path
@@ -21,11 +22,10 @@ from benchmarks.accuracy_rows import Row, place_options
 from benchmarks.accuracy_scales import Scale
 from benchmarks.checkpointing import even_segments
 from benchmarks.runs import machine
-from pglpipe import Guidance, Trainer, models
+from pglpipe import Gradients, Guidance, Machine, Trainer, models
 from pglpipe.config import RunConfig
 from pglpipe.config_file import resolve
 from pglpipe.data import Recipe
-from pglpipe.guided import Guided
 from pglpipe.ingredients import local_loss, optimizer
 from pglpipe.layer import Layer
 from pglpipe.partition import LayerCost, activations, measure, slices
@@ -109,7 +109,7 @@ def _kept(config: RunConfig, layers: list[Layer], x: Tensor) -> dict[str, list[i
     """Most bytes kept for backward by the worker of every stage, by kind of step."""
     ways: dict[str, dict[str, Any]] = {
         "global": {},
-        "global, heads": {"guided": Guided(heads="trained")},
+        "global, heads": {"guided_heads": "trained"},
     }
     plans = {name: _plan(config, layers, x, **way) for name, way in ways.items()}
     found = {name: _predicted(plan, "global") for name, plan in plans.items()}
@@ -127,17 +127,17 @@ def _plan(config: RunConfig, layers: list[Layer], x: Tensor, **more: Any) -> Pla
     """Who holds what, one worker for each stage."""
     trainer = Trainer(
         layers,
-        num_stages=config.stages,
         loss=nn.CrossEntropyLoss(),
         optimizer=optimizer(config),
-        head=config.head,
-        local_loss=local_loss(config, Recipe((0.5,), (0.25,), 0, False)),
+        cut=replace(
+            config.cut,
+            local_loss=local_loss(config, Recipe((0.5,), (0.25,), 0, False)),
+            model=config.network.model,
+        ),
         guidance=Guidance(period=2, duration=1),
-        balance=config.balance,
-        device="cpu",
-        model=config.model,
-        world=World(size=config.stages),
-        **more,
+        gradients=Gradients(compare_every=0, **more),
+        machine=Machine(device="cpu"),
+        world=World(size=config.cut.stages),
     )
     plan = trainer.prepare([(x, torch.zeros(len(x), dtype=torch.int64))])
     trainer.close()

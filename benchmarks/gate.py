@@ -18,7 +18,7 @@ from benchmarks.plain_rows import Accumulated, Checkpointed, DataParallel, EndTo
 from benchmarks.rows import Track
 from benchmarks.schedule_rows import SCHEDULES, Schedule
 from benchmarks.workload import SEED, Cuts, Workload
-from pglpipe import ALWAYS, Layer, Trainer
+from pglpipe import ALWAYS, Cut, Layer, Machine, Memory, Trainer
 from pglpipe.heads import Site, build_head
 from pglpipe.partition import slices
 
@@ -156,15 +156,12 @@ def _ours(track: Track) -> Gradients:
 
     trainer = Trainer(
         workload.layers,
-        num_stages=len(cut),
-        balance=",".join(map(str, cut)),
         loss=workload.loss,
         optimizer=record,
-        head=workload.head,
+        cut=Cut(len(cut), balance=cut, head=workload.head),
         guidance=ALWAYS,
-        microbatches=MICROBATCHES,
-        seed=SEED,
-        device=workload.device,
+        memory=Memory(microbatches=MICROBATCHES),
+        machine=Machine(seed=SEED, device=workload.device),
     )
     trainer.fit(workload.stream(1), steps=1)
     trainer.close()

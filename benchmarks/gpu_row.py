@@ -25,6 +25,7 @@ import pglpipe
 from benchmarks.resnet50 import resnet50
 from benchmarks.runs import one_of
 from benchmarks.workload import Batch
+from pglpipe import Cut, Machine
 from pglpipe import device as devices
 from pglpipe.layer import Layer, assemble
 from pglpipe.models import build
@@ -166,15 +167,17 @@ def pipeline(
     network, (stages, guidance, overlaps) = NETWORKS[name], PIPELINES[way]
     trainer = pglpipe.Trainer(
         network.layers(name),
-        num_stages=stages or network.stages,
         loss=nn.CrossEntropyLoss(),
         optimizer=optimizer,
-        head=network.head,
+        cut=Cut(
+            stages or network.stages,
+            head=network.head,
+            balance="flops" if stages else cut,
+        ),
         guidance=guidance,
-        balance="flops" if stages else cut,
-        precision=precision,
-        overlap_stages=overlaps,
-        device=batches.device.type,
+        machine=Machine(
+            device=batches.device.type, precision=precision, overlap_stages=overlaps
+        ),
     )
     worker = trainer.fit(batches, epochs=1).workers[0]
     trainer.close()
@@ -186,12 +189,10 @@ def cut_by_time(name: str, batches: Timed) -> str:
     network = NETWORKS[name]
     trainer = pglpipe.Trainer(
         network.layers(name),
-        num_stages=network.stages,
         loss=nn.CrossEntropyLoss(),
         optimizer=optimizer,
-        head=network.head,
-        balance="time",
-        device=batches.device.type,
+        cut=Cut(network.stages, head=network.head, balance="time"),
+        machine=Machine(device=batches.device.type),
     )
     return ",".join(map(str, trainer.prepare(batches).balance))
 

@@ -80,12 +80,11 @@ def ours(steps: int) -> float:
     """Seconds per local step of one worker with all stages."""
     trainer = pglpipe.Trainer(
         network(),
-        num_stages=STAGES,
         loss=nn.CrossEntropyLoss(),
-        head="1c2f",
+        cut=pglpipe.Cut(STAGES, head="1c2f"),
         optimizer=sgd,
         guidance=pglpipe.NEVER,
-        device="cpu",
+        machine=pglpipe.Machine(device="cpu"),
         world=World(),
     )
     summary = trainer.fit([batch()] * steps, steps=steps)

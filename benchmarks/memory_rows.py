@@ -16,6 +16,7 @@ from torch import nn
 
 import pglpipe
 from benchmarks.checkpointing import even_segments, forward_in_segments
+from pglpipe import Cut, Gradients, Machine, Memory
 from pglpipe.layer import assemble
 from pglpipe.models import build
 from pglpipe.partition import analyse, balance_by_cost, slices
@@ -50,7 +51,13 @@ class Row:
 
 def ours(name: str, stages: int, *, workers: int = 1, **options: Any) -> Row:
     """A row of pglpipe, its cut evened by memory."""
-    return Row(name, workers, {"num_stages": stages, "balance": "memory", **options})
+    guidance = options.pop("guidance")
+    given = {
+        "cut": Cut(stages, balance="memory", head=HEAD, model=MODEL),
+        "guidance": guidance,
+        "memory": Memory(**options),
+    }
+    return Row(name, workers, given)
 
 
 def four(name: str, **options: Any) -> Row:
@@ -120,9 +127,8 @@ def pipeline(row: Row) -> Callable[[list[Any]], Measured]:
         LAYERS,
         loss=nn.CrossEntropyLoss(),
         optimizer=sgd,
-        head=HEAD,
-        model=MODEL,
-        device="cpu",
+        gradients=Gradients(compare_every=0),
+        machine=Machine(device="cpu"),
         **row.options,
     )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -11,7 +12,16 @@ from torch import Tensor
 
 from benchmarks.rows import Row, Share, Track
 from benchmarks.workload import SEED, Stream
-from pglpipe import NEVER, Checkpoints, Guidance, Layer, Trainer
+from pglpipe import (
+    NEVER,
+    Checkpoints,
+    Cut,
+    Gradients,
+    Guidance,
+    Layer,
+    Machine,
+    Trainer,
+)
 from pglpipe.metrics import WARMUP_STEPS, Summary
 from pglpipe.partition import activations, slices
 from pglpipe.transport import World
@@ -39,8 +49,7 @@ class Pipeline(Row):
             self._track,
             self._track.workload.layers,
             self._track.workload.stream(WARMUP_STEPS + steps),
-            num_stages=len(cut),
-            balance=",".join(map(str, cut)),
+            cut,
             guidance=self._guidance,
             **self._options,
         )
@@ -50,7 +59,7 @@ class Pipeline(Row):
         rank, batch = self._track.arena.rank, self._track.workload.batch_size
         worker = summary.workers[rank]
         # Up go gradients of global steps alone, and warm-up may hold more than its part of them.
-        global_share = self._guidance.duration / self._guidance.period
+        global_share = self._guidance.duration / max(1, self._guidance.period)
         up = worker["bytes_sent_backward"] / max(1, summary.guided_steps) * global_share
         sent = {
             rank + 1: worker["bytes_sent_forward"] / summary.steps / batch,
@@ -99,7 +108,7 @@ class Alone(Row):
             self._track,
             workload.layers,
             stream,
-            num_stages=1,
+            [len(workload.layers)],
             guidance=NEVER,
             world=World(),
         )
@@ -127,8 +136,7 @@ class InTurns(Row):
             self._track,
             workload.layers,
             workload.stream(WARMUP_STEPS + steps),
-            num_stages=len(cut),
-            balance=",".join(map(str, cut)),
+            cut,
             guidance=NEVER,
             world=World(),
         )
@@ -166,7 +174,7 @@ class Unconnected(Row):
             self._track,
             self._layers,
             stream,
-            num_stages=1,
+            [len(self._layers)],
             guidance=NEVER,
             world=World(),
         )
@@ -177,6 +185,7 @@ def _fit(
     track: Track,
     layers: object,
     stream: Stream,
+    cut: Sequence[int],
     checkpoints: Checkpoints | None = None,
     **options: Any,
 ) -> Summary:
@@ -185,9 +194,9 @@ def _fit(
         layers,
         loss=workload.loss,
         optimizer=workload.optimizer,
-        head=workload.head,
-        seed=SEED,
-        device=workload.device,
+        cut=Cut(len(cut), balance=cut, head=workload.head),
+        gradients=Gradients(compare_every=0),
+        machine=Machine(seed=SEED, device=workload.device),
         **options,
     )
     try:

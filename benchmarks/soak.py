@@ -166,14 +166,13 @@ def work(folder: Path, steps: int, delay: float, interval: float) -> None:
     remember_ends()
     trainer = pglpipe.Trainer(
         network(delay),
-        num_stages=STAGES,
         loss=nn.CrossEntropyLoss(),
         optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.01, momentum=0.9),
-        balance="3,3,3,3",
+        cut=pglpipe.Cut(STAGES, balance="3,3,3,3", head="0c1f"),
         guidance=pglpipe.Guidance(period=10),
-        microbatches=4,
-        queue_depth=DEPTH,
-        device="cpu",
+        memory=pglpipe.Memory(microbatches=4),
+        machine=pglpipe.Machine(device="cpu"),
+        edges=pglpipe.Edges(queue_depth=DEPTH),
     )
     with Watch(interval) as watch:
         summary = trainer.fit(batches(), steps=steps, evaluate=batches()[:2])

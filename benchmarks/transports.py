@@ -35,7 +35,7 @@ from torch.distributed import TCPStore
 
 from benchmarks.runs import machine, train
 from pglpipe.commands import Message, TrainStep
-from pglpipe.transport import EdgePlan, Edges, Links, World, packing
+from pglpipe.transport import EdgePlan, Links, OpenEdges, World, packing
 
 FOLDER = Path("runs/transports")
 RESULTS = Path(__file__).parent / "results" / "transports.json"
@@ -118,12 +118,12 @@ class Edge:
 
 
 @contextmanager
-def edge(world: World, name: str, ring: Ring) -> Iterator[tuple[End, Edges]]:
+def edge(world: World, name: str, ring: Ring) -> Iterator[tuple[End, OpenEdges]]:
     """The end of the edge to measure, and edges over p2p or RPC for the answers."""
     size = 2 * max(SIZES.values())
     plan = EdgePlan(["rank 0", "rank 1"], [size], [size], DEPTH, 60.0)
     backend = BACKENDS.get(name, "gloo")
-    edges = Edges(world, plan, torch.device("cpu"), backend, lambda error: None)
+    edges = OpenEdges(world, plan, torch.device("cpu"), backend, lambda error: None)
     links = edges.links(Silent())
     yield (ring if name == RING else Edge(links)), edges
     edges.close()

@@ -20,8 +20,7 @@ from functools import wraps
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
-from pglpipe.errors import ConfigError, UserError, nearest, setting
-from pglpipe.options import shown
+from pglpipe.errors import ConfigError, UserError, nearest, setting, shown
 
 Rule = Callable[[str, Any], Any]
 
@@ -52,20 +51,6 @@ def checked(rules: Mapping[str, Rule]) -> Callable[[Callable[P, T]], Callable[P,
         return call
 
     return decorate
-
-
-def check_fields(holder: object, rules: Mapping[str, tuple[str, Rule]]) -> None:
-    """Holds the fields of a frozen dataclass against rules, and keeps what these return.
-
-    Args:
-        rules: by field, with the name of the setting that it is.
-
-    Raises:
-        ConfigError: names the setting.
-    """
-    for field, (name, rule) in rules.items():
-        value = rule(setting(name), getattr(holder, field))
-        object.__setattr__(holder, field, value)
 
 
 def of(expected: str, read: Callable[[Any], Any], remedy: str = "") -> Rule:
@@ -140,8 +125,17 @@ def flag() -> Rule:
 
 
 def text() -> Rule:
-    """A text."""
-    return that("a text", lambda value: isinstance(value, str))
+    """A text that can be written to a file, and given to the system."""
+
+    def read(value: Any) -> str:
+        if not isinstance(value, str):
+            raise TypeError
+        value.encode()  # which refuses what is made of bytes that are no characters
+        if "\0" in value:
+            raise ValueError
+        return value
+
+    return of("a text of Unicode without NUL", read)
 
 
 def choice(words: Iterable[str]) -> Rule:

@@ -1,7 +1,8 @@
-"""What is asked for: the words of the Python interface, and the shapes of the data."""
+"""What is asked for: the sections of the Python interface, and the shapes of the data."""
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,55 +11,137 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pglpipe.arguments import choice, of, optional, that, whole
 from pglpipe.guidance import Guidance
+from pglpipe.heads import HEAD_NAMES, find_head
 from pglpipe.layer import Layer
-from pglpipe.learning import Learning
-from pglpipe.memory import MemorySettings
+from pglpipe.learning import Learning, loss_rule
+from pglpipe.losses import LOSSES, LocalLoss, Loss
+from pglpipe.memory import Memory
+from pglpipe.options import Section, option
 from pglpipe.steps import find_steps
-from pglpipe.timetable import Timetable
+from pglpipe.transport import Edges
 from pglpipe.wire import Wire
+
+
+def _head(name: str, value: Any) -> Any:
+    if isinstance(value, str):
+        find_head(value)
+        return value
+    return _BUILDS_HEAD(name, value)
+
+
+_BUILDS_HEAD = that(
+    "a name or a function that makes a module for an activation's shape",
+    lambda value: callable(value) and not isinstance(value, (nn.Module, type)),
+    "pass lambda shape: nn.Sequential(...), so that every stage gets one of its own",
+)
+
+
+def _balance(value: Any) -> str:
+    if isinstance(value, str):
+        return value
+    if isinstance(value, (list, tuple)) and value:
+        return ",".join(str(operator.index(size)) for size in value)
+    raise TypeError
+
+
+def _local_loss(name: str, value: Any) -> Any:
+    if isinstance(value, str):
+        return choice(sorted(LOSSES))(name, value)
+    return loss_rule()(name, value)
+
+
+@dataclass(frozen=True)
+class Cut(Section, title="Cut and heads"):
+    """Where the network is cut, and what each stage learns from.
+
+    Attributes:
+        stages: how many there are.
+        balance: where to cut: ``"flops"``, ``"params"``, ``"memory"``, ``"time"``, ``"published"``, or the
+            numbers of layers, ``[2, 3, 3]`` or ``"2,3,3"``.
+        head: the stages' auxiliary heads: a name, or ``shape of one activation -> module``.
+        local_loss: what stages with a head minimize: a name, a loss of the head's outputs and the targets,
+            or a :class:`~pglpipe.losses.LocalLoss`; the true loss if None.
+        refresh_every: steps between renewals of the layers that heads borrow; each cut adds as many.
+        model: the network's name, for the balance ``"published"``.
+
+    Raises:
+        ConfigError: a number is out of its range, or a word is unknown.
+    """
+
+    stages: int = option(
+        4, "stages that the network is cut into", whole(1), common=True
+    )
+    balance: str | Sequence[int] = option(
+        "flops",
+        "where to cut: flops, time, memory, params, published, or layers per stage: 2,3,3",
+        of("a word or the numbers of layers, such as [2, 3, 3],", _balance),
+    )
+    head: str | Callable[[tuple[int, ...]], nn.Module] = option(
+        "1c2f",
+        f"auxiliary head of a stage, out of {', '.join(HEAD_NAMES)}",
+        _head,
+        common=True,
+    )
+    local_loss: str | Loss | LocalLoss | None = option(
+        None,
+        "loss of a stage's head, by default the true loss; with the head pred, ce and predsim are the pred and predsim of "
+        "Nøkland & Eidnes",
+        optional(_local_loss),
+        kind=str,
+        choices=sorted(LOSSES),
+    )
+    refresh_every: int = option(
+        20,
+        "steps from one renewal of the layers that heads such as thin-2 borrow to the next; a layer "
+        "arrives as many such periods old as there are cuts between, and until then a head has its "
+        "first weights",
+        whole(1),
+    )
+    model: str = ""
 
 
 @dataclass(frozen=True)
 class Blueprint:
-    """What is to be built, in the words of :class:`~pglpipe.trainer.Trainer`.
+    """What is to be built: the sections of :class:`~pglpipe.trainer.Trainer`.
 
     Attributes:
+        layers: of the network.
         learning: how stages learn.
-        guidance: when steps are guided.
-        refresh_every: steps from one renewal of the layers that heads borrow to the next.
-        compare_every: global steps from one comparison of gradients to the next; 0 for none.
+        device: of this worker.
+        weights: the file to start from instead of fresh weights.
         trains: whether anything will be kept for backward.
     """
 
     layers: Sequence[Layer]
-    num_stages: int
-    head: str | Callable[[tuple[int, ...]], nn.Module]
-    balance: str
-    model: str
-    timetable: Callable[[int, int], Timetable]
-    transport: str
-    queue_depth: int
-    edge_timeout: float
-    device: torch.device
-    weights: Path | None
-    edge_dtype: str
+    cut: Cut
     learning: Learning
     guidance: Guidance
-    memory: MemorySettings
-    memory_budget: int | None
-    overlap_stages: bool = False
+    memory: Memory
+    edges: Edges
+    device: torch.device
+    weights: Path | None = None
     trains: bool = True
-    compare_every: int = 0
-    refresh_every: int = 20
+
+    @property
+    def compare_every(self) -> int:
+        """Global steps from one comparison of gradients to the next; 0 for none."""
+        return self.learning.gradients.compare_every or 0
+
+    @property
+    def balance(self) -> str:
+        """Where to cut, as a text."""
+        assert isinstance(self.cut.balance, str), "the section has read it"
+        return self.cut.balance
 
     def wire(self, activation: Tensor) -> Wire:
         """The format of activations such as this one between stages.
 
         Under autocast a stage computes with bfloat16 whatever it is given.
         """
-        dtype = torch.bfloat16 if self.learning.bf16 else activation.dtype
-        return Wire(self.edge_dtype, dtype, self.learning.image is not None)
+        dtype = torch.bfloat16 if self.learning.machine.bf16 else activation.dtype
+        return Wire(self.edges.dtype, dtype, self.learning.image is not None)
 
     def image(self, x: Tensor) -> Tensor | None:
         """What local losses want to see of the network's input ``[B, ...]``."""
@@ -71,13 +154,13 @@ class Blueprint:
         It cannot be for compiled stages, nor where inputs wait for stale gradients.
         """
         delayed = any(step.is_delayed for step in find_steps(self.guidance.kinds))
-        return self.trains and not self.learning.compile and not delayed
+        return self.trains and not self.learning.machine.compile and not delayed
 
     @property
     def runs_heads(self) -> bool:
         """Whether guided steps run the heads, too."""
         windows = any(step.crosses_window for step in find_steps(self.guidance.kinds))
-        return windows or self.learning.guided.asks_heads or self.compare_every > 0
+        return windows or self.learning.gradients.asks_heads or self.compare_every > 0
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """The command line: parse, call, print.
 
-Every field of :class:`~pglpipe.config.RunConfig` is an option of the same name; only what
+Every setting of a section (:mod:`pglpipe.config`) is an option of the same name; only what
 was really given is passed on, so that it can beat the file and the file the defaults.
 """
 
@@ -14,13 +14,14 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable, Sequence
+from functools import wraps
 from pathlib import Path
 from typing import Annotated, Any, Optional
 
 import typer
 
 from pglpipe import run, tables
-from pglpipe.config import RunConfig
+from pglpipe.config import RunConfig, option_fields
 from pglpipe.config_file import resolve
 from pglpipe.doctor import examine
 from pglpipe.errors import (
@@ -30,17 +31,12 @@ from pglpipe.errors import (
     WorkerError,
     command_line_style,
 )
+from pglpipe.options import Section
 from pglpipe.streams import lasting
 
 # Some versions of typer build on click, others on a copy of their own; in both of them the
 # errors that a command line can have are siblings of this one.
 UsageError: Any = typer.BadParameter.__mro__[1]
-
-app = typer.Typer(
-    help="Train a network as a pipeline of locally supervised stages with periodic global guidance.",
-    no_args_is_help=True,
-    add_completion=False,
-)
 
 Config = Annotated[
     Optional[Path], typer.Option("--config", help="TOML file of options")
@@ -51,40 +47,66 @@ _usual_warning = warnings.formatwarning
 RunDir = Annotated[Path, typer.Option("--run-dir", help="folder of a finished run")]
 
 
-def _with_run_options(command: Callable[..., None]) -> Callable[..., None]:
-    """Adds an option for every field of the configuration; unset ones arrive as None."""
-    signature = inspect.signature(command, eval_str=True)
-    own = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
-    options = [_parameter(field) for field in dataclasses.fields(RunConfig)]
-    command.__signature__ = signature.replace(parameters=own + options)  # type: ignore[attr-defined]
-    command.__annotations__ = {p.name: p.annotation for p in own + options}
-    return command
+def _with_options(
+    *hidden: str,
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Adds an option for every setting; unset ones arrive as None.
+
+    Those that most people need come first, the others in a panel for each section.
+
+    Args:
+        hidden: sections whose settings a command takes without showing them in its help.
+    """
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        signature = inspect.signature(command, eval_str=True)
+        own = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
+        found = sorted(option_fields(), key=lambda each: not each[2].metadata["common"])
+        options = [_parameter(*each, each[0].__name__ in hidden) for each in found]
+
+        @wraps(command)
+        def call(**given: Any) -> None:
+            command(**given)
+
+        call.__signature__ = signature.replace(parameters=own + options)  # type: ignore[attr-defined]
+        call.__annotations__ = {p.name: p.annotation for p in own + options}
+        return call
+
+    return decorate
 
 
-def _parameter(field: dataclasses.Field[Any]) -> inspect.Parameter:
-    choices = field.metadata["choices"]
-    help = field.metadata["help"] + (f": {', '.join(choices)}" if choices else "")
-    default = field.default if field.default not in ("", False) else False
+def _parameter(
+    section: type[Section], name: str, field: dataclasses.Field[Any], hidden: bool
+) -> inspect.Parameter:
+    about = field.metadata
+    help, kind = about["help"], about["kind"]
+    if about["choices"]:
+        help += f": {', '.join(about['choices'])}"
+    if field.default is True:
+        help += "; on by default"
+    elif field.default:
+        help += f"; default {field.default}"
     option = typer.Option(
-        help=help, show_default=str(default) if default is not False else False
+        f"--{name.replace('_', '-')}"
+        + (f"/--no-{name.replace('_', '-')}" if kind is bool else ""),
+        help=help,
+        show_default=False,
+        hidden=hidden,
+        rich_help_panel="Most used" if about["common"] else section.title,
     )
     return inspect.Parameter(
-        field.name,
+        name,
         inspect.Parameter.KEYWORD_ONLY,
         default=None,
-        annotation=Annotated[Optional[type(field.default)], option],
+        annotation=Annotated[Optional[kind], option],
     )
 
 
-@app.command()
-@_with_run_options
 def train(config: Config = None, **options: Any) -> None:
     """Trains; under torchrun with one worker per process."""
     run.train(_resolve(config, options))
 
 
-@app.command()
-@_with_run_options
 def plan(
     config: Config = None,
     workers: Annotated[int, typer.Option(help="number of workers")] = 1,
@@ -94,7 +116,6 @@ def plan(
     tables.show_plan(run.plan(_resolve(config, options), workers))
 
 
-@app.command()
 def evaluate(
     run_dir: RunDir,
     data_root: Annotated[
@@ -106,7 +127,6 @@ def evaluate(
     tables.show_exits(*run.evaluate(run_dir, data_root))
 
 
-@app.command()
 def export(
     run_dir: RunDir,
     output: Annotated[
@@ -118,7 +138,6 @@ def export(
     print(f"written to {output}")
 
 
-@app.command()
 def doctor() -> None:
     """Checks machines and network, under torchrun every edge too; says what to set."""
     diagnosis = examine()
@@ -127,6 +146,21 @@ def doctor() -> None:
     elif diagnosis.status:
         time.sleep(_GRACE_SECONDS)  # as where a complaint is told
     _leave(diagnosis.status)
+
+
+def commands() -> typer.Typer:
+    """The commands, with an option for every setting that there is now."""
+    app = typer.Typer(
+        help="Train a network as a pipeline of locally supervised stages with periodic global guidance.",
+        no_args_is_help=True,
+        add_completion=False,
+    )
+    app.command()(_with_options()(train))
+    hidden = "Optimizer", "Length", "Checkpoints", "Output"
+    app.command()(_with_options(*hidden)(plan))
+    for command in (evaluate, export, doctor):
+        app.command()(command)
+    return app
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -143,7 +177,7 @@ def _main(arguments: Sequence[str] | None) -> None:
     try:
         # Some versions of typer return the status of an interruption, others raise it.
         with command_line_style():
-            if status := app(arguments, standalone_mode=False):
+            if status := commands()(arguments, standalone_mode=False):
                 _leave(status)
     except UsageError as error:
         text = " ".join(error.format_message().split())

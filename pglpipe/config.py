@@ -1,311 +1,295 @@
-"""Everything that a run can be told, in one place.
+"""Everything that a run can be told on the command line or in a TOML file, in sections.
 
-A field here is an option of the command line (``--batch-size``), a key of the TOML file
-(``batch_size``) and a line of the run directory's ``config.toml``. The command line beats the
-file, the file beats the default, and a name that does not exist is an error.
+A field of a section is an option of the command line (``--guidance-period``), a key in the section's table
+of the TOML file (``period`` in ``[guidance]``) and a line of the run directory's ``config.toml``. The command
+line beats the file, the file beats the default, and a name that does not exist is an error.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
-from pglpipe.config_checks import check_fields
+from pglpipe.arguments import choice, flag, number, text, whole
+from pglpipe.blueprint import Cut
+from pglpipe.checks import Asked
 from pglpipe.data import DATASETS
-from pglpipe.device import DEVICES
-from pglpipe.errors import command_line_style
-from pglpipe.guidance import LAST_TENTH, UNITS, WARMUPS, Guidance
-from pglpipe.guided import GUIDED_HEADS, OPTIMIZERS, Guided, LocalWeight
-from pglpipe.heads import HEAD_NAMES
-from pglpipe.learning import ON_NONFINITE, PRECISIONS
+from pglpipe.device import Machine
+from pglpipe.errors import ConfigError, command_line_style, setting
+from pglpipe.guidance import Guidance
+from pglpipe.guided import Gradients
 from pglpipe.learning_rate import LR_SCHEDULES
-from pglpipe.losses import LOSSES, Lambdas, as_lambdas
-from pglpipe.memory import as_bytes
-from pglpipe.options import check, option, to_toml
-from pglpipe.steps import STEPS
-from pglpipe.timetable import TIMETABLES
-from pglpipe.transport import TRANSPORTS
-from pglpipe.wire import WIRE_FORMATS
+from pglpipe.losses import LOSSES
+from pglpipe.memory import Memory
+from pglpipe.options import Section, fields_of, is_given, option, to_toml
+from pglpipe.saving import Checkpoints
+from pglpipe.transport import Edges
 
 DEFAULT_EPOCHS = 10
-COMPARE_EVERY = 10  # global steps, where nothing speaks against it
+
+
+@dataclass(frozen=True, kw_only=True)
+class Data(Section, title="Data"):
+    """The images of a run."""
+
+    dataset: str = option(
+        "synthetic", "data set", choice(DATASETS), choices=DATASETS, common=True
+    )
+    data_root: str = option("", "folder of the data set's files", text(), common=True)
+    download: bool = option(
+        False, "fetch a torchvision data set into --data-root", flag()
+    )
+    train_limit: int = option(0, "use this many training images; 0 for all", whole(0))
+    test_limit: int = option(0, "use this many test images; 0 for all", whole(0))
+    image_size: int = option(
+        0, "resize an image folder to this side; 0 for as it is", whole(0)
+    )
+    augment: bool = option(True, "crop and flip the training images", flag())
+    batch_size: int = option(128, "images per step", whole(1), common=True)
+    drop_last: bool = option(
+        False, "leave out the last batch of an epoch if it is smaller", flag()
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Network(Section, title="Network"):
+    """The network of a run."""
+
+    model: str = option(
+        "resnet20", "network, or PACKAGE.MODULE:FUNCTION", text(), common=True
+    )
+    width: int = option(0, "base width of the network; 0 for its own", whole(0))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Optimizer(Section, title="Optimizer"):
+    """SGD, as in all published recipes for these networks, and its learning rate."""
+
+    lr: float = option(0.1, "learning rate", number(0), common=True)
+    momentum: float = option(0.9, "SGD momentum", number(0))
+    nesterov: bool = option(True, "Nesterov's momentum", flag())
+    weight_decay: float = option(1e-4, "weight decay", number(0))
+    lr_schedule: str = option(
+        "cosine",
+        "learning rate over the run",
+        choice(LR_SCHEDULES),
+        choices=LR_SCHEDULES,
+    )
+    warmup_epochs: float = option(0.0, "epochs of linear warm-up", number(0))
+    final_lr: float = option(
+        0.5,
+        "factor on --lr with which the final phase of guidance begins anew; 0 to go on",
+        number(0),
+    )
+    final_warmup_epochs: float = option(
+        0.0, "epochs of linear warm-up of the final phase", number(0)
+    )
+
+    def resolve(self) -> None:
+        """Refuses what would do nothing."""
+        if self.nesterov and not self.momentum:
+            raise ConfigError(
+                f"expected momentum for {setting('nesterov', True)}, got 0; add {setting('nesterov', False)}"
+            )
+        for name in ("warmup_epochs", "final_warmup_epochs"):
+            epochs = getattr(self, name)
+            if self.lr_schedule == "infopro" and epochs != round(epochs):
+                raise ConfigError(
+                    f"expected whole epochs for {setting('lr_schedule', 'infopro')}, got {setting(name, epochs)}; "
+                    "round it"
+                )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Length(Section, title="Length"):
+    """How long a run is."""
+
+    epochs: int = option(
+        0,
+        f"passes over the training data; default {DEFAULT_EPOCHS}, unless --steps is given",
+        whole(0),
+        common=True,
+    )
+    steps: int = option(0, "optimizer steps in all, instead of --epochs", whole(0))
+    evaluate_every: int = option(
+        1,
+        "epochs from one evaluation to the next; the last epoch is always evaluated",
+        whole(1),
+    )
+
+    def resolve(self) -> None:
+        """One of both counts."""
+        if self.epochs and self.steps:
+            raise ConfigError(
+                f"expected --epochs or --steps, got both ({self.epochs} and {self.steps}); drop one"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Output(Section, title="Output"):
+    """Where a run is written, and where it begins."""
+
+    run_dir: str = option(
+        "", "where the run is written; default runs/DATE-TIME", text(), common=True
+    )
+    resume: str = option(
+        "auto",
+        "auto: go on with the run in --run-dir, if there is one; never: begin anew; or the folder of "
+        "a checkpoint to begin a new run from",
+        text(),
+    )
+    quiet: bool = option(False, "show only errors and the end", flag())
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
-    """A run, completely.
+    """A run, completely: a section for each field, and one for each loss with hyper-parameters.
 
     Raises:
         ConfigError: a value has the wrong type, is out of its range, or contradicts another.
     """
 
-    # data
-    dataset: str = option("synthetic", "data set", DATASETS)
-    data_root: str = option("", "folder of the data set's files")
-    download: bool = option(False, "fetch a torchvision data set into --data-root")
-    train_limit: int = option(0, "use this many training images; 0 for all", at_least=0)
-    test_limit: int = option(0, "use this many test images; 0 for all", at_least=0)
-    image_size: int = option(
-        0, "resize an image folder to this side; 0 for as it is", at_least=0
-    )
-    augment: bool = option(True, "crop and flip the training images")
-    drop_last: bool = option(
-        False, "leave out the last batch of an epoch if it is smaller"
-    )
-    # network
-    model: str = option("resnet20", "network, or PACKAGE.MODULE:FUNCTION")
-    width: int = option(0, "base width of the network; 0 for its own", at_least=0)
-    stages: int = option(4, "stages that the network is cut into", at_least=1)
-    balance: str = option(
-        "flops",
-        "where to cut: flops, time, memory, params, published, or layers per stage: 2,3,3",
-    )
-    head: str = option(
-        "1c2f", f"auxiliary head of a stage, out of {', '.join(HEAD_NAMES)}"
-    )
-    local_loss: str = option(
-        "ce",
-        "loss of a stage's head; with the head pred, ce and predsim are the pred and predsim of "
-        "Nøkland & Eidnes",
-        sorted(LOSSES),
-    )
-    refresh_every: int = option(
-        20,
-        "steps from one renewal of the layers that heads such as thin-2 borrow to the next; a layer "
-        "arrives as many such periods old as there are cuts between, and until then a head has its "
-        "first weights",
-        at_least=1,
-    )
-    infopro_lambdas: str = option(
-        "published",
-        "weights of InfoPro's reconstruction and task, of the first and of the last head: "
-        "5,0.05,0.2,0.5; or published, for the networks and data sets of the paper",
-    )
-    local_weight_end: float = option(
-        1.0, "weight of the local losses at the end of the run, from 1", at_least=0.0
-    )
-    local_weight_deepest: float = option(
-        1.0, "weight of the last local loss, from 1 for the first", at_least=0.0
-    )
-    # guidance
-    guidance_period: int = option(
-        0, "steps (or epochs) between starts of guided windows; 0 for none", at_least=0
-    )
-    guidance_duration: int = option(
-        -1,
-        "guided steps in a window: 0 is local only, the period is end to end; -1 for 1 where there is "
-        "a period",
-        at_least=-1,
-    )
-    guidance_warmup: int = option(
-        0, "steps (or epochs) before the first window", at_least=0
-    )
-    guidance_warmup_kind: str = option("local", "what those steps are", WARMUPS)
-    guidance_final: float = option(
-        -1.0,
-        "steps (or epochs) at the end that are all global; below 1 a share of the run; -1 for "
-        f"{LAST_TENTH.final:g} where nothing else is said of when steps are guided, and 0 otherwise",
-        at_least=-1.0,
-    )
-    guidance_unit: str = option("step", "what guidance counts", UNITS)
-    guidance_reach: str = option(
-        "global",
-        "how far the gradient gets in a guided step",
-        [kind for kind in STEPS if kind != "local"],
-    )
-    guidance_window: int = option(
-        2,
-        "stages that a gradient crosses with --guidance-reach window or stale-window",
-        at_least=1,
-    )
-    guidance_delay: int = option(
-        1,
-        "steps from stage to stage with --guidance-reach stale or stale-window",
-        at_least=0,
-    )
-    guided_weight: float = option(
-        1.0, "weight of the true loss in a guided step", at_least=0.0
-    )
-    guided_local_weight: float = option(
-        0.0, "weight of the local losses in a global or stale step", at_least=0.0
-    )
-    guided_heads: str = option(
-        "frozen",
-        "heads in a guided step; those of windows are always trained",
-        GUIDED_HEADS,
-    )
-    guided_optimizer: str = option(
-        "shared", "optimizer state of guided and local steps", OPTIMIZERS
-    )
-    guided_lr_scale: float = option(
-        1.0, "factor on the learning rate in a guided step", at_least=0.0
-    )
-    guided_shrink: float = option(
-        1.0, "factor on a stale gradient from stage to stage", at_least=0.0
-    )
-    compare_every: int = option(
-        -1,
-        "compare local and true gradients in every so many global steps; 0 for never, -1 for every "
-        f"{COMPARE_EVERY}th, but never with --compile, --memory-budget, or --microbatches and a "
-        "local loss that compares samples",
-        at_least=-1,
-    )
-    microbatches: int = option(
-        1,
-        "parts of a global or windowed step's batch, to keep several workers busy",
-        at_least=1,
-    )
-    timetable: str = option("1f1b", "order of the microbatches", sorted(TIMETABLES))
-    # memory
-    recompute: bool = option(
-        False,
-        "in global and windowed steps keep the stages' inputs alone and run them again",
-    )
-    local_microbatches: int = option(
-        1, "parts of a local step's batch, to keep less for backward", at_least=1
-    )
-    memory_budget: str = option(
-        "",
-        "most bytes kept for backward, such as 300MiB: picks --recompute and microbatches",
-    )
-    # learning
-    epochs: int = option(
-        0,
-        f"passes over the training data ({DEFAULT_EPOCHS}, unless --steps is given)",
-        at_least=0,
-    )
-    steps: int = option(0, "optimizer steps in all, instead of --epochs", at_least=0)
-    evaluate_every: int = option(
-        1,
-        "epochs from one evaluation to the next; the last epoch is always evaluated",
-        at_least=1,
-    )
-    batch_size: int = option(128, "images per step", at_least=1)
-    lr: float = option(0.1, "learning rate", at_least=0.0)
-    momentum: float = option(0.9, "SGD momentum", at_least=0.0)
-    nesterov: bool = option(True, "Nesterov's momentum")
-    weight_decay: float = option(1e-4, "weight decay", at_least=0.0)
-    lr_schedule: str = option("cosine", "learning rate over the run", LR_SCHEDULES)
-    warmup_epochs: float = option(0.0, "epochs of linear warm-up", at_least=0.0)
-    final_lr: float = option(
-        0.5,
-        "factor on --lr with which the final phase of guidance begins anew; 0 to go on",
-        at_least=0.0,
-    )
-    final_warmup_epochs: float = option(
-        0.0, "epochs of linear warm-up of the final phase", at_least=0.0
-    )
-    clip_norm: float = option(
-        0.0,
-        "largest gradient norm (global: of the network, local: of a stage); 0 for none",
-        at_least=0.0,
-    )
-    on_nonfinite: str = option(
-        "stop",
-        "what a loss or gradient that is not finite does: stop the run, or have its stage (in a "
-        "global step all stages) skip the step; to skip, a GPU's host waits for every step",
-        ON_NONFINITE,
-    )
-    sanity_check: bool = option(
-        True,
-        "try every kind of step on the first batch before training, without learning from it",
-    )
-    seed: int = option(0, "where all randomness starts", at_least=0)
-    # machine
-    device: str = option("auto", "where to compute", DEVICES)
-    precision: str = option("fp32", "precision of the forwards", PRECISIONS)
-    compile: bool = option(False, "compile every stage with torch.compile")
-    overlap_stages: bool = option(
-        False,
-        "let the stages of a worker learn at the same time, each in CUDA graphs of its own; "
-        "needs memory for the activations of all of them",
-    )
-    threads: int = option(
-        0, "CPU threads per worker; 0 for PyTorch's choice", at_least=0
-    )
-    transport: str = option("auto", "what workers talk over; auto is p2p", TRANSPORTS)
-    queue_depth: int = option(
-        2, "messages that may wait at either end of an edge", at_least=1
-    )
-    edge_dtype: str = option(
-        "same",
-        "format of the activations between stages, in evaluation too; an exported network does "
-        "not round",
-        WIRE_FORMATS,
-    )
-    edge_timeout: float = option(
-        60.0,
-        "seconds until a silent neighbour counts as lost; at least 300 while anybody does what is new, "
-        "as in the first step",
-        at_least=1.0,
-    )
-    # output
-    run_dir: str = option("", "where the run is written (default: runs/DATE-TIME)")
-    checkpoint_every: int = option(
-        0, "steps from one checkpoint to the next; 0 for none by steps", at_least=0
-    )
-    checkpoint_minutes: float = option(
-        0.0,
-        "minutes from one checkpoint to the next; 0 for none by the clock",
-        at_least=0.0,
-    )
-    keep_checkpoints: int = option(2, "newest checkpoints that are kept", at_least=1)
-    resume: str = option(
-        "auto",
-        "auto: go on with the run in --run-dir, if there is one; never: begin anew; or the folder of "
-        "a checkpoint to begin a new run from",
-    )
-    quiet: bool = option(False, "show only errors and the end")
+    data: Data = Data()
+    network: Network = Network()
+    cut: Cut = Cut()
+    guidance: Guidance = Guidance()
+    gradients: Gradients = Gradients()
+    memory: Memory = Memory()
+    optimizer: Optimizer = Optimizer()
+    length: Length = Length()
+    machine: Machine = Machine()
+    edges: Edges = Edges()
+    checkpoints: Checkpoints = Checkpoints()
+    output: Output = Output()
+    losses: Mapping[str, Section] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         with command_line_style():
-            for field in dataclasses.fields(self):
-                check(field, getattr(self, field.name))
-            check_fields(self)
+            _check(self)
 
-    def guidance(self) -> Guidance:
-        """When the steps of this run are guided, and how far."""
-        period, duration = self.guidance_period, self.guidance_duration
-        is_open = not period and duration < 0 and not self.guidance_warmup
-        by_default = LAST_TENTH.final if is_open else 0.0
-        return Guidance(
-            period=max(1, period),
-            duration=duration if duration >= 0 else int(period > 0),
-            warmup=self.guidance_warmup,
-            unit=self.guidance_unit,
-            warmup_kind=self.guidance_warmup_kind,
-            final=self.guidance_final if self.guidance_final >= 0 else by_default,
-            reach=self.guidance_reach,
-            window=self.guidance_window,
-            delay=self.guidance_delay,
-        )
+    @staticmethod
+    def of(**options: Any) -> RunConfig:
+        """From options by their names, such as ``batch_size=64``.
 
-    def guided(self) -> Guided:
-        """What a guided step does."""
-        return Guided(
-            weight=self.guided_weight,
-            local_weight=self.guided_local_weight,
-            heads=self.guided_heads,
-            optimizer=self.guided_optimizer,
-            lr_scale=self.guided_lr_scale,
-            shrink=self.guided_shrink,
-        )
+        Raises:
+            ConfigError: as the constructor; TypeError for a name that does not exist.
+        """
+        with command_line_style():
+            made: dict[str, Section] = {}
+            for table, section in sections().items():
+                fields = {
+                    each.name: options.pop(name)
+                    for name, each in fields_of(section)
+                    if name in options
+                }
+                made[table] = section(**fields)
+        if options:
+            raise TypeError(f"no such option: {', '.join(options)}")
+        fixed = {name: made.pop(name) for name in _FIXED}
+        return RunConfig(**fixed, losses=made)  # type: ignore[arg-type]
 
-    def local_weight(self) -> LocalWeight:
-        """The weight of the local losses."""
-        return LocalWeight(end=self.local_weight_end, deepest=self.local_weight_deepest)
+    def tables(self) -> dict[str, Section]:
+        """All sections, by the names of their tables."""
+        return {name: getattr(self, name) for name in _FIXED} | dict(self.losses)
 
-    def lambdas(self) -> Lambdas | None:
-        """The weights of InfoPro's terms; None for the published ones."""
-        if self.infopro_lambdas == "published":
-            return None
-        return as_lambdas(self.infopro_lambdas)
+    def options(self) -> dict[str, Any]:
+        """All values, by the names of their options; those left open are not there."""
+        return {
+            name: value
+            for section in self.tables().values()
+            for name, value in _values(section)
+        }
 
-    def memory_budget_bytes(self) -> int | None:
-        """The most bytes that a worker may keep for backward, if there is a limit."""
-        return as_bytes(self.memory_budget) if self.memory_budget else None
+    def replaced(self, **options: Any) -> RunConfig:
+        """The same with other values, by the names of their options."""
+        return RunConfig.of(**(self.options() | options))
+
+    def loss_options(self) -> Section | None:
+        """The hyper-parameters of the local loss, if it has any."""
+        name = self.cut.local_loss
+        kind = LOSSES[name].options if isinstance(name, str) else None
+        return self.losses[_table(kind)] if kind is not None else None
 
     def to_toml(self) -> str:
-        """The whole configuration as a TOML document that :func:`read` accepts."""
-        pairs = dataclasses.asdict(self).items()
-        return "".join(f"{key} = {to_toml(value)}\n" for key, value in pairs)
+        """The whole configuration as a TOML document that :func:`~pglpipe.config_file.read` accepts."""
+        tables = (
+            "\n".join(
+                [f"[{table}]", *(f"{k} = {to_toml(v)}" for k, v in _keys(section))]
+            )
+            for table, section in self.tables().items()
+        )
+        return "\n\n".join(tables) + "\n"
+
+
+_FIXED: dict[str, type[Section]] = {
+    each.name: type(each.default)  # type: ignore[misc]
+    for each in dataclasses.fields(RunConfig)
+    if each.name != "losses"
+}
+
+
+def sections() -> dict[str, type[Section]]:
+    """All sections that a run can have, by the names of their tables."""
+    kinds = [kind.options for kind in LOSSES.values() if kind.options is not None]
+    return _FIXED | {_table(kind): kind for kind in kinds}
+
+
+def option_fields() -> Iterator[tuple[type[Section], str, dataclasses.Field[Any]]]:
+    """All options: section, name and field."""
+    for section in sections().values():
+        for name, each in fields_of(section):
+            yield section, name, each
+
+
+def _table(losses_options: type[Section]) -> str:
+    return losses_options.prefix.rstrip("_")
+
+
+def _values(section: Section) -> Iterator[tuple[str, Any]]:
+    """What is not left open, by the names of the options."""
+    for name, each in fields_of(type(section)):
+        value = getattr(section, each.name)
+        if value is not None:
+            yield name, value
+
+
+def _keys(section: Section) -> Iterator[tuple[str, Any]]:
+    """The same by the names of the fields."""
+    names = {name: each.name for name, each in fields_of(type(section))}
+    return ((names[name], value) for name, value in _values(section))
+
+
+def _check(config: RunConfig) -> None:
+    """What contradicts another section, or does nothing beside it."""
+    for name in ("microbatches", "local_microbatches"):
+        parts, size = getattr(config.memory, name), config.data.batch_size
+        if size < parts:
+            raise ConfigError(
+                f"expected a batch of at least one image per microbatch, got {setting('batch_size', size)} "
+                f"for {setting(name, parts)}; lower {setting(name)}"
+            )
+    sections = config.cut, config.guidance, config.gradients, config.memory
+    Asked(*sections, config.machine).check()
+    ends, rate = config.guidance.final > 0, config.optimizer
+    if is_given(rate, "final_lr") and rate.final_lr and not ends:
+        raise ConfigError(
+            f"expected a final phase for {setting('final_lr', rate.final_lr)}, got none; say how long it is with "
+            f"{setting('guidance_final')}, or drop {setting('final_lr')}"
+        )
+    if rate.final_warmup_epochs and not (ends and rate.final_lr):
+        raise ConfigError(
+            f"expected a final phase that begins anew for {setting('final_warmup_epochs')}, got none; give "
+            f"{setting('guidance_final')} and {setting('final_lr')}, or drop the warm-up"
+        )
+    for section in config.losses.values():
+        if section != type(section)() and section is not config.loss_options():
+            users = [n for n, kind in LOSSES.items() if kind.options is type(section)]
+            name = next(
+                n for n, f in fields_of(type(section)) if is_given(section, f.name)
+            )
+            raise ConfigError(
+                f"expected {setting('local_loss', ' or '.join(users))} for {setting(name)}, got "
+                f"{config.cut.local_loss or 'the true loss'}; drop one"
+            )

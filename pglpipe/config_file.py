@@ -2,38 +2,63 @@
 
 from __future__ import annotations
 
-import dataclasses
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pglpipe.config import DEFAULT_EPOCHS, RunConfig
-from pglpipe.errors import ConfigError, nearest
-from pglpipe.options import shown
+from pglpipe.config import DEFAULT_EPOCHS, RunConfig, sections
+from pglpipe.errors import ConfigError, nearest, shown
+from pglpipe.options import fields_of
 
 
 def read(path: Path) -> dict[str, Any]:
-    """The keys and values of a TOML configuration file.
+    """The values of a TOML configuration file, by the names of their options.
 
     Raises:
-        ConfigError: the file is missing, is no TOML, or has a key that does not exist.
+        ConfigError: the file is missing, is no TOML, or has a table or a key that does not exist.
     """
     try:
-        values = tomllib.loads(path.read_bytes().decode("utf-8-sig"))
+        tables = tomllib.loads(path.read_bytes().decode("utf-8-sig"))
     except OSError as error:
         raise ConfigError(
             f"expected a config file at {path}: {error.strerror}"
         ) from None
     except (ValueError, RecursionError) as error:  # no TOML, or more than can be read
         raise ConfigError(f"expected TOML in {path}: {error}") from None
-    known = [field.name for field in dataclasses.fields(RunConfig)]
-    for key in values:
-        if key not in known:
+    known = {
+        table: {field.name: name for name, field in fields_of(section)}
+        for table, section in sections().items()
+    }
+    values: dict[str, Any] = {}
+    for table, entries in tables.items():
+        if table not in known:
+            raise _unknown(path, table, known)
+        if not isinstance(entries, dict):
             raise ConfigError(
-                f"unknown key {shown(key)} in {path}: {nearest(key, known)}"
+                f"expected a table [{table}] in {path}, got {table} = {shown(entries)}"
             )
+        for key in entries:
+            if key not in known[table]:
+                raise _unknown(path, key, known, table)
+            values[known[table][key]] = entries[key]
     return values
+
+
+def _unknown(
+    path: Path, word: str, known: Mapping[str, Mapping[str, str]], table: str = ""
+) -> ConfigError:
+    """An unknown table, or a key that is unknown in its table."""
+    for home, keys in known.items():
+        for key, name in keys.items():
+            if word in (key, name):
+                where = f"[{table}]" if table else "the top"
+                return ConfigError(
+                    f"expected the key {key} in the table [{home}] of {path}, found {word} in {where}; move it there"
+                )
+    words = known[table] if table else known
+    what = f"key {shown(word)} in [{table}]" if table else f"table {shown(word)}"
+    return ConfigError(f"unknown {what} of {path}: {nearest(word, words)}")
 
 
 def resolve(file: Path | None, options: Mapping[str, Any]) -> RunConfig:
@@ -44,4 +69,4 @@ def resolve(file: Path | None, options: Mapping[str, Any]) -> RunConfig:
             values[other] = 0  # the command line beats the file
     if not values.get("epochs") and not values.get("steps"):
         values["epochs"] = DEFAULT_EPOCHS
-    return RunConfig(**values)
+    return RunConfig.of(**values)

@@ -38,7 +38,7 @@ class Crossing:
         self._layers = layers
         self._runs = runs
         self._exit = exit
-        self._guided = learning.guided
+        self._gradients = learning.gradients
         self._index = index
         self._own: list[Tensor] = []
         self._counts = True
@@ -56,7 +56,7 @@ class Crossing:
         """
         with self._runs.taken() as (x, output, kept):
             loss = self._exit.loss(output, kept)
-            weighted(loss, self._guided.weight).backward()  # type: ignore[no-untyped-call]
+            weighted(loss, self._gradients.guided_weight).backward()  # type: ignore[no-untyped-call]
         return self._gradient_of(x), loss.detach()
 
     def backward(
@@ -77,14 +77,14 @@ class Crossing:
         """
         loss = None
         with self._runs.taken() as (x, output, kept):
-            if compares or self._guided.asks_heads:
+            if compares or self._gradients.asks_heads:
                 weight = self._exit.weight(kept.step)
                 # Times 0 a gradient has no direction to compare: it is found as it is, and dropped.
                 self._counts = weight > 0
                 loss, own = self._local_gradient(
-                    output, kept, self._guided.heads, weight or 1.0
+                    output, kept, self._gradients.guided_heads, weight or 1.0
                 )
-                if compares or self._guided.local_weight:
+                if compares or self._gradients.guided_local_weight:
                     self._remember(output, own)
             if output.requires_grad:
                 output.backward(gradient)  # type: ignore[no-untyped-call]
@@ -98,7 +98,7 @@ class Crossing:
             parameters of the body, before clipping; None where nothing is compared.
         """
         own, self._own = self._own, []
-        if not self._counts and self._guided.heads == "trained":
+        if not self._counts and self._gradients.guided_heads == "trained":
             self._drop_of_head()
         if not own:
             return None
@@ -110,8 +110,8 @@ class Crossing:
             if compares:
                 pairs = (mine, true), (mine, mine), (true, true)
                 dots.append(torch.stack([(a * b).sum() for a, b in pairs]))
-            if self._guided.local_weight and self._counts:
-                true.add_(mine, alpha=self._guided.local_weight)
+            if self._gradients.guided_local_weight and self._counts:
+                true.add_(mine, alpha=self._gradients.guided_local_weight)
         if not dots:
             return None
         both, local, true = torch.stack(dots).sum(dim=0).unbind()
@@ -160,7 +160,7 @@ class Crossing:
         with self._runs.taken() as (x, output, kept):
             weight = self._exit.weight(kept.step)
             if self._exit.head is None and guided:
-                weight = self._guided.weight
+                weight = self._gradients.guided_weight
             loss, own = self._local_gradient(output, kept, "trained", weight)
             at_output = {**arriving, self._index: own}
             leaving = {
@@ -180,9 +180,11 @@ class Crossing:
         """What the local loss of the last forward adds to a stale gradient; returns the loss."""
         with self._runs.taken() as (_, output, kept):
             weight = self._exit.weight(kept.step)
-            loss, own = self._local_gradient(output, kept, self._guided.heads, weight)
-            if self._guided.local_weight and output.requires_grad:
-                output.backward(self._guided.local_weight * own)  # type: ignore[no-untyped-call]
+            loss, own = self._local_gradient(
+                output, kept, self._gradients.guided_heads, weight
+            )
+            if self._gradients.guided_local_weight and output.requires_grad:
+                output.backward(self._gradients.guided_local_weight * own)  # type: ignore[no-untyped-call]
         return loss
 
     def replay(

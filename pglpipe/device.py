@@ -3,13 +3,79 @@
 from __future__ import annotations
 
 import resource
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from pglpipe.errors import ConfigError, nearest, setting
+from pglpipe.arguments import choice, flag, whole
+from pglpipe.errors import ConfigError, setting
+from pglpipe.options import Section, option
 
 DEVICES = ("auto", "cpu", "cuda")
+PRECISIONS = ("fp32", "bf16")
+
+
+def _device(name: str, value: Any) -> str:
+    text = str(value) if isinstance(value, torch.device) else value
+    if isinstance(text, str) and text.startswith("cuda:"):
+        raise ConfigError(
+            f"expected one of {', '.join(DEVICES)} for {name}, got {text!r}: a worker takes the GPU of its "
+            "LOCAL_RANK, of those in CUDA_VISIBLE_DEVICES; set that, and choose 'cuda'"
+        )
+    return str(choice(DEVICES)(name, text))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Machine(Section, title="Machine"):
+    """Where and how it is computed.
+
+    Attributes:
+        device: ``"auto"``, ``"cpu"`` or ``"cuda"``; of several GPUs, the worker's own.
+        precision: ``"fp32"``, or ``"bf16"``: forwards in bfloat16 where autocast holds it to be safe. Its
+            exponent is as wide as float32's, so no loss is scaled; weights and updates stay in float32.
+        compile: whether ``torch.compile`` makes one kernel graph of each stage's body and head.
+        overlap_stages: whether the stages of a worker learn at the same time, each in a CUDA
+            stream and graphs of its own; for a GPU with room for all their activations. Nothing
+            may draw random numbers then, neither layers and heads nor losses.
+        threads: CPU threads per worker; 0 for PyTorch's choice.
+        seed: where all randomness starts.
+        sanity_check: whether every kind of step that a run will take is tried once before, on the first
+            batch, without learning from it.
+
+    Raises:
+        ConfigError: a number is out of its range, or a word is unknown.
+    """
+
+    device: str = option(
+        "auto", "where to compute", _device, choices=DEVICES, common=True
+    )
+    precision: str = option(
+        "fp32",
+        "precision of the forwards",
+        choice(PRECISIONS),
+        choices=PRECISIONS,
+    )
+    compile: bool = option(False, "compile every stage with torch.compile", flag())
+    overlap_stages: bool = option(
+        False,
+        "let the stages of a worker learn at the same time, each in CUDA graphs of its own; "
+        "needs memory for the activations of all of them",
+        flag(),
+    )
+    threads: int = option(0, "CPU threads per worker; 0 for PyTorch's choice", whole(0))
+    seed: int = option(0, "where all randomness starts", whole(0))
+    sanity_check: bool = option(
+        True,
+        "try every kind of step on the first batch before training, without learning from it",
+        flag(),
+    )
+
+    @property
+    def bf16(self) -> bool:
+        """Whether forwards run under autocast to bfloat16."""
+        return self.precision == "bf16"
 
 
 def pick(name: str, local_rank: int) -> torch.device:
@@ -20,12 +86,8 @@ def pick(name: str, local_rank: int) -> torch.device:
         local_rank: index of the worker on its host; workers share GPUs round robin.
 
     Raises:
-        ConfigError: CUDA is asked for and absent, or the name is unknown.
+        ConfigError: CUDA is asked for and absent.
     """
-    if name not in DEVICES:
-        raise ConfigError(
-            f"unknown {setting('device')} {name!r}: {nearest(name, DEVICES)}"
-        )
     has_cuda = torch.cuda.is_available()
     if name == "cuda" and not has_cuda:
         raise ConfigError(

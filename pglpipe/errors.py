@@ -27,6 +27,7 @@ import threading
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 
 class PglpipeError(Exception):
@@ -142,30 +143,25 @@ def _on_one_line(text: str) -> str:
 _blocks = 0
 _counting = threading.Lock()
 
-# Settings whose name in Python is not their name on the command line: alone, and with a value.
-_IN_PYTHON = {
-    "stages": ("num_stages", "num_stages={}"),
-    "checkpoint_every": ("Checkpoints(every=)", "Checkpoints(every={})"),
-    "checkpoint_minutes": ("Checkpoints(minutes=)", "Checkpoints(minutes={})"),
-    "keep_checkpoints": ("Checkpoints(keep=)", "Checkpoints(keep={})"),
-    "infopro_lambdas": ("LossSettings(lambdas=)", "LossSettings(lambdas={})"),
-    "local_loss": ("local_loss", "local_loss=build_loss({})"),
+# Of the settings that are fields of a section: the section, and the field. Sections enter themselves.
+IN_PYTHON: dict[str, tuple[str, str]] = {}
+# Options of the command line that have another form in Python: alone, and with a value.
+_OTHERWISE = {
     "data_root": ("root", "root={}"),
     "drop_last": ("DataLoader(drop_last=True)", "DataLoader(drop_last={})"),
     "batch_size": ("the loader's batch size", "a batch size of {} in the loader"),
     "lr": ("the optimizer's lr", "an lr of {} in the optimizer"),
-}
-# Settings that are fields of an object in Python, by the beginning of their name.
-_OBJECTS = {
-    "guidance": "Guidance",
-    "guided": "Guided",
-    "local_weight": "LocalWeight",
+    "epochs": ("epochs", "epochs={}"),
+    "steps": ("steps", "steps={}"),
+    "evaluate_every": ("evaluate_every", "evaluate_every={}"),
+    "resume": ("resume", "resume={}"),
 }
 # Arguments in Python that are no option of the command line.
 ONLY_IN_PYTHON = frozenset(
     (
-        *("num_stages", "loss", "optimizer", "local_weight", "guidance", "guided"),
-        *("learning_rate", "observer", "weights", "world", "checkpoints", "folder"),
+        *("cut", "loss", "optimizer", "learning_rate", "guidance", "gradients"),
+        *("memory", "machine", "edges", "observer", "world", "checkpoints", "folder"),
+        "path",
     )
 )
 
@@ -192,24 +188,21 @@ def setting(name: str, value: object = None) -> str:
         name: the option's name with underscores, such as ``"guidance_period"``.
         value: what it is set to.
 
-    >>> setting("queue_depth"), setting("queue_depth", 2), setting("guidance_period", 3)
-    ('queue_depth', 'queue_depth=2', 'Guidance(period=3)')
+    >>> setting("loss"), setting("steps", 2)
+    ('loss', 'steps=2')
     >>> with command_line_style():
     ...     setting("queue_depth", 2), setting("guidance_period"), setting("compile", True)
     ('--queue-depth 2', '--guidance-period', '--compile')
-    >>> setting("balance", [2, 3]), setting("stages"), setting("compile", False)
-    ('balance=[2, 3]', 'num_stages', 'compile=False')
     >>> with command_line_style():
-    ...     setting("balance", [2, 3]), setting("stages"), setting("compile", False)
-    ('--balance 2,3', '--stages', '--no-compile')
+    ...     setting("balance", [2, 3]), setting("compile", False)
+    ('--balance 2,3', '--no-compile')
     """
     if _blocks and name not in ONLY_IN_PYTHON:
         return _as_option(name.replace("_", "-"), value)
-    for prefix, owner in _OBJECTS.items():
-        if name.startswith(f"{prefix}_"):
-            field = name.removeprefix(f"{prefix}_")
-            return f"{owner}({field}={'' if value is None else repr(value)})"
-    alone, with_value = _IN_PYTHON.get(name, (name, f"{name}={{}}"))
+    if name in IN_PYTHON and name not in _OTHERWISE:
+        section, field = IN_PYTHON[name]
+        return f"{section}({field}={'' if value is None else repr(value)})"
+    alone, with_value = _OTHERWISE.get(name, (name, f"{name}={{}}"))
     return alone if value is None else with_value.format(repr(value))
 
 
@@ -221,6 +214,18 @@ def _as_option(name: str, value: object) -> str:
     if isinstance(value, (list, tuple)):
         return f"--{name} {','.join(map(str, value))}"
     return f"--{name} {value}"
+
+
+def shown(value: Any) -> str:
+    """A value in a message, however long it is."""
+    try:
+        text = repr(value)
+    except ValueError:  # Python refuses to write numbers of thousands of digits
+        text = "a number too long to be shown"
+    return text if len(text) <= _MOST_SHOWN else f"{text[:_MOST_SHOWN]}..."
+
+
+_MOST_SHOWN = 200  # characters
 
 
 def nearest(word: str, valid: Iterable[str]) -> str:

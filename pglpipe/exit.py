@@ -69,7 +69,7 @@ class Exit:
         self._option = "loss"
         if head is not None:
             local = learning.local_loss
-            made = compiled if learning.compile else _as_it_is
+            made = compiled if learning.machine.compile else _as_it_is
             name = f"the head of stage {index}"
             self._run = KeepsInputs(made(head), name, head, head)
             alone = head.exit if isinstance(head, Beside) else head
@@ -104,7 +104,7 @@ class Exit:
             The loss, or what that of a part of the batch adds to the loss of the whole.
         """
         seed = derive(
-            self._learning.seed, "head", self._index, kept.step, kept.microbatch
+            self._learning.machine.seed, "head", self._index, kept.step, kept.microbatch
         )
         if not self.checks:
             said, loss = self._compute(output, kept, seed)
@@ -132,14 +132,16 @@ class Exit:
         """Of the exit's loss at a step."""
         if self.head is None:
             return 1.0
-        return self._learning.local_weight(step, self.total_steps, self._place)
+        return self._learning.gradients.local_weight(
+            step, self.total_steps, self._place
+        )
 
     # -- evaluation -------------------------------------------------------------------
 
     def count(self, output: Tensor, targets: Tensor) -> None:
         """Adds a batch ``[B, ...]`` to what is known of this exit."""
         logits = output
-        seed = derive(self._learning.seed, "evaluate", "exit", self._index)
+        seed = derive(self._learning.machine.seed, "evaluate", "exit", self._index)
         with seeded(seed), self._learning.autocast(self._device):
             if self.head is not None:
                 logits = self._classify(output)

@@ -6,7 +6,7 @@ import math
 
 import torch
 
-from pglpipe.config import COMPARE_EVERY, RunConfig
+from pglpipe.config import RunConfig
 from pglpipe.data import Recipe
 from pglpipe.errors import ConfigError
 from pglpipe.learning import OptimizerFactory
@@ -18,52 +18,42 @@ from pglpipe.learning_rate import (
     cosine,
     warmed_up,
 )
-from pglpipe.losses import LocalLoss, LossSettings, build_loss, published_lambdas
-from pglpipe.steps import find_steps
+from pglpipe.losses import LocalLoss, LossFacts, build_loss
 
 _INFOPRO_LR = 0.01  # of its first epoch, whatever comes then
 
 
 def optimizer(config: RunConfig) -> OptimizerFactory:
     """SGD, as in all published recipes for these networks."""
+    asked = config.optimizer
     return lambda parameters: torch.optim.SGD(
         parameters,
-        lr=config.lr,
-        momentum=config.momentum,
-        nesterov=config.nesterov,
-        weight_decay=config.weight_decay,
+        lr=asked.lr,
+        momentum=asked.momentum,
+        nesterov=asked.nesterov,
+        weight_decay=asked.weight_decay,
         # Not fused: that fails on heads, which have no momentum yet after a global step.
         foreach=True,
     )
 
 
-def local_loss(config: RunConfig, recipe: Recipe) -> LocalLoss:
-    """What stages with a head minimize.
+def local_loss(config: RunConfig, recipe: Recipe) -> LocalLoss | None:
+    """What stages with a head minimize; None for the true loss.
 
     Args:
         recipe: how the images were normalized.
     """
-    lambdas = config.lambdas()
-    if lambdas is None and config.local_loss.startswith("infopro"):
-        lambdas = published_lambdas(config.model, config.dataset, config.stages)
-    settings = LossSettings(lambdas, recipe.mean, recipe.std)
-    return build_loss(config.local_loss, settings)
-
-
-def compare_every(config: RunConfig, loss: LocalLoss) -> int:
-    """Global steps from one comparison of gradients to the next; 0 for none.
-
-    Where that is left open, nothing is compared at the price of something else that was asked for,
-    nor in microbatches where the loss compares samples: of those it is another loss.
-    """
-    if config.compare_every >= 0:
-        return config.compare_every
-    cut = loss.compares and config.microbatches > 1
-    steps = find_steps(config.guidance().kinds)
-    never = not any(step.compares_gradients for step in steps)
-    return (
-        0 if never or config.compile or config.memory_budget or cut else COMPARE_EVERY
+    name = config.cut.local_loss
+    if not isinstance(name, str):
+        return None
+    facts = LossFacts(
+        config.network.model,
+        config.data.dataset,
+        config.cut.stages,
+        recipe.mean,
+        recipe.std,
     )
+    return build_loss(name, facts, config.loss_options())
 
 
 def learning_rate(config: RunConfig, steps_per_epoch: int) -> LearningRate:
@@ -71,14 +61,14 @@ def learning_rate(config: RunConfig, steps_per_epoch: int) -> LearningRate:
 
     def schedule(warmup_epochs: float) -> LearningRate:
         warmup_steps = round(warmup_epochs * steps_per_epoch)
-        if config.lr_schedule == "constant":
+        if config.optimizer.lr_schedule == "constant":
             return warmed_up(warmup_steps, constant)
         return cosine(warmup_steps)
 
-    whole, guidance = schedule(config.warmup_epochs), config.guidance()
-    if config.lr_schedule == "infopro":
+    whole, guidance = schedule(config.optimizer.warmup_epochs), config.guidance
+    if config.optimizer.lr_schedule == "infopro":
         whole = _infopro(config, steps_per_epoch)
-    if not (config.final_lr and guidance.final):
+    if not (config.optimizer.final_lr and guidance.final):
         return whole
 
     def begins(total_steps: int) -> int:
@@ -88,17 +78,17 @@ def learning_rate(config: RunConfig, steps_per_epoch: int) -> LearningRate:
         epochs = math.ceil(total_steps / steps_per_epoch)
         return (epochs - guidance.final_units(epochs)) * steps_per_epoch
 
-    again = schedule(config.final_warmup_epochs)
-    return anew(whole, begins, config.final_lr, again)
+    again = schedule(config.optimizer.final_warmup_epochs)
+    return anew(whole, begins, config.optimizer.final_lr, again)
 
 
 def _infopro(config: RunConfig, steps_per_epoch: int) -> LearningRate:
     """Its code's schedule, which knows no final phase; a plain cosine is that phase's."""
-    steps = config.steps or config.epochs * steps_per_epoch
+    steps = config.length.steps or config.length.epochs * steps_per_epoch
     if steps <= steps_per_epoch:
         raise ConfigError(
             "expected a run of several epochs for --lr-schedule infopro, whose last one has the learning "
             "rate 0, got one; choose cosine"
         )
-    least = _INFOPRO_LR / config.lr if config.lr else 0.0
-    return by_epoch(steps_per_epoch, round(config.warmup_epochs), least)
+    least = _INFOPRO_LR / config.optimizer.lr if config.optimizer.lr else 0.0
+    return by_epoch(steps_per_epoch, round(config.optimizer.warmup_epochs), least)

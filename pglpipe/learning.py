@@ -10,14 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pglpipe.errors import setting
-from pglpipe.guided import Guided, LocalWeight
+from pglpipe.arguments import Rule, of
+from pglpipe.device import Machine
+from pglpipe.errors import ConfigError, setting
+from pglpipe.guided import Gradients
 from pglpipe.learning_rate import LearningRate
-from pglpipe.losses import LocalLoss, Loss, Supervised
+from pglpipe.losses import LocalLoss, Loss, Supervised, build_loss
 from pglpipe.losses.parts import shares
 
-PRECISIONS = ("fp32", "bf16")
-ON_NONFINITE = ("stop", "skip")
 OptimizerFactory = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
 
 
@@ -30,31 +30,18 @@ class Learning:
         local_loss: what a stage with a head minimizes.
         optimizer: makes a stage's optimizer from its parameters.
         learning_rate: factor on the optimizer's learning rates.
-        clip_norm: largest gradient norm, of a stage in local steps and of the whole network
-            in global ones; infinity for none.
-        seed: where the run's randomness starts.
-        bf16: whether forwards run under autocast to bfloat16. Its exponent is as wide as
-            float32's, so no stage's loss is scaled; weights and updates stay in float32.
-        compile: whether body and head of each stage are compiled.
-        guided: what is done in guided steps.
-        local_weight: of the heads' losses, ``(step, total_steps, place) -> weight``.
+        gradients: what is done with gradients.
+        machine: how it is computed.
         retains: whether a graph may be run backward more than once, to tell gradients apart.
-        on_nonfinite: what happens to a stage whose loss or gradient is no finite number: ``"stop"``
-            ends the run, ``"skip"`` leaves the stage as it was before the step.
     """
 
     loss: Loss
     local_loss: LocalLoss
     optimizer: OptimizerFactory
     learning_rate: LearningRate
-    clip_norm: float
-    seed: int
-    bf16: bool = False
-    compile: bool = False
-    guided: Guided = Guided()
-    local_weight: LocalWeight = LocalWeight()
+    gradients: Gradients = Gradients()
+    machine: Machine = Machine()
     retains: bool = False
-    on_nonfinite: str = "stop"
 
     @property
     def image(self) -> Callable[[Tensor], Tensor] | None:
@@ -91,10 +78,30 @@ class Learning:
 
     def autocast(self, device: torch.device) -> AbstractContextManager[object]:
         """Lets PyTorch choose the precision of each operation, where that is asked for."""
-        if not self.bf16:
+        if not self.machine.bf16:
             return nullcontext()
         # The cache of casts is one per process: it would mix the workers that are threads.
         return torch.autocast(device.type, torch.bfloat16, cache_enabled=False)
+
+
+def loss_rule() -> Rule:
+    """What a loss must be."""
+
+    def read(value: Any) -> Any:
+        if not callable(value) or isinstance(value, type):
+            raise TypeError
+        if isinstance(value, nn.Module) and getattr(value, "reduction", "") == "none":
+            raise ConfigError(
+                f"expected a loss that returns one number, got {type(value).__name__} with reduction='none'; "
+                "choose 'mean' or 'sum'"
+            )
+        return value
+
+    return of(
+        "a loss",
+        read,
+        "pass one such as nn.CrossEntropyLoss(), or a function (outputs, targets) -> scalar",
+    )
 
 
 def placed(loss: Loss, device: torch.device) -> Loss:
@@ -102,8 +109,10 @@ def placed(loss: Loss, device: torch.device) -> Loss:
     return loss.to(device) if isinstance(loss, nn.Module) else loss
 
 
-def placed_locally(loss: Loss | LocalLoss, device: torch.device) -> LocalLoss:
+def placed_locally(loss: str | Loss | LocalLoss, device: torch.device) -> LocalLoss:
     """What stages with a head minimize, on the device."""
+    if isinstance(loss, str):
+        loss = build_loss(loss)
     local = loss if isinstance(loss, LocalLoss) else Supervised(loss)
     for module in local.modules():
         module.to(device)

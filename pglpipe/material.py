@@ -50,15 +50,15 @@ def load(
         shape, classes, steps, recipe = world.mailbox.share(timeout=math.inf)
         names = tuple(classes)
         return Material((), (), tuple(shape), names, steps, Recipe(**recipe))
-    device = devices.pick(config.device, world.local_rank)
+    device = devices.pick(config.machine.device, world.local_rank)
     found = data.load(
-        config.dataset,
-        root=config.data_root or None,
-        download=config.download,
-        seed=config.seed,
-        train_limit=config.train_limit,
-        test_limit=config.test_limit,
-        image_size=config.image_size,
+        config.data.dataset,
+        root=config.data.data_root or None,
+        download=config.data.download,
+        seed=config.machine.seed,
+        train_limit=config.data.train_limit,
+        test_limit=config.data.test_limit,
+        image_size=config.data.image_size,
     )
     if about:
         found = _as_trained(found, about)
@@ -67,11 +67,11 @@ def load(
         make_batches(
             images,
             found.recipe,
-            config.batch_size,
-            seed=config.seed,
+            config.data.batch_size,
+            seed=config.machine.seed,
             train=images is found.train,
-            augment=config.augment,
-            drop_last=config.drop_last,
+            augment=config.data.augment,
+            drop_last=config.data.drop_last,
         )
         for images in (found.train, found.test)
     )

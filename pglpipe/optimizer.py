@@ -8,8 +8,6 @@ whether their numbers are finite, joins their norms, and calls :meth:`StageOptim
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor, nn
 
@@ -44,11 +42,11 @@ class StageOptimizer:
     ) -> None:
         self.total_steps = 1
         self.checks = False
-        self.watch = watch(index, body, head, learning.on_nonfinite, device)
+        self.watch = watch(index, body, head, learning.gradients.on_nonfinite, device)
         self._body, self._head = body, head
         modules = [body] if head is None else [body, head]
         self._parameters = [p for module in modules for p in module.parameters()]
-        self._limit = learning.clip_norm
+        self._limit = learning.gradients.clip_norm
         self._device = device
         self._updates = Updates(self._parameters, learning, index)
 
@@ -115,7 +113,7 @@ class StageOptimizer:
 
         A head, which is no part of the network, is then clipped alone.
         """
-        if math.isinf(self._limit):
+        if not self._limit:
             return
         if total_norm is None:
             nn.utils.clip_grad_norm_(self._parameters, self._limit)

@@ -1,84 +1,108 @@
-"""What an option is: a field of a dataclass with a help text, its choices and its range."""
+"""Sections of settings: each setting is declared once, as a field of a frozen dataclass.
+
+::
+
+    @dataclass(frozen=True, kw_only=True)
+    class Edges(Section, title="Edges"):
+        queue_depth: int = option(2, "messages that may wait at either end of an edge", whole(1))
+
+From the field come the option ``--queue-depth`` with its help, the key ``queue_depth`` in the table
+``[edges]`` of a TOML file, the argument ``Edges(queue_depth=4)`` in Python, its default, and the check of its value,
+which names the setting in the words of whoever set it.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import json
-import sys
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, ClassVar
 
-from pglpipe.errors import ConfigError, nearest
+from pglpipe.errors import IN_PYTHON, setting
+
+Rule = Callable[[str, Any], Any]
 
 
 def option(
-    default: Any, help: str, choices: Sequence[str] = (), at_least: float | None = None
+    default: Any,
+    help: str,
+    rule: Rule,
+    *,
+    kind: type[Any] | None = None,
+    choices: Sequence[str] = (),
+    name: str = "",
+    common: bool = False,
 ) -> Any:
     """A field that users may set.
 
     Args:
-        default: its value, and its type.
-        help: for ``--help``.
-        choices: the values that it may have, if not any.
-        at_least: the least that it may be.
+        default: its value.
+        help: for ``--help`` and the reference.
+        rule: takes the setting's name and a value; returns the value to go on with, or raises ConfigError.
+        kind: the value's type on the command line; that of the default if None.
+        choices: the words that it may be, for the help.
+        name: the option's name with underscores; the field's, with the section's prefix, if empty.
+        common: whether most people need it.
     """
-    metadata = {"help": help, "choices": tuple(choices), "at_least": at_least}
+    metadata = {
+        "help": help,
+        "rule": rule,
+        "kind": kind or type(default),
+        "choices": tuple(choices),
+        "name": name,
+        "common": common,
+    }
     return dataclasses.field(default=default, metadata=metadata)
+
+
+class Section:
+    """A group of settings; to be a frozen dataclass.
+
+    Attributes:
+        title: of its panel in ``--help``.
+        prefix: of its options' names, before the names of its fields.
+
+    Raises:
+        ConfigError: a value breaks its rule, or contradicts another.
+    """
+
+    title: ClassVar[str]
+    prefix: ClassVar[str]
+
+    def __init_subclass__(cls, *, title: str, prefix: str = "") -> None:
+        cls.title, cls.prefix = title, prefix
+        for name, value in vars(cls).items():
+            if isinstance(value, dataclasses.Field) and value.metadata:
+                option_name = value.metadata["name"] or prefix + name
+                IN_PYTHON[option_name] = cls.__name__, name
+
+    def __post_init__(self) -> None:
+        for name, field in fields_of(type(self)):
+            value = field.metadata["rule"](setting(name), getattr(self, field.name))
+            object.__setattr__(self, field.name, value)
+        self.resolve()
+
+    def resolve(self) -> None:
+        """Fills in what was left open, and refuses what contradicts itself."""
+
+    def _set(self, **values: Any) -> None:
+        """For :meth:`resolve`, where nobody else knows the object yet."""
+        for name, value in values.items():
+            object.__setattr__(self, name, value)
+
+
+def fields_of(section: type[Section]) -> Iterator[tuple[str, dataclasses.Field[Any]]]:
+    """The fields that users may set, with the names of their options."""
+    for field in dataclasses.fields(section):  # type: ignore[arg-type]
+        if field.metadata:
+            yield field.metadata["name"] or section.prefix + field.name, field
+
+
+def is_given(section: Section, name: str) -> bool:
+    """Whether a field is not what it is by default."""
+    return bool(getattr(section, name) != getattr(type(section)(), name))
 
 
 def to_toml(value: Any) -> str:
     """A JSON text, number or boolean is a TOML one as well, but for one control character."""
     return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
-
-
-def check(field: dataclasses.Field[Any], value: Any) -> None:
-    """Refuses a value of the wrong type, choice or range."""
-    flag = f"--{field.name.replace('_', '-')}"
-    expected = type(field.default)
-    if not _fits(value, expected):
-        raise ConfigError(f"expected {_NAMES[expected]} for {flag}, got {shown(value)}")
-    choices, at_least = field.metadata["choices"], field.metadata["at_least"]
-    if choices and value not in choices:
-        raise ConfigError(f"unknown {flag} {shown(value)}: {nearest(value, choices)}")
-    if at_least is not None and not value >= at_least:
-        raise ConfigError(f"expected {flag} of at least {at_least:g}, got {value:g}")
-
-
-def shown(value: Any) -> str:
-    """A value in a message, however long it is."""
-    try:
-        text = repr(value)
-    except ValueError:  # Python refuses to write numbers of thousands of digits
-        text = "a number too long to be shown"
-    return text if len(text) <= _MOST_SHOWN else f"{text[:_MOST_SHOWN]}..."
-
-
-def _fits(value: Any, expected: type[Any]) -> bool:
-    """Whether a value has its type, and a place in config.toml and in PyTorch."""
-    if expected is float:
-        # Compared, not converted: a whole number may be too large for a float.
-        return type(value) in (int, float) and abs(value) <= sys.float_info.max
-    if expected is int:
-        return type(value) is int and abs(value) < _MOST
-    if expected is str:
-        return type(value) is str and "\0" not in value and _is_unicode(value)
-    return type(value) is expected
-
-
-def _is_unicode(text: str) -> bool:
-    """Whether it is made of characters alone, and not of bytes that are none."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
-_MOST_SHOWN = 200  # characters
-_MOST = 2**63  # PyTorch's numbers, and those on the wire, have 64 bits
-_NAMES = {
-    int: "a whole number of less than 64 bits",
-    float: "a finite number",
-    str: "a text of Unicode without NUL",
-    bool: "true or false",
-}

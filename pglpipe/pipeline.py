@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -25,8 +24,8 @@ from pglpipe.snapshot import Snapshot, fill_module, module_snapshot
 from pglpipe.stage import Stage
 from pglpipe.state import StateLayout
 from pglpipe.steps import StepSettings, find_steps
-from pglpipe.timetable import parts_of
-from pglpipe.transport import FIRST_SECONDS, EdgePlan, Edges, World, payload_bytes
+from pglpipe.timetable import TIMETABLES, parts_of
+from pglpipe.transport import FIRST_SECONDS, EdgePlan, OpenEdges, World, payload_bytes
 from pglpipe.wire import Wire
 from pglpipe.worker import Worker
 
@@ -57,14 +56,12 @@ class Pipeline:
             num_workers=world.size,
             num_stages=len(plan.balance),
             device=blueprint.device,
-            timetable=blueprint.timetable,
+            timetable=TIMETABLES[blueprint.memory.timetable],
             wire=wire,
             guidance=blueprint.guidance,
-            guided=learning.guided,
+            gradients=learning.gradients,
             recompute=plan.memory.recompute,
-            overlaps=blueprint.overlap_stages,
-            clips=math.isfinite(learning.clip_norm),
-            skips=learning.on_nonfinite == "skip",
+            overlaps=learning.machine.overlap_stages,
         )
         self.plan = plan
         self._stages = stages
@@ -78,7 +75,7 @@ class Pipeline:
             recent=world.recent,
         )
         self._open = partial(
-            Edges,
+            OpenEdges,
             world,
             device=blueprint.device,
             backend=backend,
@@ -127,17 +124,18 @@ class Pipeline:
 def _stage(index: int, blueprint: Blueprint, plan: Plan, batch: int) -> Stage:
     """Builds one stage; its initial weights depend on its layers and the seed alone."""
     learning = blueprint.learning
+    seed = learning.machine.seed
     part = slices(plan.balance)[index]
     body = nn.Sequential(
         OrderedDict(
-            (layer.name, initialize(layer, part.start + offset, learning.seed))
+            (layer.name, initialize(layer, part.start + offset, seed))
             for offset, layer in enumerate(blueprint.layers[part])
         )
     )
     head = None
     if index < len(plan.balance) - 1:
         activation = plan.activations[index]
-        with Draws().seeded(derive(learning.seed, "head", index)):
+        with Draws().seeded(derive(seed, "head", index)):
             made = plan.head(tuple(activation.shape[1:]), part.stop - 1)
             head = made.to(activation.dtype)
     _check_layout(StateLayout.of(body, head), plan.layouts[index], index)
@@ -243,8 +241,8 @@ def _edge_plan(
             for number, activation, loan in zip(together, crossings, loans, strict=True)
         ],
         depth=max(
-            blueprint.queue_depth, *(s.waiting_messages(guidance) for s in steps)
+            blueprint.edges.queue_depth, *(s.waiting_messages(guidance) for s in steps)
         ),
-        timeout=blueprint.edge_timeout,
+        timeout=blueprint.edges.timeout,
         opening=FIRST_SECONDS,
     )

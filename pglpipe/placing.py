@@ -15,7 +15,7 @@ from functools import partial
 from torch import Tensor, nn
 
 from pglpipe.blueprint import Blueprint, Sample
-from pglpipe.errors import PartitionError
+from pglpipe.errors import PartitionError, setting
 from pglpipe.guided import place_of
 from pglpipe.heads import Site, build_head
 from pglpipe.layer import Layer
@@ -32,12 +32,12 @@ def head_builder(
         output: of the network, ``[B, N]`` for N classes.
         balance: layers of each stage; empty while they are not known.
     """
-    layers, named = blueprint.layers, blueprint.head
+    layers, named = blueprint.layers, blueprint.cut.head
     local_loss = blueprint.learning.local_loss
-    if not callable(named) and output.ndim != 2 and blueprint.num_stages > 1:
+    if not callable(named) and output.ndim != 2 and blueprint.cut.stages > 1:
         raise PartitionError(
             f"head {named!r} classifies like a network with outputs [B, classes], got outputs of "
-            f"shape {tuple(output.shape)}; give Trainer a function from shape to module as its head"
+            f"shape {tuple(output.shape)}; give a function from shape to module as {setting('head')}"
         )
     places = {
         part.stop - 1: place_of(stage, len(balance))
@@ -50,7 +50,7 @@ def head_builder(
         else:
             place = places.get(position, place_of(position, len(layers)))
             num_outputs = local_loss.outputs(output.shape[-1])
-            seed = blueprint.learning.seed
+            seed = blueprint.learning.machine.seed
             site = Site(shape, num_outputs, position, layers, place, seed)
             head = build_head(named, site)
         return local_loss.auxiliary(head, shape, tuple(sample.x.shape[1:]))

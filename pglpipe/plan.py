@@ -26,7 +26,7 @@ from pglpipe.errors import ConfigError, setting, warn
 from pglpipe.guidance import Guidance
 from pglpipe.heads import borrowed
 from pglpipe.layer import Layer
-from pglpipe.memory import Forecast, ForecastError, MemorySettings, fit
+from pglpipe.memory import Forecast, ForecastError, Memory, fit
 from pglpipe.partition import (
     Costs,
     HeadBuilder,
@@ -46,6 +46,7 @@ from pglpipe.placing import alike, check_apart, head_builder, head_skeletons
 from pglpipe.state import StateLayout
 from pglpipe.steps import find_steps
 from pglpipe.steps.borrow import Loans
+from pglpipe.timetable import TIMETABLES
 from pglpipe.transport import World
 from pglpipe.wire import Wire
 
@@ -78,7 +79,7 @@ class Plan:
     layouts: list[StateLayout]
     head: HeadBuilder
     loans: Loans = Loans()
-    memory: MemorySettings = MemorySettings()
+    memory: Memory = Memory()
     predicted: Sequence[dict[str, int] | None] = ()
 
     def name(self, rank: int) -> str:
@@ -111,13 +112,13 @@ def draft(
     costs: Costs | None = None
     stand_in: HeadBuilder | None = None
     balance = given_balance(
-        blueprint.balance, len(layers), blueprint.num_stages, model=blueprint.model
+        blueprint.balance, len(layers), blueprint.cut.stages, model=blueprint.cut.model
     )
     if balance is None:
         stand_in = head_builder(blueprint, sample, outputs[-1])
         costs = weighed(layers, sample.x, stand_in)
         choose = partial(choose_balance, blueprint.balance, *costs)
-        balance = agree(lambda: choose(blueprint.num_stages))
+        balance = agree(lambda: choose(blueprint.cut.stages))
     check_cut(layers, balance)
     head = head_builder(blueprint, sample, outputs[-1], balance)
     # What is shown and shared out are the costs of the heads that will be there.
@@ -128,7 +129,7 @@ def draft(
     heads = head_skeletons(head, balance, outputs)
     if stand_in and not alike(heads, head_skeletons(stand_in, balance, outputs)):
         costs = weighed(layers, sample.x, head, ends)
-    if blueprint.overlap_stages:
+    if blueprint.learning.machine.overlap_stages:
         image = blueprint.image(sample.x)
         local = partial(blueprint.learning.local_loss, image=image)
         batch = sample.x, sample.targets
@@ -153,7 +154,7 @@ def draft(
         layouts=[StateLayout.of(*skeleton) for skeleton in skeletons],
         head=head,
         loans=_loans(blueprint, balance, skeletons),
-        memory=MemorySettings(**memory),
+        memory=Memory(**memory),
         predicted=predicted,
     )
 
@@ -184,9 +185,9 @@ def _loans(
         {c.position for c in borrowed(head) if list(c.parameters())}
         for _, head in skeletons
     ]
-    if any(borrowing) and blueprint.overlap_stages:
+    if any(borrowing) and blueprint.learning.machine.overlap_stages:
         raise ConfigError(
-            f"expected {setting('overlap_stages', True)} or the head {blueprint.head!r}, whose borrowed layers are "
+            f"expected {setting('overlap_stages', True)} or the head {blueprint.cut.head!r}, whose borrowed layers are "
             "renewed between steps, got both; drop one"
         )
     return Loans(
@@ -196,7 +197,7 @@ def _loans(
             position: list(blueprint.layers[position].skeleton().parameters())
             for position in sorted(set[int]().union(*borrowing))
         },
-        every=blueprint.refresh_every,
+        every=blueprint.cut.refresh_every,
     )
 
 
@@ -212,7 +213,7 @@ def _foretold(
         try:
             return _weigh(blueprint, sample, skeletons, stages_of, wire)
         except ForecastError as error:
-            if blueprint.memory_budget is not None:
+            if blueprint.memory.budget is not None:
                 raise ConfigError(
                     f"expected a network whose memory can be foretold for {setting('memory_budget')}, but "
                     f"{error}; drop it, and set {setting('recompute')}, {setting('microbatches')} and "
@@ -241,17 +242,17 @@ def _weigh(
         x,
         targets,
         stages_of,
-        blueprint.timetable,
+        TIMETABLES[blueprint.memory.timetable],
         lambda y: wire.rounded(dense(y)),
-        blueprint.overlap_stages,
-        blueprint.device.type if blueprint.learning.bf16 else None,
+        blueprint.learning.machine.overlap_stages,
+        blueprint.device.type if blueprint.learning.machine.bf16 else None,
         blueprint.runs_heads,
     )
     memory, kinds = blueprint.memory, _weighed_kinds(blueprint.guidance)
-    if blueprint.memory_budget is not None:
+    if blueprint.memory.budget is not None:
         memory = fit(
             memory,
-            blueprint.memory_budget,
+            blueprint.memory.budget,
             kinds,
             sample.trained,
             forecast.peaks,

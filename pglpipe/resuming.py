@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pglpipe import checkpoint
-from pglpipe.config import RunConfig
+from pglpipe.config import RunConfig, option_fields
 from pglpipe.config_file import resolve
 from pglpipe.errors import ConfigError
 from pglpipe.run_directory import RunDirectory
@@ -26,7 +25,7 @@ CHOSEN = {
     "balance": ("flops", "time", "memory", "params", "published"),
     "device": ("auto",),
     "threads": (0,),
-    "compare_every": (-1,),
+    "compare_every": (None,),
 }
 FITTED = ("recompute", "microbatches", "local_microbatches")  # to a memory budget
 
@@ -51,14 +50,13 @@ class Start:
 
     def to_json(self) -> list[Any]:
         """For the other workers."""
-        config = dataclasses.asdict(self.config)
-        return [config, str(self.folder), self.step, self.is_new]
+        return [self.config.options(), str(self.folder), self.step, self.is_new]
 
     @staticmethod
     def from_json(told: list[Any]) -> Start:
         """What :meth:`to_json` said; which checkpoint it is, worker 0 says later."""
         config, folder, step, is_new = told
-        return Start(RunConfig(**config), Path(folder), None, step, is_new)
+        return Start(RunConfig.of(**config), Path(folder), None, step, is_new)
 
 
 def start(asked: RunConfig, folder: Path, *, restarted: bool = False) -> Start:
@@ -72,19 +70,21 @@ def start(asked: RunConfig, folder: Path, *, restarted: bool = False) -> Start:
     """
     settings = folder / RunDirectory.SETTINGS
     if not settings.exists():
-        if asked.resume in ("auto", "never"):
+        if asked.output.resume in ("auto", "never"):
             return Start(asked, folder)
-        return Start(asked, folder, chosen(None, asked.resume))
+        return Start(asked, folder, chosen(None, asked.output.resume))
     if (folder / RunDirectory.SUMMARY).exists():
         raise ConfigError(
             f"expected a new run directory, but {folder} already holds a run that has come to its end; "
             "choose another --run-dir"
         )
     known = resolve(settings, {})
-    is_own = asked.resume == known.resume and (restarted or asked.resume != "never")
-    if asked.resume != "auto" and not is_own:
+    is_own = asked.output.resume == known.output.resume and (
+        restarted or asked.output.resume != "never"
+    )
+    if asked.output.resume != "auto" and not is_own:
         raise ConfigError(
-            f"expected a new run directory for --resume {asked.resume}, but {folder} already holds a "
+            f"expected a new run directory for --resume {asked.output.resume}, but {folder} already holds a "
             "run; choose another --run-dir, or --resume auto to go on with that run"
         )
     if different := _differences(asked, known):
@@ -97,40 +97,32 @@ def start(asked: RunConfig, folder: Path, *, restarted: bool = False) -> Start:
     if found is not None:
         step = checkpoint.read_manifest(found)["position"]["step"]
         return Start(config, folder, found, step, is_new=False)
-    if config.resume not in (
+    if config.output.resume not in (
         "auto",
         "never",
     ):  # it has not come to a checkpoint of its own
-        found = chosen(None, config.resume)
+        found = chosen(None, config.output.resume)
     return Start(config, folder, found, is_new=False)
 
 
-def settled(config: RunConfig) -> RunConfig:
-    """The same, with what it leaves open about guidance written out."""
-    told = config.guidance()
-    return dataclasses.replace(
-        config, guidance_duration=told.duration, guidance_final=told.final
-    )
-
-
 def _differences(asked: RunConfig, known: RunConfig) -> list[str]:
-    found, asked, known = list[str](), settled(asked), settled(known)
-    for field in dataclasses.fields(RunConfig):
-        name, before = field.name, getattr(known, field.name)
-        now = getattr(asked, name)
+    found, values, before = list[str](), asked.options(), known.options()
+    for _, name, _ in option_fields():
+        now, was = values.get(name), before.get(name)
         left_open = now in CHOSEN.get(name, ()) or (
-            name in FITTED and asked.memory_budget
+            name in FITTED and asked.memory.budget is not None
         )
-        if now != before and name not in (*FREE, *CUT, "resume") and not left_open:
-            found.append(f"--{name.replace('_', '-')} {now} (it was {before})")
+        if now != was and name not in (*FREE, *CUT, "resume") and not left_open:
+            found.append(f"--{name.replace('_', '-')} {now} (it was {was})")
     return found
 
 
 def _merged(asked: RunConfig, known: RunConfig) -> RunConfig:
     """What was chosen when the run began, and what is asked for now where that may differ."""
-    free = {name: getattr(asked, name) for name in FREE}
-    recut = asked.stages != known.stages or (
-        asked.balance not in CHOSEN["balance"] and asked.balance != known.balance
+    values = asked.options()
+    cut, before = asked.cut, known.cut
+    recut = cut.stages != before.stages or (
+        cut.balance not in CHOSEN["balance"] and cut.balance != before.balance
     )
-    cut = {name: getattr(asked, name) for name in CUT} if recut else {}
-    return dataclasses.replace(known, **free, **cut)
+    names = (*FREE, *CUT) if recut else FREE
+    return known.replaced(**{name: values[name] for name in names})

@@ -6,7 +6,6 @@ data, writes the run directory and shows anything.
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import os
 import secrets
@@ -14,6 +13,7 @@ import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -26,13 +26,13 @@ from pglpipe.config import RunConfig
 from pglpipe.config_file import resolve
 from pglpipe.errors import Stopped, UserError, WorkerError, warn
 from pglpipe.failing import fail
-from pglpipe.ingredients import compare_every, learning_rate, local_loss, optimizer
+from pglpipe.ingredients import learning_rate, local_loss, optimizer
 from pglpipe.material import Material, load
 from pglpipe.memory import as_text
 from pglpipe.metrics import Summary
 from pglpipe.observers import Observer, Observers
 from pglpipe.plan import Plan
-from pglpipe.resuming import Start, settled
+from pglpipe.resuming import Start
 from pglpipe.resuming import start as start_of
 from pglpipe.run_directory import RunDirectory, about_data, default_path, versions
 from pglpipe.saving import Checkpoints
@@ -54,7 +54,7 @@ def train(config: RunConfig) -> Summary:
         WorkerError: a worker failed; the message names it.
     """
     with not_yet_saving() as early:
-        world = join(config.edge_timeout)
+        world = join(config.edges.timeout)
         try:
             with _failing_together(world):
                 return _train(config, world, early)
@@ -79,7 +79,7 @@ def evaluate(run_dir: Path, data_root: str = "") -> tuple[Plan, Summary]:
     about = about_data(run_dir)
     config = resolve(run_dir / RunDirectory.SETTINGS, {})
     if data_root:
-        config = dataclasses.replace(config, data_root=data_root)
+        config = config.replaced(data_root=data_root)
     _set_threads(config)
     world = World()
     material = load(config, world, about)
@@ -110,21 +110,22 @@ def _train(asked: RunConfig, world: World, early: list[int]) -> Summary:
     trainer = _trainer(config, material, world, observer=observers, fits=start.is_new)
     plan = trainer.prepare(material.train, material.test)
     # What was chosen here, so that config.toml repeats the run to the bit.
-    config = dataclasses.replace(
-        settled(config),
+    root, memory = config.data.data_root, plan.memory
+    config = config.replaced(
         # Evaluation may be asked for from another directory.
-        data_root=config.data_root
-        and os.path.abspath(os.path.expanduser(config.data_root)),
+        data_root=root and os.path.abspath(os.path.expanduser(root)),
         balance=",".join(map(str, plan.balance)),
         threads=torch.get_num_threads(),
-        device=devices.pick(config.device, world.local_rank).type,
-        compare_every=compare_every(config, local_loss(config, material.recipe)),
-        **dataclasses.asdict(plan.memory),
+        device=devices.pick(config.machine.device, world.local_rank).type,
+        compare_every=trainer.compare_every,
+        recompute=memory.recompute,
+        microbatches=memory.microbatches,
+        local_microbatches=memory.local_microbatches,
     )
     if leads and not start.is_new:
-        _warn_beyond(config.memory_budget_bytes(), plan)
-    total_steps = config.steps or config.epochs * material.steps_per_epoch
-    screen = display.screen(plan, total_steps, quiet=config.quiet or not leads)
+        _warn_beyond(config.memory.budget, plan)
+    total_steps = config.length.steps or config.length.epochs * material.steps_per_epoch
+    screen = display.screen(plan, total_steps, quiet=config.output.quiet or not leads)
     observers.members.append(screen)
     if folder:
         folder.chosen = config
@@ -136,10 +137,10 @@ def _train(asked: RunConfig, world: World, early: list[int]) -> Summary:
         with screen:
             summary = trainer.fit(
                 material.train,
-                epochs=config.epochs or None,
-                steps=config.steps or None,
+                epochs=config.length.epochs or None,
+                steps=config.length.steps or None,
                 evaluate=material.test,
-                evaluate_every=config.evaluate_every,
+                evaluate_every=config.length.evaluate_every,
                 checkpoints=_checkpoints(start.folder, config),
                 resume=start.checkpoint,
             )
@@ -176,7 +177,7 @@ def _start(asked: RunConfig, world: World) -> tuple[Start, RunDirectory | None]:
         # All files of a checkpoint are read for it.
         return Start.from_json(world.mailbox.share(timeout=math.inf)), None
     # An attempt that the launcher has restarted goes on in the folder of the first.
-    path = asked.run_dir or world.first_said("run_dir", str(default_path()))
+    path = asked.output.run_dir or world.first_said("run_dir", str(default_path()))
     mine = secrets.token_hex()
     restarted = world.first_said("began", mine) != mine
     folder = RunDirectory(Path(path))
@@ -187,12 +188,10 @@ def _start(asked: RunConfig, world: World) -> tuple[Start, RunDirectory | None]:
 
 
 def _checkpoints(folder: Path, config: RunConfig) -> Checkpoints:
-    return Checkpoints(
-        folder / RunDirectory.CHECKPOINTS,
-        every=config.checkpoint_every,
-        minutes=config.checkpoint_minutes,
-        keep=config.keep_checkpoints,
-        about={"config": dataclasses.asdict(config), "versions": versions()},
+    return replace(
+        config.checkpoints,
+        folder=folder / RunDirectory.CHECKPOINTS,
+        about={"config": config.options(), "versions": versions()},
     )
 
 
@@ -211,53 +210,37 @@ def _trainer(
         fits: whether what is fitted to a memory budget is still open.
     """
     layers = models.build(
-        config.model,
+        config.network.model,
         image_shape=material.image_shape,
         num_classes=len(material.classes),
-        width=config.width,
+        width=config.network.width,
     )
-    loss = local_loss(config, material.recipe)
-    return Trainer(
+    trainer = Trainer(
         layers,
-        num_stages=config.stages,
         loss=nn.CrossEntropyLoss(),
         optimizer=optimizer(config),
-        head=config.head,
-        local_loss=loss,
-        local_weight=config.local_weight(),
-        guidance=config.guidance(),
-        guided=config.guided(),
-        compare_every=compare_every(config, loss),
-        refresh_every=config.refresh_every,
         learning_rate=learning_rate(config, material.steps_per_epoch),
-        balance=config.balance,
-        microbatches=config.microbatches,
-        recompute=config.recompute,
-        local_microbatches=config.local_microbatches,
-        memory_budget=config.memory_budget_bytes() if fits else None,
-        timetable=config.timetable,
-        clip_norm=config.clip_norm or math.inf,
-        on_nonfinite=config.on_nonfinite,
-        transport=config.transport,
-        queue_depth=config.queue_depth,
-        edge_dtype=config.edge_dtype,
-        seed=config.seed,
-        device=config.device,
-        precision=config.precision,
-        compile=config.compile,
-        overlap_stages=config.overlap_stages,
-        sanity_check=config.sanity_check,
-        edge_timeout=config.edge_timeout,
+        cut=replace(
+            config.cut,
+            local_loss=local_loss(config, material.recipe),
+            model=config.network.model,
+        ),
+        guidance=config.guidance,
+        gradients=config.gradients,
+        memory=config.memory if fits else replace(config.memory, budget=None),
+        machine=config.machine,
+        edges=config.edges,
         observer=observer,
-        weights=weights,
-        model=config.model,
         world=world,
     )
+    if weights:
+        trainer.load(weights)
+    return trainer
 
 
 def _set_threads(config: RunConfig) -> None:
-    if config.threads:
-        torch.set_num_threads(config.threads)
+    if config.machine.threads:
+        torch.set_num_threads(config.machine.threads)
 
 
 @contextmanager

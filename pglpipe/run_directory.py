@@ -159,7 +159,7 @@ class RunDirectory:
             DataError: the disk is full.
         """
         fields = {
-            "config": dataclasses.asdict(config),
+            "config": config.options(),
             "versions": versions(),
             **about,
             **dataclasses.asdict(summary),

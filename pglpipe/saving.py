@@ -22,25 +22,20 @@ from pathlib import Path
 from typing import Any
 
 from pglpipe import checkpoint
-from pglpipe.arguments import check_fields, number, path, whole
+from pglpipe.arguments import number, path, whole
 from pglpipe.checkpoint import Manifest, Written, folder_of, write_stage
 from pglpipe.commands import Checkpoint
 from pglpipe.errors import ConfigError, DataError, setting, warn
+from pglpipe.options import Section, option
 from pglpipe.reports import SavedReport
 from pglpipe.snapshot import Snapshot
 
 # After so long, a checkpoint that is not there is told of, and a run that is to end makes no other.
 STUCK_SECONDS = 120.0
-_RULES = {
-    "folder": ("folder", path()),
-    "every": ("checkpoint_every", whole(0)),
-    "minutes": ("checkpoint_minutes", number(0)),
-    "keep": ("keep_checkpoints", whole(1)),
-}
 
 
 @dataclass(frozen=True)
-class Checkpoints:
+class Checkpoints(Section, title="Checkpoints"):
     """Where, when and how many.
 
     Attributes:
@@ -54,14 +49,28 @@ class Checkpoints:
         ConfigError: a number is out of its range.
     """
 
-    folder: Path
-    every: int = 0
-    minutes: float = 0.0
-    keep: int = 2
+    folder: Path = Path("checkpoints")
+    every: int = option(
+        0,
+        "steps from one checkpoint to the next; 0 for none by steps",
+        whole(0),
+        name="checkpoint_every",
+        common=True,
+    )
+    minutes: float = option(
+        0.0,
+        "minutes from one checkpoint to the next; 0 for none by the clock",
+        number(0),
+        name="checkpoint_minutes",
+    )
+    keep: int = option(
+        2, "newest checkpoints that are kept", whole(1), name="keep_checkpoints"
+    )
     about: Mapping[str, Any] = field(default_factory=dict)
 
-    def __post_init__(self) -> None:
-        check_fields(self, _RULES)
+    def resolve(self) -> None:
+        """A folder may be given as a text."""
+        self._set(folder=path()(setting("folder"), self.folder))
 
 
 def chosen(told: Checkpoints | None, resume: Path | str | None) -> Path | None:

@@ -230,6 +230,14 @@ class Session:
                     "optimizers and what was under way begin anew"
                 )
 
+    def start_from(self, weights: Path) -> None:
+        """Has the stages begin with the weights of a file."""
+        if self.pipeline is not None:
+            raise ConfigError(
+                "expected load before fit and evaluate, which build the network; call it first"
+            )
+        self._blueprint = dataclasses.replace(self._blueprint, weights=weights)
+
     def begin(self) -> None:
         """From now on the stages learn, and nothing is built anew."""
         self._has_begun = True
@@ -292,14 +300,14 @@ class Session:
     def _make_coordinator(self, observer: Observer) -> Coordinator:
         blueprint = self._blueprint
         return Coordinator(
-            num_stages=blueprint.num_stages,
+            num_stages=blueprint.cut.stages,
             num_workers=self._world.size,
             guidance=blueprint.guidance,
             microbatches=blueprint.memory.microbatches,
             mailbox=self._mailbox,
             observer=observer,
             device=blueprint.device,
-            timeout=max(blueprint.edge_timeout, FIRST_SECONDS),
+            timeout=max(blueprint.edges.timeout, FIRST_SECONDS),
             image=blueprint.learning.image,
             compare_every=blueprint.compare_every,
         )
@@ -316,7 +324,7 @@ class Session:
 
     def _backend(self) -> str:
         backend, notice = pick_backend(
-            self._blueprint.transport, self._blueprint.device, self._mailbox
+            self._blueprint.edges.transport, self._blueprint.device, self._mailbox
         )
         if notice and self.leads:
             warn(notice)

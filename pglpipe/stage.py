@@ -72,8 +72,11 @@ class Stage:
         self._device = torch.device("cpu") if first is None else first.device
         self.optimizer = StageOptimizer(index, body, head, learning, self._device)
         self._run_body: Callable[[Tensor], Tensor] = (
-            compiled(body, retains=learning.retains or learning.guided.local_weight > 0)
-            if learning.compile
+            compiled(
+                body,
+                retains=learning.retains or learning.gradients.guided_local_weight > 0,
+            )
+            if learning.machine.compile
             else body
         )
         self._parts = parts
@@ -83,7 +86,9 @@ class Stage:
             body,
             uncompiled=partial(self._in_precision, body),
         )
-        self._runs = Body(body, run, index, learning.seed, compiled=learning.compile)
+        self._runs = Body(
+            body, run, index, learning.machine.seed, compiled=learning.machine.compile
+        )
         self._exit = Exit(index, body, head, learning, self._device, place)
         self.crossing = Crossing(body, self._runs, self._exit, learning, index)
         self.attributes, self._head_attributes = Attributes(body), Attributes(head)

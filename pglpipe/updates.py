@@ -40,7 +40,7 @@ class Updates:
         self._goes_on = False
         self._optimizers: list[torch.optim.Optimizer] = []
         if parameters:
-            count = 2 if learning.guided.optimizer == "separate" else 1
+            count = 2 if learning.gradients.guided_optimizer == "separate" else 1
             self._optimizers = [
                 make_optimizer(learning.optimizer, parameters) for _ in range(count)
             ]
@@ -76,16 +76,16 @@ class Updates:
             return
         optimizer = self._optimizers[-1 if guided else 0]
         switched = self._was_guided is not None and self._was_guided != guided
-        if switched and self._learning.guided.optimizer == "reset":
+        if switched and self._learning.gradients.guided_optimizer == "reset":
             optimizer.state.clear()
         self._was_guided = guided
         factor = self._learning.learning_rate(step, total_steps)
         if guided:
-            factor *= self._learning.guided.lr_scale
+            factor *= self._learning.gradients.guided_lr_scale
         rates = [group["initial_lr"] * factor for group in optimizer.param_groups]
         for group, rate in zip(optimizer.param_groups, rates, strict=True):
             group["lr"] = rate
-        seed = derive(self._learning.seed, "update", self._stage, step)
+        seed = derive(self._learning.machine.seed, "update", self._stage, step)
         with self._draws.seeded(seed):
             self._step(optimizer)
         if any(
@@ -154,7 +154,7 @@ class Updates:
             if told != mine:
                 raise DataError(
                     f"expected {setting('optimizer')} to make what the checkpoint was made with, {_described(*told)}, "
-                    f"got {_described(*mine)}; resume with the former, or begin anew from {setting('weights')}"
+                    f"got {_described(*mine)}; resume with the former, or begin anew"
                 )
             now = json.loads(
                 json.dumps(self._asked[number])

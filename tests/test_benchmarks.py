@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import io
 import json
 from pathlib import Path
@@ -12,11 +11,11 @@ import pytest
 from rich.console import Console
 
 from benchmarks import demo, runs, transports
-from pglpipe.config import RunConfig
+from pglpipe.config import option_fields
 from pglpipe.config_file import resolve
 from pglpipe.run_directory import versions
 
-OPTIONS = {field.name for field in dataclasses.fields(RunConfig)}
+OPTIONS = {name for _, name, _ in option_fields()}
 
 
 @pytest.mark.parametrize("options", [demo.COMMON, transports.COMMON])

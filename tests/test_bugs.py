@@ -9,7 +9,7 @@ import torch
 from testing.worlds import on_every_rank, sgd
 from torch import nn
 
-from pglpipe import NEVER, Trainer
+from pglpipe import NEVER, Cut, Edges, Trainer
 from pglpipe.config_file import resolve
 from pglpipe.errors import DataError
 from pglpipe.seeding import seeded
@@ -34,14 +34,12 @@ def head_in_place(shape: tuple[int, ...]) -> nn.Module:
 def fit(world: World, **options: object) -> str:
     made = Trainer(
         layers(),
-        num_stages=2,
         loss=nn.CrossEntropyLoss(),
         optimizer=sgd,
         world=world,
-        head=head_in_place,
+        cut=Cut(2, head=head_in_place, balance="1,2"),
         guidance=NEVER,
-        balance="1,2",
-        edge_timeout=20.0,
+        edges=Edges(timeout=20.0),
     )
     summary = made.fit(TRAIN, epochs=2, evaluate=options.get("evaluate"))  # type: ignore[arg-type]
     made.close()
@@ -70,7 +68,7 @@ def test_test_batches_may_be_larger_than_those_of_training() -> None:
 
 def test_a_loader_that_runs_dry_is_named_instead_of_evaluated_for_ever() -> None:
     made = Trainer(
-        layers(), num_stages=1, loss=nn.CrossEntropyLoss(), optimizer=sgd, world=World()
+        layers(), cut=Cut(1), loss=nn.CrossEntropyLoss(), optimizer=sgd, world=World()
     )
     with pytest.raises(DataError, match="expected batches in epoch 2, got none"):
         made.fit(iter(TRAIN), steps=40)
@@ -78,16 +76,16 @@ def test_a_loader_that_runs_dry_is_named_instead_of_evaluated_for_ever() -> None
 
 def test_steps_on_the_command_line_beat_epochs_in_the_file(tmp_path: Path) -> None:
     file = tmp_path / "config.toml"
-    file.write_text("epochs = 10\n")
+    file.write_text("[length]\nepochs = 10\n")
     config = resolve(file, {"steps": 5})
-    assert (config.steps, config.epochs) == (5, 0)
+    assert (config.length.steps, config.length.epochs) == (5, 0)
 
 
 def test_a_last_stage_without_parameters_trains() -> None:
     chain = [nn.Linear(6, 4), nn.LogSoftmax(dim=1)]
     made = Trainer(
         chain,
-        num_stages=2,
+        cut=Cut(2, head="0c1f"),
         loss=nn.NLLLoss(),
         optimizer=sgd,
         world=World(),

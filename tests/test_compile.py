@@ -13,7 +13,6 @@ from testing.commands import draw_images, module, run, small_run, summary_of, to
 from testing.worlds import image_batches, small_resnet, trainer
 
 from pglpipe import ALWAYS, Guidance
-from pglpipe.guided import Guided
 from pglpipe.transport import World
 
 pytestmark = [
@@ -74,7 +73,7 @@ def test_stages_of_other_sizes_in_one_process_change_no_bit(tmp_path: Path) -> N
     "options",
     [
         {"guidance": Guidance(period=1, reach="window", window=2)},
-        {"guidance": ALWAYS, "guided": Guided(local_weight=0.5)},
+        {"guidance": ALWAYS, "guided_local_weight": 0.5},
         {"guidance": ALWAYS, "compare_every": 1},
     ],
     ids=["window", "mixed", "compared"],

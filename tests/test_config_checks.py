@@ -33,7 +33,7 @@ GUIDANCE: list[dict[str, Any]] = [
 def refused(**options: Any) -> str:
     """Why options are refused; nothing if they are not."""
     try:
-        RunConfig(steps=12, **options)
+        RunConfig.of(steps=12, **options)
     except ConfigError as error:
         return str(error)
     return ""
@@ -41,7 +41,7 @@ def refused(**options: Any) -> str:
 
 def kinds(**guidance: Any) -> set[str]:
     """Of the steps of the run."""
-    told = RunConfig(steps=12, **guidance).guidance()
+    told = RunConfig.of(steps=12, **guidance).guidance
     return {told.kind(step, 0, 12, 1) for step in range(12)}
 
 
@@ -90,13 +90,13 @@ def test_what_belongs_to_steps_of_a_kind_is_refused_where_there_is_none(
 
 
 def test_left_open_a_tenth_at_the_end_is_global_and_windows_take_its_place() -> None:
-    assert RunConfig(steps=40).guidance() == LAST_TENTH
-    assert RunConfig(steps=40, guidance_duration=0).guidance() == NEVER
-    single = RunConfig(steps=40, guidance_period=10).guidance()
+    assert RunConfig.of(steps=40).guidance == LAST_TENTH
+    assert RunConfig.of(steps=40, guidance_duration=0).guidance == NEVER
+    single = RunConfig.of(steps=40, guidance_period=10).guidance
     assert single == Guidance(period=10, duration=1)
-    both = RunConfig(steps=40, guidance_period=10, guidance_final=0.1).guidance()
+    both = RunConfig.of(steps=40, guidance_period=10, guidance_final=0.1).guidance
     assert both == Guidance(period=10, duration=1, final=0.1)
-    first = RunConfig(guidance_warmup=3, guidance_warmup_kind="global").guidance()
+    first = RunConfig.of(guidance_warmup=3, guidance_warmup_kind="global").guidance
     assert [first.kind(step, 0, 40) for step in (0, 2, 3, 39)] == [
         *("global", "global", "local", "local")
     ]

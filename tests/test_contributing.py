@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import re
+import sys
 import types
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from testing.commands import ROOT
+from testing.commands import ROOT, call
 from testing.worlds import image_batches, small_resnet, train
 from torch import nn
 
 from pglpipe import NEVER
+from pglpipe.config import RunConfig
+from pglpipe.config_file import resolve
+from pglpipe.errors import ConfigError
 from pglpipe.heads import HEADS, Site, build_head
-from pglpipe.losses import LOSSES, LossSettings, build_loss
+from pglpipe.losses import LOSSES, LossKind, build_loss
 
 GUIDE = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
 
@@ -25,7 +30,11 @@ def example(path: str) -> types.ModuleType:
     block = re.search(pattern, GUIDE, re.DOTALL | re.MULTILINE)
     assert block, f"the guide shows no {path}"
     module = types.ModuleType(path)
-    exec(compile(block[1], path, "exec"), module.__dict__)
+    sys.modules[path] = module  # where dataclasses look
+    try:
+        exec(compile(block[1], path, "exec"), module.__dict__)
+    finally:
+        del sys.modules[path]
     return module
 
 
@@ -39,7 +48,7 @@ def registered(monkeypatch: pytest.MonkeyPatch) -> None:
         name = path.rpartition("/")[2].removesuffix(".py")
         line = re.search(rf"`\"{name}\": (.*?)` in `", GUIDE)
         assert line, f"the guide shows no line for {name}"
-        entry: Any = eval(line[1], example(path).__dict__)
+        entry: Any = eval(line[1], example(path).__dict__ | {"LossKind": LossKind})
         monkeypatch.setitem(registry, name, entry)  # type: ignore[arg-type]
 
 
@@ -52,7 +61,7 @@ def test_the_example_trains_and_gives_the_same_bits_on_two_workers() -> None:
             small_resnet("resnet8"),
             batches,
             head="peak",
-            local_loss=build_loss("smooth", LossSettings()),
+            local_loss="smooth",
             guidance=NEVER,
             evaluate=batches,
         ).summary
@@ -70,6 +79,24 @@ def test_the_example_is_what_its_docstring_says() -> None:
     log_p = logits[0] - torch.logsumexp(logits[0], 0)
     loss = build_loss("smooth")(logits, target)
     torch.testing.assert_close(loss, -(wanted * log_p).sum())
+
+
+@pytest.mark.usefixtures("registered")
+def test_its_hyper_parameter_is_an_option_a_key_and_an_argument(tmp_path: Path) -> None:
+    shown = call("train", "--help", cwd=tmp_path).check().out
+    assert "--smooth-amount" in shown and "Local loss smooth" in shown
+    file = tmp_path / "run.toml"
+    file.write_text('[cut]\nlocal_loss = "smooth"\n[smooth]\namount = 0.2\n')
+    config = resolve(file, {})
+    assert config == RunConfig.of(local_loss="smooth", smooth_amount=0.2, epochs=10)
+    options = config.loss_options()
+    for given, smoothing in ((options, 0.2), (None, 0.1)):
+        found = build_loss("smooth", options=given)
+        assert found.loss.label_smoothing == smoothing  # type: ignore[attr-defined]
+    with pytest.raises(ConfigError, match="at least 0 for --smooth-amount, got -1"):
+        RunConfig.of(local_loss="smooth", smooth_amount=-1)
+    with pytest.raises(ConfigError, match="--local-loss smooth for --smooth-amount"):
+        RunConfig.of(smooth_amount=0.2)
 
 
 @pytest.mark.usefixtures("registered")

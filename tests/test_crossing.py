@@ -11,7 +11,6 @@ import torch
 from testing import factories
 from torch import Tensor, nn
 
-from pglpipe.guided import Guided, LocalWeight
 from pglpipe.stage import Stage
 from pglpipe.windows import crossing, farthest
 
@@ -62,8 +61,10 @@ def test_in_a_global_step_a_local_loss_counts_for_its_own_stage_alone(
 ) -> None:
     made = stage(
         body(),
-        guided=Guided(local_weight=mu, heads=heads),
-        local_weight=LocalWeight(deepest=1.0, end=weight),
+        guided_local_weight=mu,
+        guided_heads=heads,
+        local_weight_deepest=1.0,
+        local_weight_end=weight,
     )
     made.total_steps = 3
     made.optimizer.zero_grad()
@@ -107,7 +108,7 @@ def test_in_a_global_step_a_local_loss_counts_for_its_own_stage_alone(
 
 
 def test_the_true_loss_of_the_last_stage_counts_by_its_weight() -> None:
-    made = stage(body(), last=True, guided=Guided(weight=0.25))
+    made = stage(body(), last=True, guided_weight=0.25)
     made.optimizer.zero_grad()
     made.forward(X, TARGETS, 0, crossing=True)
     gradient, loss = made.crossing.backward_from_loss()
@@ -129,7 +130,7 @@ def test_a_parameter_that_nothing_depends_on_is_compared_with_nothing() -> None:
             used: Tensor = self.used(x)
             return used
 
-    made = stage(Spare(), guided=Guided(local_weight=0.5))
+    made = stage(Spare(), guided_local_weight=0.5)
     made.optimizer.zero_grad()
     made.forward(X, TARGETS, 0, crossing=True)
     made.crossing.backward(FROM_ABOVE, compares=True)
@@ -190,7 +191,7 @@ def test_a_stale_gradient_joins_the_local_one_of_another_batch(
 ) -> None:
     norm = nn.BatchNorm1d(3, momentum=0.5)
     made = stage(
-        nn.Sequential(body(), norm), guided=Guided(local_weight=mu, heads=heads)
+        nn.Sequential(body(), norm), guided_local_weight=mu, guided_heads=heads
     )
     old, new = X, X.flip(0) * 2
     made.forward(new, TARGETS, step=5)

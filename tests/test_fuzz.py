@@ -173,13 +173,13 @@ def test_a_configuration_is_refused_or_survives_its_own_file(
     @given(options())
     def check(values: dict[str, Any]) -> None:
         try:
-            config = RunConfig(**values)
+            config = RunConfig.of(**values)
         except ConfigError as error:
             assert len(str(error)) < 2000
             return
         assert {name: getattr(config, name) for name in values} == values
         path.write_text(config.to_toml(), encoding="utf-8")
-        assert RunConfig(**read(path)) == config
+        assert RunConfig.of(**read(path)) == config
 
     check()
 

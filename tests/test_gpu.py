@@ -203,7 +203,7 @@ def test_a_steps_seconds_are_the_gpus(overlaps: bool) -> None:
         layers,
         image_batches(*[8] * 40),
         guidance=NEVER,
-        num_stages=2,
+        stages=2,
         device="cuda",
         overlap_stages=overlaps,
     ).summary
@@ -225,7 +225,7 @@ def test_a_worker_that_waits_for_another_says_so() -> None:
         layers,
         image_batches(*[8] * 20),
         guidance=NEVER,
-        num_stages=2,
+        stages=2,
         balance="3,3",
         device="cuda",
     ).summary
@@ -248,7 +248,7 @@ def peak(stages: int, **options: Any) -> int:
         layers,
         batches,
         guidance=NEVER,
-        num_stages=stages,
+        stages=stages,
         balance="memory" if stages > 1 else "flops",
         device="cuda",
         **options,

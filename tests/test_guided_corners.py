@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 from functools import cache
 from typing import Any
@@ -21,14 +20,13 @@ from testing.worlds import (
 from torch import nn
 
 from pglpipe import ALWAYS, NEVER, Guidance
-from pglpipe.guided import Guided, LocalWeight
 from pglpipe.transport import World
 
 pytestmark = [pytest.mark.together, pytest.mark.usefixtures("planned_quickly")]
 
 
 BATCHES = image_batches(8, 8, 5)
-WEIGHTS = LocalWeight(end=0.5, deepest=0.25)
+WEIGHTS: dict[str, Any] = dict(local_weight_end=0.5, local_weight_deepest=0.25)
 
 
 @cache
@@ -65,7 +63,7 @@ MANNERS: dict[str, dict[str, Any]] = {
     "plain": {},
     "microbatches": {"microbatches": 3},
     "recomputed": {"microbatches": 2, "recompute": True, "timetable": "gpipe"},
-    "falling weights": {"local_weight": WEIGHTS},
+    "falling weights": WEIGHTS,
     "rounded": {"edge_dtype": "int8"},
     "bfloat16": {"precision": "bf16", "edge_dtype": "bf16"},
 }
@@ -76,7 +74,7 @@ MANNERS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("manner", MANNERS)
 def test_a_window_of_all_stages_is_a_global_step(manner: str) -> None:
-    options = MANNERS[manner] | {"guided": Guided(heads="trained", weight=0.5)}
+    options = MANNERS[manner] | {"guided_heads": "trained", "guided_weight": 0.5}
     expected = run(every(2), **options)
     for window in (4, 7) if manner == "plain" else (4,):
         got = run(every(2, reach="window", window=window), size=2, **options)
@@ -90,10 +88,10 @@ def test_a_window_of_all_stages_is_a_global_step(manner: str) -> None:
 @pytest.mark.parametrize(
     ("manner", "clip_norm"),
     [
-        ("plain", math.inf),
+        ("plain", 0.0),
         ("plain", 0.5),
         ("falling weights", 0.5),
-        ("rounded", math.inf),
+        ("rounded", 0.0),
         ("bfloat16", 0.5),
     ],
 )
@@ -121,12 +119,12 @@ def test_windows_between_the_two_are_neither() -> None:
 
 STALE: dict[str, dict[str, Any]] = {
     "plain": {},
-    "weighted": {"guided": Guided(weight=0.5)},
-    "heads trained": {"guided": Guided(heads="trained")},
+    "weighted": {"guided_weight": 0.5},
+    "heads trained": {"guided_heads": "trained"},
     # Products with powers of two are exact, so that the order of a sum shows nowhere.
-    "mixed": {"guided": Guided(local_weight=0.5, weight=0.25)},
-    "separate": {"guided": Guided(optimizer="separate", lr_scale=0.5)},
-    "reset": {"guided": Guided(optimizer="reset")},
+    "mixed": {"guided_local_weight": 0.5, "guided_weight": 0.25},
+    "separate": {"guided_optimizer": "separate", "guided_lr_scale": 0.5},
+    "reset": {"guided_optimizer": "reset"},
     "rounded": {"edge_dtype": "int8"},
     "bfloat16": {"precision": "bf16", "edge_dtype": "bf16"},
 }
@@ -144,8 +142,8 @@ def test_stale_guidance_without_delay_is_fresh(manner: str) -> None:
 
 @pytest.mark.parametrize("delay", [0, 1, 3])
 def test_one_stage_alone_is_guided_at_once(delay: int) -> None:
-    options: dict[str, Any] = dict(num_stages=1, balance="5")
-    options |= dict(guided=Guided(weight=0.5, lr_scale=0.5, optimizer="separate"))
+    options: dict[str, Any] = dict(stages=1, balance="5")
+    options |= dict(guided_weight=0.5, guided_lr_scale=0.5, guided_optimizer="separate")
     expected = run(every(2), **options)
     got = run(every(2, reach="stale", delay=delay), **options)
     assert alike(got, expected)
@@ -173,8 +171,7 @@ def test_a_gradient_that_cannot_arrive_in_time_reaches_the_last_stages_alone() -
 
 def test_a_gradient_shrunk_to_nothing_leaves_the_first_stages_what_they_were() -> None:
     def weights(shrink: float) -> list[torch.Tensor]:
-        guided = Guided(shrink=shrink)
-        options: dict[str, Any] = dict(optimizer=plain_sgd, guided=guided)
+        options: dict[str, Any] = dict(optimizer=plain_sgd, guided_shrink=shrink)
         trained = run(every(1, reach="stale", delay=0), **options)
         return [w for name, w in trained.body.items() if name.startswith("stem.")]
 
@@ -215,16 +212,17 @@ def test_what_is_under_way_at_the_end_is_in_nobodys_way(size: int, delay: int) -
 def test_without_a_weight_of_their_own_local_losses_do_not_count(reach: str) -> None:
     guidance = every(2, reach=reach)
     expected = run(guidance)
-    assert alike(run(guidance, guided=Guided(local_weight=0.0)), expected)
+    assert alike(run(guidance, guided_local_weight=0.0), expected)
     # One so small that no sum shows it goes another way to the same end.
-    assert alike(run(guidance, 2, guided=Guided(local_weight=1e-37)), expected)
-    assert not alike(run(guidance, guided=Guided(local_weight=0.5)), expected)
+    assert alike(run(guidance, 2, guided_local_weight=1e-37), expected)
+    assert not alike(run(guidance, guided_local_weight=0.5), expected)
 
 
 @pytest.mark.parametrize("reach", ["global", "window", "stale"])
 def test_frozen_heads_keep_every_bit_in_steps_that_ask_them(reach: str) -> None:
-    guided = Guided(local_weight=0.0 if reach == "window" else 0.5, heads="frozen")
-    always = run(Guidance(period=1, reach=reach, delay=0), guided=guided)
+    weight = 0.0 if reach == "window" else 0.5
+    guided: dict[str, Any] = dict(guided_local_weight=weight, guided_heads="frozen")
+    always = run(Guidance(period=1, reach=reach, delay=0), **guided)
     at_start = run(NEVER, optimizer=still)
     # Statistics are told in local steps even where nothing is learned: names without them.
     for index, head in always.heads.items():
@@ -273,7 +271,8 @@ def test_only_global_steps_compare() -> None:
 @pytest.mark.filterwarnings("ignore:no gradients are compared")
 def test_a_stage_without_parameters_compares_nothing_and_hinders_nobody() -> None:
     layers = [nn.Flatten(), nn.Linear(192, 12), nn.Tanh(), nn.Linear(12, 10)]
-    for guided in (Guided(), Guided(local_weight=0.5, heads="trained")):
+    trained_heads: dict[str, Any] = dict(guided_heads="trained")
+    for guided in ({}, trained_heads | dict(guided_local_weight=0.5)):
         for guidance in (ALWAYS, every(1, reach="window"), every(1, reach="stale")):
             trained = train(
                 2,
@@ -282,9 +281,7 @@ def test_a_stage_without_parameters_compares_nothing_and_hinders_nobody() -> Non
                 balance="1,1,1,1",
                 head="0c1f",
                 guidance=guidance,
-                guided=(
-                    Guided(heads="trained") if guidance.reach == "window" else guided
-                ),
+                **(trained_heads if guidance.reach == "window" else guided),
                 compare_every=1,
             )
             for record in trained.records.steps:

@@ -78,7 +78,7 @@ def test_a_module_that_stands_at_two_places_is_counted_twice() -> None:
     def trained(size: int, *twice: nn.Module) -> Trained:
         torch.manual_seed(0)
         parts = twice[0], nn.Linear(6, 6), twice[-1], nn.Linear(6, 10)
-        options = dict(num_stages=2, balance="2,4", head="thin-9", refresh_every=1)
+        options = dict(stages=2, balance="2,4", head="thin-9", refresh_every=1)
         return train(size, vectors(*parts), BATCHES, guidance=NEVER, **options)
 
     shared, apart = trained(2, nn.ReLU()), trained(2, nn.ReLU(), nn.ReLU())
@@ -94,7 +94,7 @@ def test_man_lets_a_block_that_starts_in_place_spoil_nothing() -> None:
 
 
 def test_heads_are_clipped_in_global_steps_too() -> None:
-    tiny = {"clip_norm": 1e-9, "guided": Guided(heads="trained")}
+    tiny = {"clip_norm": 1e-9, "guided_heads": "trained"}
     still, moved = run(1, NEVER, epochs=1, **tiny), run(1, ALWAYS, epochs=1, **tiny)
     for index, head in moved.heads.items():
         for name, tensor in head.items():
@@ -114,7 +114,7 @@ def test_the_learning_rate_begins_anew_where_the_final_phase_does() -> None:
         final_lr=0.5,
         lr_schedule="constant",
     )
-    config = RunConfig(**options)
+    config = RunConfig.of(**options)
     rate, guidance = learning_rate(config, 100), config.guidance()
     for step in range(350):
         is_global = guidance.kind(step, step // 100, 350, 4) == "global"
@@ -122,7 +122,7 @@ def test_the_learning_rate_begins_anew_where_the_final_phase_does() -> None:
 
 
 def test_a_final_phase_in_epochs_needs_to_know_when_they_end() -> None:
-    guidance = Guidance(final=1, unit="epoch")
+    guidance = Guidance(period=10, final=1, unit="epoch")
     with pytest.raises(ConfigError, match="loader with a length for a final phase"):
         span_of(BatchReader(iter(BATCHES), "training"), None, 10, guidance)
     reader = BatchReader(BATCHES, "training")
@@ -180,7 +180,7 @@ def test_a_cosine_does_not_depend_on_the_weight_of_the_local_loss(size: int) -> 
 
 def test_what_is_recorded_once_has_one_weight() -> None:
     with pytest.raises(ConfigError, match="--overlap-stages or --local-weight-end"):
-        RunConfig(overlap_stages=True, local_weight_end=0.5)
+        RunConfig.of(overlap_stages=True, local_weight_end=0.5)
 
 
 def test_similarity_is_not_one_of_tokens() -> None:
@@ -192,10 +192,10 @@ def test_similarity_is_not_one_of_tokens() -> None:
 @pytest.mark.parametrize(
     ("guidance", "told"),
     [
-        (Guidance(final=2, unit="epoch"), True),
-        (Guidance(final=10), True),
-        (Guidance(final=9), False),
-        (Guidance(final=1, unit="epoch"), False),
+        (Guidance(period=10, final=2, unit="epoch"), True),
+        (Guidance(period=10, final=10), True),
+        (Guidance(period=10, final=9), False),
+        (Guidance(period=10, final=1, unit="epoch"), False),
         (ALWAYS, False),
     ],
 )

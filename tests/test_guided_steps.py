@@ -6,7 +6,6 @@ The reference (``reference_guided.py``) is one short loop in one process that kn
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -23,7 +22,7 @@ from testing.worlds import (
 from torch import Tensor, nn
 
 from pglpipe import Guidance
-from pglpipe.guided import Guided, LocalWeight
+from pglpipe.guided import Gradients
 from pglpipe.layer import Layer
 
 pytestmark = [pytest.mark.together, pytest.mark.usefixtures("planned_quickly")]
@@ -41,43 +40,39 @@ def falling(step: int, total_steps: int) -> float:
 
 def rules(guidance: Guidance, **options: Any) -> Rules:
     """Beside what is tested, a learning rate that no step shares with another."""
-    return Rules(guidance, learning_rate=falling, **options)
+    compares = options.pop("compares", False)
+    gradients = Gradients(**options, compare_every=int(compares))
+    return Rules(guidance, gradients, learning_rate=falling, compares=compares)
 
 
 OFTEN = Guidance(period=2)
 WINDOW = Guidance(period=3, duration=2, reach="window", window=2)
-WEIGHTS = LocalWeight(end=0.25, deepest=0.5)
-NOTHING = LocalWeight(
-    end=0.0, deepest=0.0
-)  # for the last head; for all, in the last step
+WEIGHTS: dict[str, Any] = dict(local_weight_end=0.25, local_weight_deepest=0.5)
+NOTHING: dict[str, Any] = dict(local_weight_end=0.0, local_weight_deepest=0.0)
 
 GLOBAL = {
     "plain": rules(OFTEN),
     "warm-up and final phase": rules(
         Guidance(period=4, duration=0, warmup=2, warmup_kind="global", final=1)
     ),
-    "weight": rules(OFTEN, guided=Guided(weight=0.5)),
-    "mixed with the local losses": rules(OFTEN, guided=Guided(local_weight=0.5)),
+    "weight": rules(OFTEN, guided_weight=0.5),
+    "mixed with the local losses": rules(OFTEN, guided_local_weight=0.5),
     "mixed, heads trained": rules(
-        OFTEN, guided=Guided(weight=2.0, local_weight=0.25, heads="trained")
+        OFTEN, guided_weight=2.0, guided_local_weight=0.25, guided_heads="trained"
     ),
-    "heads trained": rules(OFTEN, guided=Guided(heads="trained")),
-    "separate optimizers": rules(OFTEN, guided=Guided(optimizer="separate")),
-    "optimizer reset": rules(
-        Guidance(period=3, duration=2), guided=Guided(optimizer="reset")
-    ),
-    "learning rate": rules(OFTEN, guided=Guided(lr_scale=0.5)),
-    "falling local weights": rules(OFTEN, local_weight=WEIGHTS),
+    "heads trained": rules(OFTEN, guided_heads="trained"),
+    "separate optimizers": rules(OFTEN, guided_optimizer="separate"),
+    "optimizer reset": rules(Guidance(period=3, duration=2), guided_optimizer="reset"),
+    "learning rate": rules(OFTEN, guided_lr_scale=0.5),
+    "falling local weights": rules(OFTEN, **WEIGHTS),
     "all of it": rules(
         OFTEN,
-        guided=Guided(
-            weight=0.5,
-            local_weight=0.5,
-            heads="trained",
-            optimizer="separate",
-            lr_scale=0.5,
-        ),
-        local_weight=WEIGHTS,
+        guided_weight=0.5,
+        guided_local_weight=0.5,
+        guided_heads="trained",
+        guided_optimizer="separate",
+        guided_lr_scale=0.5,
+        **WEIGHTS,
         clip_norm=0.5,
     ),
 }
@@ -85,27 +80,34 @@ WINDOWED = {
     f"{n} stages": rules(Guidance(period=1, reach="window", window=n))
     for n in (1, 2, 3, 4, 9)
 } | {
-    "now and then": rules(WINDOW, local_weight=WEIGHTS),
+    "now and then": rules(WINDOW, **WEIGHTS),
     "with settings": rules(
         WINDOW,
-        guided=Guided(weight=0.5, optimizer="separate", lr_scale=0.5),
+        guided_weight=0.5,
+        guided_optimizer="separate",
+        guided_lr_scale=0.5,
         clip_norm=0.5,
     ),
 }
 STALE = {
     f"delay {delay}, {name}": rules(
-        Guidance(period=period, reach="stale", delay=delay), guided=Guided(**guided)
+        Guidance(period=period, reach="stale", delay=delay), **guided
     )
     for delay, period, name, guided in [
         (0, 2, "plain", {}),
         (1, 1, "always", {}),
-        (1, 2, "shrunk", {"shrink": 0.5, "weight": 2.0}),
+        (1, 2, "shrunk", {"guided_shrink": 0.5, "guided_weight": 2.0}),
         (2, 3, "plain", {}),
-        (1, 2, "mixed", {"local_weight": 0.5}),
-        (1, 2, "heads trained", {"heads": "trained"}),
-        (1, 1, "mixed, heads trained", {"local_weight": 0.5, "heads": "trained"}),
-        (1, 2, "separate", {"optimizer": "separate", "lr_scale": 0.5}),
-        (1, 3, "reset", {"optimizer": "reset"}),
+        (1, 2, "mixed", {"guided_local_weight": 0.5}),
+        (1, 2, "heads trained", {"guided_heads": "trained"}),
+        (
+            1,
+            1,
+            "mixed, heads trained",
+            {"guided_local_weight": 0.5, "guided_heads": "trained"},
+        ),
+        (1, 2, "separate", {"guided_optimizer": "separate", "guided_lr_scale": 0.5}),
+        (1, 3, "reset", {"guided_optimizer": "reset"}),
     ]
 } | {
     "interrupted": rules(
@@ -114,7 +116,7 @@ STALE = {
         )
     ),
     "clipped, weighted": rules(
-        Guidance(period=1, reach="stale"), local_weight=WEIGHTS, clip_norm=0.5
+        Guidance(period=1, reach="stale"), **WEIGHTS, clip_norm=0.5
     ),
 }
 KINDS = {"global": GLOBAL, "window": WINDOWED, "stale": STALE}
@@ -140,12 +142,9 @@ def piped(
         epochs=EPOCHS,
         balance=",".join(map(str, BALANCE)),
         guidance=told.guidance,
-        guided=told.guided,
-        local_weight=told.local_weight,
+        gradients=told.gradients,
         optimizer=told.optimizer,
         learning_rate=told.learning_rate,
-        clip_norm=told.clip_norm,
-        compare_every=int(told.compares),
         **options,
     )
 
@@ -195,25 +194,26 @@ def double_layers() -> list[Layer]:
 
 
 DOUBLES = [(x.double(), targets) for x, targets in BATCHES]
-MIXED = Guided(weight=0.7, local_weight=0.3, heads="trained", lr_scale=0.9)
+MIXED: dict[str, Any] = dict(
+    guided_weight=0.7,
+    guided_local_weight=0.3,
+    guided_heads="trained",
+    guided_lr_scale=0.9,
+)
 IN_DOUBLE = {
-    "global": rules(OFTEN, guided=MIXED, local_weight=WEIGHTS, compares=True),
+    "global": rules(OFTEN, **MIXED, **WEIGHTS, compares=True),
     "global, heads frozen": rules(
-        OFTEN, guided=Guided(local_weight=0.3), compares=True, clip_norm=0.3
+        OFTEN, guided_local_weight=0.3, compares=True, clip_norm=0.3
     ),
     "global, compared": rules(OFTEN, compares=True),
     "global, compared without a local weight": rules(
-        OFTEN, guided=MIXED, local_weight=NOTHING, compares=True
+        OFTEN, **MIXED, **NOTHING, compares=True
     ),
-    "window": rules(
-        WINDOW, guided=replace(MIXED, local_weight=0.0), local_weight=WEIGHTS
-    ),
+    "window": rules(WINDOW, **(MIXED | {"guided_local_weight": 0.0}), **WEIGHTS),
     "window of three": rules(
         Guidance(period=1, reach="window", window=3), clip_norm=0.3
     ),
-    "stale": rules(
-        Guidance(period=1, reach="stale"), guided=MIXED, local_weight=WEIGHTS
-    ),
+    "stale": rules(Guidance(period=1, reach="stale"), **MIXED, **WEIGHTS),
 }
 # Stale gradients are those of a whole batch.
 PARTS = [(name, n) for name in IN_DOUBLE for n in (1, 3) if n == 1 or name != "stale"]

@@ -7,48 +7,14 @@ from typing import Any
 import pytest
 
 from pglpipe.config import RunConfig
-from pglpipe.ingredients import compare_every, learning_rate
-from pglpipe.losses import LOSSES, LossSettings, build_loss
-
-SETTINGS = LossSettings((1, 1, 1, 1), (0.5,), (0.5,))
-
-
-@pytest.mark.parametrize(
-    ("options", "expected"),
-    [
-        ({}, 10),
-        ({"guidance_duration": 0}, 0),
-        ({"guidance_period": 1, "guidance_reach": "window"}, 0),
-        ({"compare_every": -1}, 10),
-        ({"compare_every": 0}, 0),
-        ({"compare_every": 3}, 3),
-        ({"compile": True}, 0),
-        ({"memory_budget": "9MiB"}, 0),
-        ({"compile": True, "compare_every": 0}, 0),
-    ],
-)
-def test_gradients_are_compared_as_asked_or_where_nothing_speaks_against_it(
-    options: dict[str, Any], expected: int
-) -> None:
-    assert compare_every(RunConfig(**options), build_loss("ce")) == expected
-
-
-@pytest.mark.parametrize("name", LOSSES)
-def test_microbatches_are_compared_if_their_losses_sum_to_that_of_the_batch(
-    name: str,
-) -> None:
-    loss = build_loss(name, SETTINGS)
-    for microbatches in (1, 2):
-        sums = microbatches == 1 or not loss.compares
-        found = compare_every(RunConfig(microbatches=microbatches), loss)
-        assert found == (10 if sums else 0)
+from pglpipe.ingredients import learning_rate
 
 
 @pytest.mark.parametrize("name", ["constant", "cosine"])
 def test_every_learning_rate_warms_up_and_again_in_the_final_phase(name: str) -> None:
     final: dict[str, Any] = {"guidance_final": 6, "final_lr": 0.5}
     warm: dict[str, Any] = {"warmup_epochs": 1.0, "final_warmup_epochs": 0.5}
-    config = RunConfig(lr_schedule=name, steps=20, **final, **warm)
+    config = RunConfig.of(lr_schedule=name, steps=20, **final, **warm)
     rate = learning_rate(config, steps_per_epoch=8)
     factors = [rate(step, 20) for step in range(20)]
     assert factors[:9] == [(step + 1) / 8 for step in range(8)] + [1.0]
@@ -59,21 +25,23 @@ def test_every_learning_rate_warms_up_and_again_in_the_final_phase(name: str) ->
 
 def test_infopro_s_learning_rate_begins_at_a_hundredth_and_falls_in_stairs() -> None:
     infopro: dict[str, Any] = dict(lr_schedule="infopro", lr=0.8, warmup_epochs=2.0)
-    config = RunConfig(**infopro, guidance_duration=0, steps=40)
+    config = RunConfig.of(**infopro, guidance_duration=0, steps=40)
     rate = learning_rate(config, steps_per_epoch=8)
     factors = [rate(step, 40) for step in range(40)]
     assert factors[:8] == pytest.approx([0.01 / 0.8] * 8)
     assert all(len({*factors[i : i + 8]}) == 1 for i in range(0, 40, 8))
     assert factors[16:] == sorted(factors[16:], reverse=True)
     # A final phase, which that code does not know, has a cosine of its own.
-    rate = learning_rate(RunConfig(**infopro, steps=40), steps_per_epoch=8)
+    rate = learning_rate(RunConfig.of(**infopro, steps=40), steps_per_epoch=8)
     assert [rate(step, 40) for step in range(36)] == factors[:36]
     assert [rate(step, 40) for step in (36, 38)] == pytest.approx([0.5, 0.25])
 
 
 def test_left_open_the_last_tenth_begins_with_half_the_learning_rate() -> None:
-    rate = learning_rate(RunConfig(steps=40), steps_per_epoch=8)
+    rate = learning_rate(RunConfig.of(steps=40), steps_per_epoch=8)
     factors = [rate(step, 40) for step in range(40)]
     assert factors[35] < 0.05 and factors[36] == 0.5
-    alone = learning_rate(RunConfig(steps=40, guidance_duration=0), steps_per_epoch=8)
+    alone = learning_rate(
+        RunConfig.of(steps=40, guidance_duration=0), steps_per_epoch=8
+    )
     assert alone(36, 40) < 0.05

@@ -65,12 +65,11 @@ class Batches:
 Path("run").mkdir(exist_ok=True)
 trainer = pglpipe.Trainer(
     [Part(stage) for stage in range(order()["stages"])],
-    num_stages=order()["stages"],
     loss=nn.CrossEntropyLoss(),
     optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.1),
-    head=lambda shape: nn.Linear(12, 12),
+    cut=pglpipe.Cut(order()["stages"], head=lambda shape: nn.Linear(12, 12)),
     guidance=pglpipe.ALWAYS if order()["phase"] == "global" else pglpipe.NEVER,
-    device="cpu",
+    machine=pglpipe.Machine(device="cpu"),
 )
 evaluates = order()["phase"] == "evaluate"
 trainer.fit(

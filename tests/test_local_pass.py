@@ -23,7 +23,6 @@ from pglpipe.commands import (
     has_training_batch,
 )
 from pglpipe.guidance import Guidance
-from pglpipe.guided import Guided
 from pglpipe.stage import Stage
 from pglpipe.steps.stale import StaleStep
 from pglpipe.transport import Links
@@ -40,11 +39,11 @@ def momentum(parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
     return torch.optim.SGD(parameters, lr=0.1, momentum=0.9)
 
 
-def stage(index: int, guided: Guided) -> Stage:
+def stage(index: int, **gradients: Any) -> Stage:
     torch.manual_seed(index)
     body = nn.Sequential(nn.Linear(3, 3), nn.Tanh())
     head = None if index == STAGES - 1 else nn.Linear(3, 3)
-    return factories.stage(index, body, head, optimizer=momentum, guided=guided)
+    return factories.stage(index, body, head, optimizer=momentum, **gradients)
 
 
 def run(
@@ -53,7 +52,7 @@ def run(
     *,
     delay: int,
     room: int = 1,
-    guided: Guided = Guided(),
+    **gradients: Any,
 ) -> tuple[list[Tensor], list[Line], list[Line]]:
     """Workers with so many stages each obey the commands.
 
@@ -62,7 +61,7 @@ def run(
     """
     ends = [sum(sizes[: rank + 1]) for rank in range(len(sizes))]
     stages = [
-        [stage(k, guided) for k in range(end - size, end)]
+        [stage(k, **gradients) for k in range(end - size, end)]
         for size, end in zip(sizes, ends, strict=True)
     ]
     down = [Line(room) for _ in sizes[1:]]
@@ -79,8 +78,8 @@ def run(
             rank=rank,
             num_workers=len(sizes),
             num_stages=STAGES,
-            guidance=Guidance(reach="stale", delay=delay, final=1),
-            guided=guided,
+            guidance=Guidance(period=10, reach="stale", delay=delay, final=1),
+            **gradients,
         )
         links = Links(
             inbox=source if rank == 0 else down[rank - 1],
@@ -117,6 +116,9 @@ def step_of(kind: str, step: int) -> TrainStep:
     return TrainStep("stale" if kind == "S" else "local", step, 0, len(BATCH[0]))
 
 
+MIXED: dict[str, Any] = dict(
+    guided_local_weight=0.5, guided_heads="trained", guided_shrink=0.5
+)
 LINES = [
     *("S" * n for n in (1, 2, 5, 9)),
     "SLLLLLLLLLLL",
@@ -140,10 +142,10 @@ LINES = [
 def test_whatever_interrupts_them_no_gradient_is_left_on_its_way(
     delay: int, line: str
 ) -> None:
-    for guided in (Guided(), Guided(local_weight=0.5, heads="trained", shrink=0.5)):
-        expected, _, _ = run(steps(line), CUTS[0], delay=delay, guided=guided)
+    for options in ({}, MIXED):
+        expected, _, _ = run(steps(line), CUTS[0], delay=delay, **options)
         for sizes in CUTS[1:]:
-            got, down, up = run(steps(line), sizes, delay=delay, guided=guided)
+            got, down, up = run(steps(line), sizes, delay=delay, **options)
             assert all(edge.messages.empty() for edge in [*down, *up]), sizes
             assert all(map(torch.equal, got, expected)), sizes
 
@@ -172,9 +174,9 @@ def test_the_end_of_a_run_forgets_what_was_under_way() -> None:
 
 
 def test_a_stage_keeps_its_inputs_only_until_their_gradients_come() -> None:
-    made = [stage(k, Guided()) for k in range(STAGES)]
+    made = [stage(k) for k in range(STAGES)]
     settings = factories.settings(
-        num_stages=STAGES, guidance=Guidance(reach="stale", delay=1)
+        num_stages=STAGES, guidance=Guidance(period=10, reach="stale", delay=1)
     )
     keeper = StaleStep(made, settings)
     nobody: Any = Nowhere(0)

@@ -65,7 +65,7 @@ def ends_of(
 
     def work(world: World) -> None:
         made = trainer(
-            world, layers, **({"edge_timeout": TIMEOUT, "num_stages": 2} | options)
+            world, layers, **({"edge_timeout": TIMEOUT, "stages": 2} | options)
         )
         made.prepare(image_batches(8))
         began = time.perf_counter()
@@ -111,7 +111,7 @@ def test_an_exception_in_a_layer_ends_every_worker(
 
 
 def test_the_middle_of_a_longer_pipeline_takes_both_sides_with_it() -> None:
-    ends, _ = ends_of(4, mined(2, when=2), MANY, balance="2,1,1,1,1", num_stages=5)
+    ends, _ = ends_of(4, mined(2, when=2), MANY, balance="2,1,1,1,1", stages=5)
     assert_one_line_for_all(ends, "rank", "(stage 1)", "at step 1, local step")
 
 
@@ -246,7 +246,7 @@ def test_what_has_been_done_before_may_not(rank: int) -> None:
     assert_one_line_for_all(ends, f"rank {rank} (stage {rank})", "is silent for 0.5 s")
 
 
-NAPPING: dict[str, Any] = dict(num_stages=2, balance="3,3", edge_timeout=0.5)
+NAPPING: dict[str, Any] = dict(stages=2, balance="3,3", edge_timeout=0.5)
 
 
 @pytest.mark.parametrize("rank", [0, 1])
@@ -266,7 +266,7 @@ def test_who_hangs_before_the_first_step_is_named(phase: str, rank: int) -> None
                 own.mailbox.check()
 
         own.recent.begin = hang  # type: ignore[method-assign]
-        made = trainer(own, small_resnet("resnet8"), num_stages=2, edge_timeout=1.0)
+        made = trainer(own, small_resnet("resnet8"), stages=2, edge_timeout=1.0)
         made.fit(MANY, epochs=1)
 
     ends = outcomes(2, work, timeout=40.0)

@@ -33,7 +33,6 @@ from torch import Tensor, nn
 
 from pglpipe import ALWAYS, NEVER, Guidance
 from pglpipe.errors import ConfigError, WorkerError
-from pglpipe.guided import Guided
 from pglpipe.layer import Layer
 from pglpipe.transport import World
 
@@ -162,8 +161,10 @@ def test_the_command_line_ends_with_one_line_and_no_traceback(
 
 # -- skip -----------------------------------------------------------------------------
 
-MIXED = Guided(local_weight=0.3, heads="trained", optimizer="separate")
-TRAINED = Guided(heads="trained")
+MIXED: dict[str, Any] = dict(
+    guided_local_weight=0.3, guided_heads="trained", guided_optimizer="separate"
+)
+TRAINED: dict[str, Any] = dict(guided_heads="trained")
 PARTS: dict[str, Any] = dict(microbatches=3, timetable="gpipe")
 WINDOW = Guidance(period=2, reach="window", window=3)
 
@@ -174,13 +175,13 @@ KINDS: dict[str, tuple[dict[str, Any], list[int]]] = {
     "global": (dict(guidance=ALWAYS), [0, 1, 2, 3]),
     "pgl": (dict(guidance=Guidance(period=3)), [0, 1, 2, 3]),
     "clipped": (dict(guidance=ALWAYS, clip_norm=0.1), [0, 1, 2, 3]),
-    "mixed": (dict(guidance=ALWAYS, guided=MIXED), [0, 1, 2, 3]),
-    "heads trained": (dict(guidance=ALWAYS, guided=TRAINED), [0, 1, 2, 3]),
+    "mixed": (dict(guidance=ALWAYS, **MIXED), [0, 1, 2, 3]),
+    "heads trained": (dict(guidance=ALWAYS, **TRAINED), [0, 1, 2, 3]),
     "recomputed": (dict(guidance=ALWAYS, recompute=True, **PARTS), [0, 1, 2, 3]),
     "window": (dict(guidance=Guidance(period=1, reach="window", window=3)), [0, 1, 2]),
     "stale": (dict(guidance=Guidance(period=2, reach="stale")), [2]),
     "stale mixed": (
-        dict(guidance=Guidance(period=2, reach="stale"), guided=MIXED),
+        dict(guidance=Guidance(period=2, reach="stale"), **MIXED),
         [2],
     ),
     "stale windows": (
@@ -323,6 +324,7 @@ def network(image_shape, num_classes):
 
 def test_an_unknown_policy_is_told_the_nearest() -> None:
     with pytest.raises(
-        ConfigError, match="unknown on_nonfinite 'skp': did you mean 'skip'?"
+        ConfigError,
+        match="unknown Gradients.on_nonfinite=. 'skp': did you mean 'skip'?",
     ):
         run(1, on_nonfinite="skp")

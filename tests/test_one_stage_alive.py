@@ -38,7 +38,7 @@ def peaks(stages: int, balance: str = "flops") -> dict[str, int]:
         1,
         resnet32(),
         BATCH,
-        num_stages=stages,
+        stages=stages,
         balance=balance,
         model="resnet32",
         guidance=guidance,

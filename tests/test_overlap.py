@@ -25,7 +25,7 @@ from testing.streams import (
 from testing.worlds import Trained, image_batches, sgd, small_resnet, train
 from torch import Tensor, nn
 
-from pglpipe import ALWAYS, NEVER, Guidance, Trainer
+from pglpipe import ALWAYS, NEVER, Cut, Guidance, Machine, Trainer
 from pglpipe.errors import ConfigError
 from pglpipe.layer import Layer
 from pglpipe.optimizer import StageOptimizer
@@ -238,12 +238,10 @@ def test_what_draws_random_numbers_is_refused(
     layers.insert(2, Layer("noise", layer))
     trainer = Trainer(
         layers,
-        num_stages=2,
+        cut=Cut(2, head=head),
         loss=nn.CrossEntropyLoss(),
         optimizer=sgd,
-        head=head,
-        device="cpu",
-        overlap_stages=True,
+        machine=Machine(device="cpu", overlap_stages=True),
     )
     with pytest.raises(ConfigError, match=f"no random numbers.*{culprit}.*drop"):
         trainer.prepare(image_batches(8))

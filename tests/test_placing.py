@@ -82,7 +82,7 @@ def depths(plan: Plan) -> list[int]:
 def test_three_heads_of_resnet110_have_six_five_and_four_blocks() -> None:
     sizes = "14,14,14,14"
     plan = planned(
-        resnet("resnet110"), CIFAR, num_stages=4, balance=sizes, head="auglocal-6"
+        resnet("resnet110"), CIFAR, stages=4, balance=sizes, head="auglocal-6"
     )
     assert depths(plan) == published(6, 4) == [6, 5, 4]
 
@@ -91,7 +91,7 @@ def test_three_heads_of_resnet110_have_six_five_and_four_blocks() -> None:
 @pytest.mark.usefixtures("uncounted")
 def test_the_recipe_for_resnet110_has_the_published_depths() -> None:
     config = resolve(ROOT / "recipes" / "auglocal-resnet110-cifar10.toml", {})
-    options = dict(num_stages=config.stages, balance=config.balance, head=config.head)
+    options = dict(stages=config.stages, balance=config.balance, head=config.head)
     plan = planned(resnet(config.model), CIFAR, **options)
     expected = published(6, 49)
     assert depths(plan) == expected and {*expected} == {6, 5, 4}
@@ -101,7 +101,7 @@ def test_the_recipe_for_resnet110_has_the_published_depths() -> None:
 def test_a_single_layer_each_has_the_published_depths_where_layers_remain() -> None:
     sizes = ",".join(["1"] * 15 + ["2"])
     plan = planned(
-        resnet("resnet32"), CIFAR, num_stages=16, balance=sizes, head="auglocal-3"
+        resnet("resnet32"), CIFAR, stages=16, balance=sizes, head="auglocal-3"
     )
     # After layer k there are 15 - k blocks to be shaped like.
     expected = [min(d, 15 - k) for k, d in enumerate(published(3, 16))]
@@ -114,7 +114,7 @@ def test_a_single_layer_each_has_the_published_depths_where_layers_remain() -> N
 )
 def test_the_plan_counts_the_heads_that_are_built(balance: str) -> None:
     layers = small_resnet("resnet20")
-    plan = planned(layers, SMALL, num_stages=4, balance=balance, head="auglocal-4")
+    plan = planned(layers, SMALL, stages=4, balance=balance, head="auglocal-4")
     remaining = [len(layers) - 1 - part.stop for part in slices(plan.balance)]
     expected = [min(d, n) for d, n in zip(published(4, 4), remaining, strict=False)]
     assert depths(plan) == expected

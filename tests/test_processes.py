@@ -259,7 +259,7 @@ class Faulty(nn.Module):
 if __name__ == "__main__":
     trainer = pglpipe.Trainer(
         [nn.Linear(6, 8), nn.Sequential(nn.Linear(8, 4), Faulty())],
-        num_stages=2,
+        cut=pglpipe.Cut(2, head="0c1f"),
         loss=nn.CrossEntropyLoss(),
         optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.1),
     )

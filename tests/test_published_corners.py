@@ -90,7 +90,7 @@ def test_each_corner_is_its_published_method_bit_by_bit(corner: str) -> None:
     guidance, balance = CORNERS[corner]
     losses, state = reference(guidance, balance)
     options: dict[str, Any] = dict(
-        num_stages=len(balance), balance=",".join(map(str, balance))
+        stages=len(balance), balance=",".join(map(str, balance))
     )
     trained = train(
         min(2, len(balance)),
@@ -107,7 +107,7 @@ def test_each_corner_is_its_published_method_bit_by_bit(corner: str) -> None:
 
 def test_one_stage_has_no_local_loss_but_the_true_one() -> None:
     never, always = (
-        train(1, small_resnet("resnet8"), BATCHES, num_stages=1, guidance=guidance)
+        train(1, small_resnet("resnet8"), BATCHES, stages=1, guidance=guidance)
         for guidance in (NEVER, ALWAYS)
     )
     assert never.summary.parameters_sha256 == always.summary.parameters_sha256

@@ -32,7 +32,7 @@ def layers() -> list[Any]:
     return [lambda: nn.Linear(6, 8), nn.Tanh, lambda: nn.Linear(8, 4)]
 
 
-OPTIONS: dict[str, Any] = dict(num_stages=2, head="0c1f", guidance=NEVER)
+OPTIONS: dict[str, Any] = dict(stages=2, head="0c1f", guidance=NEVER)
 
 
 def run(size: int, loader: Any, **options: Any) -> Trained:
@@ -247,6 +247,6 @@ def test_a_buffer_that_is_filled_again_is_copied_where_it_is_kept() -> None:
 
     for size in (1, 2):
         for reach in ("stale", "stale-window"):
-            options = dict(guidance=Guidance(period=1, reach=reach), num_stages=3)
+            options = dict(guidance=Guidance(period=1, reach=reach), stages=3)
             fresh, reused = (run(size, Reader(f), **options) for f in (True, False))
             assert same(fresh.body, reused.body)

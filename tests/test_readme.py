@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import io
 import re
 import runpy
@@ -14,10 +13,10 @@ import pytest
 import torch
 from testing.commands import ROOT, forked, run, torchrun
 
-from pglpipe.config import RunConfig
+from pglpipe.config import option_fields
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-FLAGS = {field.name for field in dataclasses.fields(RunConfig)} | {"config"}
+FLAGS = {name for _, name, _ in option_fields()} | {"config"}
 
 
 @pytest.fixture

@@ -133,9 +133,7 @@ def test_a_run_with_any_optimizer_goes_on(name: str, tmp_path: Path) -> None:
 
     def trained(size: int, **more: Any) -> Trained:
         options = dict(optimizer=OPTIMIZERS[name], learning_rate=falling, epochs=2)
-        return train(
-            size, layers, BATCHES, num_stages=2, head="0c1f", **options, **more
-        )
+        return train(size, layers, BATCHES, stages=2, head="0c1f", **options, **more)
 
     whole = trained(2, checkpoints=Checkpoints(tmp_path, every=3, keep=9))
     saved = folder_of(tmp_path, 3)
@@ -381,7 +379,7 @@ def test_another_cut_keeps_the_bodies_and_says_what_begins_anew(
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         stages = balance.count(",") + 1
-        options: dict[str, Any] = dict(balance=balance, num_stages=stages)
+        options: dict[str, Any] = dict(balance=balance, stages=stages)
         got = run(1, tmp_path / "then", resume=saved, **options)
     assert any("begin anew" in str(each.message) for each in said)
     assert got.summary.steps == STEPS
@@ -423,7 +421,7 @@ def test_what_layers_keep_as_plain_attributes_goes_on(
     layers = [lambda: nn.Linear(6, 8), Wanes, nn.Tanh, lambda: nn.Linear(8, 3)]
 
     def trained(size: int, balance: str = "2,2", **options: Any) -> Trained:
-        options |= dict(num_stages=1 + balance.count(","), balance=balance)
+        options |= dict(stages=1 + balance.count(","), balance=balance)
         options |= dict(head=lambda shape: nn.Sequential(Wanes(), nn.Linear(8, 3)))
         return train(size, layers, batches, evaluate=batches, **options)
 

@@ -351,7 +351,7 @@ def test_a_run_says_what_its_network_must_be_told_of_images(
 
 
 def test_every_worker_knows_the_classes(images: Path) -> None:
-    config = RunConfig(dataset="imagefolder", data_root=str(images))
+    config = RunConfig.of(dataset="imagefolder", data_root=str(images))
     first, second = on_every_rank(2, lambda world: load(config, world))
     assert second.classes == CLASSES and second.about() == first.about()
 
@@ -467,7 +467,7 @@ def test_who_asks_to_stop_when_all_is_done_has_the_weights_written(
 
 def test_what_no_longer_fits_its_memory_budget_is_told(images: Path) -> None:
     arguments: dict[str, Any] = dict(data_root=str(images), stages=2, width=4)
-    config = RunConfig(dataset="imagefolder", model="resnet8", **arguments)
+    config = RunConfig.of(dataset="imagefolder", model="resnet8", **arguments)
     plan = make_plan(config, num_workers=1)
     _warn_beyond(None, plan)
     _warn_beyond(2**40, plan)

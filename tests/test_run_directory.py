@@ -139,7 +139,7 @@ def test_the_summary_has_configuration_versions_and_results(tmp_path: Path) -> N
     folder.open(config)
     folder.finish(config, SUMMARY, ABOUT)
     assert strict((tmp_path / "summary.json").read_text()) == {
-        "config": dataclasses.asdict(config),
+        "config": config.options(),
         "versions": versions(),
         **ABOUT,
         **dataclasses.asdict(SUMMARY),

@@ -16,21 +16,19 @@ from typing import Any
 
 import pytest
 import torch
+from testing import factories
 from testing.kinds import BORROWING, KINDS, METHODS, MIXED
 from testing.pairs import Row, pairwise
 from testing.worlds import Trained, assert_same, image_batches, small_resnet, train
 
 from pglpipe import NEVER, Checkpoints, Guidance
 from pglpipe.checkpoint import folder_of
-from pglpipe.guided import Guided, LocalWeight
-from pglpipe.learning import PRECISIONS
-from pglpipe.losses import LossSettings, build_loss
+from pglpipe.device import PRECISIONS
 from pglpipe.wire import WIRE_FORMATS
 
 pytestmark = [pytest.mark.together, pytest.mark.usefixtures("planned_quickly")]
 
 BATCHES = image_batches(8, 8, 8, 5)
-SETTINGS = LossSettings((5, 0.05, 0.2, 0.5), (0.5,) * 3, (0.25,) * 3)
 
 
 # -- what must not depend on who computes it ------------------------------------------
@@ -100,17 +98,19 @@ GUIDANCE: dict[str, tuple[Guidance, Guidance, Guidance]] = {
         Guidance(period=2, reach="stale-window", window=2, unit="epoch", **END),
     ),
 }
-GUIDED = {
-    "plain": Guided(),
-    "weighted": Guided(weight=0.5, lr_scale=0.7, optimizer="separate"),
+GUIDED: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "weighted": dict(
+        guided_weight=0.5, guided_lr_scale=0.7, guided_optimizer="separate"
+    ),
     "mixed": MIXED,
-    "reset": Guided(optimizer="reset", heads="trained"),
-    "shrunk": Guided(weight=2.0, shrink=0.7),
+    "reset": dict(guided_optimizer="reset", guided_heads="trained"),
+    "shrunk": dict(guided_weight=2.0, guided_shrink=0.7),
 }
 # Heads and losses that send something of their own along the pipeline: nothing, images, weights.
 METHOD: dict[str, dict[str, Any]] = {
     "1c2f": {},
-    "infopro": dict(local_loss=build_loss("infopro", SETTINGS)),
+    "infopro": dict(local_loss=factories.local_loss("infopro")),
     "man": dict(head="man", refresh_every=2),
     "thin-3": dict(head="thin-3", refresh_every=1),
 }
@@ -130,7 +130,7 @@ FACTORS: dict[str, Any] = {
     "workers": ((4, 2), (2, 4), (4, 1), (2, 3)),
     "recompute": (True, False),
     "precision": PRECISIONS,
-    "clip": (math.inf, 0.1),
+    "clip": (0.0, 0.1),
     "policy": ("stop", "skip"),
     "compare": (0, 1),
     "falls": (False, True),
@@ -165,13 +165,14 @@ def test_settings_meet_pairwise_and_no_bit_depends_on_who_computes(
 ) -> None:
     told: dict[str, Any] = dict(
         guidance=GUIDANCE[row["reach"]][row["when"]],
-        guided=GUIDED[row["guided"]],
         edge_dtype=row["edge"],
         precision=row["precision"],
         clip_norm=row["clip"],
         on_nonfinite=row["policy"],
         compare_every=row["compare"],
-        local_weight=LocalWeight(end=0.5 if row["falls"] else 1.0, deepest=0.7),
+        local_weight_end=0.5 if row["falls"] else 1.0,
+        local_weight_deepest=0.7,
+        **GUIDED[row["guided"]],
         **METHOD[row["method"]],
         **PARTS[row["parts"]] | {"timetable": "gpipe"},
     )
@@ -200,10 +201,10 @@ def method(
     head: str = "1c2f", loss: str = "ce", refresh_every: int = 20
 ) -> dict[str, Any]:
     """A local loss and a head, in steps of all kinds that ask the heads."""
-    local_loss = build_loss(loss, SETTINGS)
+    local_loss = factories.local_loss(loss)
     return dict(
         guidance=Guidance(period=2),
-        guided=MIXED,
+        **MIXED,
         head=head,
         local_loss=local_loss,
         compare_every=1,

@@ -22,8 +22,8 @@ from torch import Tensor, nn
 from pglpipe import ALWAYS, NEVER, Guidance
 from pglpipe.data.batches import Batches
 from pglpipe.data.image_set import ImageSet, Recipe
+from pglpipe.device import PRECISIONS
 from pglpipe.layer import Layer
-from pglpipe.learning import PRECISIONS
 from pglpipe.transport import World
 from pglpipe.wire import WIRE_FORMATS
 
@@ -58,7 +58,7 @@ def on_images(
         batches(train=True),
         epochs=2,
         evaluate=batches(train=False),
-        num_stages=stages,
+        stages=stages,
         guidance=SHORT[guidance],
         **options,
     )

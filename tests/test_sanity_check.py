@@ -46,7 +46,7 @@ def mlp(*between: Any) -> list[Any]:
 
 def run(size: int, layers: Any, **options: Any) -> Trained:
     """Two stages on vectors, with every check."""
-    defaults = dict(num_stages=2, head="0c1f", guidance=NEVER, sanity_check=True)
+    defaults = dict(stages=2, head="0c1f", guidance=NEVER, sanity_check=True)
     return train(size, layers, VECTORS, **(defaults | options))
 
 
@@ -104,7 +104,7 @@ def test_what_fails_in_a_late_kind_fails_first(
 ) -> None:
     def work(world: Any) -> None:
         layers = mlp(lambda: FailsWhere(fails))
-        options: dict[str, Any] = dict(balance="1,2", num_stages=2, head="0c1f")
+        options: dict[str, Any] = dict(balance="1,2", stages=2, head="0c1f")
         made = trainer(
             world, layers, guidance=GUIDANCE["last"], sanity_check=True, **options
         )
@@ -123,7 +123,7 @@ def test_a_last_batch_that_no_stage_can_take_is_foreseen(size: int) -> None:
         lambda world: trainer(
             world,
             mlp(lambda: nn.BatchNorm1d(8)),
-            num_stages=2,
+            stages=2,
             balance="1,2",
             head="0c1f",
             sanity_check=True,
@@ -424,7 +424,7 @@ def test_a_batch_in_parts_is_the_batch(loss: Any, parts: dict[str, int]) -> None
         if isinstance(loss, nn.Module):
             loss.double()
         batches: list[Batch] = [(x.double(), t) for x, t in VECTORS]
-        options = dict(num_stages=2, head="0c1f", guidance=guidance, loss=loss)
+        options = dict(stages=2, head="0c1f", guidance=guidance, loss=loss)
         return train(size, layers, batches, sanity_check=True, **options, **more).body
 
     whole = trained(1)
@@ -481,7 +481,7 @@ def test_what_an_observer_changes_for_others_is_told() -> None:
     with pytest.warns(PglpipeWarning, match="'noise' of loss has changed while"):
 
         def work(world: World) -> None:
-            options: dict[str, Any] = dict(num_stages=2, balance="2,1", head="0c1f")
+            options: dict[str, Any] = dict(stages=2, balance="2,1", head="0c1f")
             made = trainer(world, mine.net, loss=mine.loss, observer=mine, **options)
             made.fit(VECTORS, epochs=1)
             made.close()

@@ -18,7 +18,6 @@ from torch import Tensor, nn
 
 from pglpipe import NEVER, Guidance
 from pglpipe.errors import ConfigError
-from pglpipe.guided import Guided
 from pglpipe.heads import Site, build_head
 from pglpipe.layer import Layer, initialize
 from pglpipe.seeding import derive, seeded
@@ -164,7 +163,7 @@ KINDS: dict[str, tuple[Guidance, dict[str, Any]]] = {
     "all stages": (guidance(STAGES), {}),
     "some steps": (guidance(3, period=4), {}),
     "until a global end": (guidance(3, delay=2, final=3), {}),
-    "shrunk": (guidance(3), {"guided": Guided(shrink=0.5)}),
+    "shrunk": (guidance(3), {"guided_shrink": 0.5}),
     "clipped": (guidance(3), {"clip_norm": 0.1}),
     "rounded edges": (guidance(2), {"edge_dtype": "int8"}),
 }

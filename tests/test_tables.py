@@ -10,7 +10,7 @@ from rich.console import Console
 from torch import nn
 
 from pglpipe import Summary, tables
-from pglpipe.memory import MemorySettings
+from pglpipe.memory import Memory
 from pglpipe.partition import StageRow
 from pglpipe.plan import Plan
 
@@ -26,7 +26,7 @@ PLAN = Plan(
     activations=[],
     layouts=[],
     head=lambda shape, position: nn.Identity(),
-    memory=MemorySettings(recompute=True, microbatches=8),
+    memory=Memory(recompute=True, microbatches=8),
     predicted=[{"local": 2**21, "global": 2**11}, {"local": 2**20, "global": 0}],
 )
 SUMMARY = Summary(

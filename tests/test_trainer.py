@@ -236,7 +236,7 @@ def test_the_learning_rate_sees_every_step_and_their_number() -> None:
         asked.append((step, total_steps))
         return 0.0
 
-    trained = run(1, epochs=2, learning_rate=half, num_stages=1, balance="5")
+    trained = run(1, epochs=2, learning_rate=half, stages=1, balance="5")
     # It was asked before, too, to see whether it always says the same.
     assert asked[-6:] == [(step, 6) for step in range(6)]
     fresh = dict(assemble(small_resnet("resnet8"), 0).named_parameters())
@@ -249,7 +249,7 @@ def test_ten_lines_are_enough() -> None:
     )
     made = Trainer(
         layers,
-        num_stages=2,
+        stages=2,
         loss=nn.CrossEntropyLoss(),
         optimizer=lambda params: torch.optim.SGD(params, lr=0.1, momentum=0.9),
         guidance=Guidance(period=10, duration=1),
@@ -267,7 +267,7 @@ def test_a_network_that_does_not_classify_has_losses_and_no_accuracy() -> None:
         [lambda: nn.Linear(6, 5), nn.Tanh, lambda: nn.Linear(5, 3)],
         loader,
         evaluate=loader,
-        num_stages=2,
+        stages=2,
         head="0c1f",
         loss=nn.MSELoss(),
     )
@@ -301,14 +301,23 @@ def test_a_trainer_can_evaluate_before_it_fits() -> None:
 # -- what is refused ------------------------------------------------------------------
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
-    "no stage": ({"num_stages": 0}, "at least 1 for num_stages, got 0"),
+    "no stage": ({"stages": 0}, "at least 1 for num_stages, got 0"),
     "no microbatch": ({"microbatches": 0}, "at least 1 for microbatches"),
     "no slot": ({"queue_depth": 0}, "at least 1 for queue_depth"),
     "timetable": ({"timetable": "1f2b"}, "did you mean '1f1b'"),
     "transport": ({"transport": "p2"}, "did you mean 'p2p'"),
-    "clipping to nothing": ({"clip_norm": 0.0}, "above 0 for clip_norm, got 0"),
-    "clipping to nonsense": ({"clip_norm": math.nan}, "above 0 for clip_norm, got nan"),
-    "reach": ({"guidance": Guidance(reach="windows")}, "did you mean 'window'"),
+    "clipping to nothing": (
+        {"clip_norm": 0.0},
+        "above 0 for Gradients.clip_norm=., got 0",
+    ),
+    "clipping to nonsense": (
+        {"clip_norm": math.nan},
+        "above 0 for Gradients.clip_norm=., got nan",
+    ),
+    "reach": (
+        {"guidance": Guidance(period=10, reach="windows")},
+        "did you mean 'window'",
+    ),
     "device": ({"device": "cpus"}, "did you mean 'cpu'"),
 }
 
@@ -331,7 +340,7 @@ LATE: dict[str, tuple[dict[str, Any], str]] = {
     "head": ({"head": "2c1f"}, "did you mean"),
     "balance": ({"balance": "flop"}, "did you mean 'flops'"),
     "sizes": ({"balance": "1,1,1,1"}, "sums to 4"),
-    "too many stages": ({"num_stages": 6}, "6"),
+    "too many stages": ({"stages": 6}, "6"),
     "no such weights": ({"weights": Path("/no/such/file")}, "no such file"),
 }
 
@@ -348,7 +357,7 @@ def test_what_only_the_network_shows_is_refused_on_one_line(mistake: str) -> Non
 
 
 def test_more_workers_than_stages_are_refused_on_every_worker() -> None:
-    ends = outcomes(3, lambda world: trainer(world, small_resnet(), num_stages=2))
+    ends = outcomes(3, lambda world: trainer(world, small_resnet(), stages=2))
     assert all(isinstance(end, UserError) for end in ends)
     assert len({str(end) for end in ends}) == 1
     assert "3 workers for 2 stages; start 2" in str(ends[0])
@@ -450,7 +459,7 @@ def test_a_users_own_modules_hold_what_was_trained_on_worker_0(size: int) -> Non
 
     def work(world: World) -> tuple[Tensor, bool, Any]:
         own = copy.deepcopy(network)  # as in a process of its own
-        made = trainer(world, own, num_stages=2, balance="2,2", head="0c1f")
+        made = trainer(world, own, stages=2, balance="2,2", head="0c1f")
         made.fit([(x, targets)] * 4, epochs=2)
         body, _ = made.weights()
         made.close()
@@ -482,7 +491,7 @@ def test_a_head_is_asked_for_where_the_network_is_cut_and_nowhere_else(
         lambda: nn.Linear(4, 2),
     ]
     batches = [(torch.rand(2, 1, 4, 8, 8), torch.arange(2))]
-    train(2, layers, batches, num_stages=2, balance=balance, head=head)
+    train(2, layers, batches, stages=2, balance=balance, head=head)
     assert shapes == {(4, 4, 8, 8)}
 
 
@@ -496,7 +505,7 @@ def test_a_head_that_is_another_one_each_time_is_refused() -> None:
     layers = [lambda: nn.Linear(6, 8), lambda: nn.Linear(8, 3)]
     batches = [(torch.randn(4, 6), torch.tensor([0, 1, 2, 0]))]
     with pytest.raises(UserError, match="the head of stage 0 to be the same whenever"):
-        train(1, layers, batches, num_stages=2, balance="1,1", head=head)
+        train(1, layers, batches, stages=2, balance="1,1", head=head)
 
 
 def test_what_builders_draw_from_other_generators_is_seeded_too() -> None:
@@ -506,5 +515,5 @@ def test_what_builders_draw_from_other_generators_is_seeded_too() -> None:
         return layer
 
     batches = [(torch.randn(4, 6), torch.tensor([0, 1, 2, 0]))]
-    bodies = [train(1, [build], batches, num_stages=1).body for _ in range(2)]
+    bodies = [train(1, [build], batches, stages=1).body for _ in range(2)]
     assert same(*bodies) and bodies[0]["0.bias"].unique().numel() == 3

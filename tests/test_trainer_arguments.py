@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from testing.sections import SECTIONS, grouped
 from testing.worlds import image_batches, outcomes, same, train, trainer
 from torch import nn
 from torch.optim import LBFGS, SGD
@@ -49,9 +50,10 @@ def tiny() -> list[Callable[[], nn.Module]]:
 
 
 GIVEN: dict[str, Any] = dict(
-    num_stages=2, loss=nn.CrossEntropyLoss(), optimizer=SGD, device="cpu"
+    stages=2, loss=nn.CrossEntropyLoss(), optimizer=SGD, device="cpu"
 )
-SMALL: dict[str, Any] = dict(num_stages=2, head="0c1f")
+GROUPED = grouped(GIVEN)
+SMALL: dict[str, Any] = dict(stages=2, head="0c1f")
 SGD_OF_ONE = SGD([nn.Parameter(torch.ones(1))], lr=0.1)
 WHOLE, FLAG = "a whole number of at least", "expected True or False for"
 
@@ -71,32 +73,56 @@ REFUSED: list[tuple[str, Any, str]] = [
     ("loss", "ce", "expected a loss for loss, got 'ce'"),
     ("loss", None, "expected a loss for loss, got None"),
     ("loss", nn.MSELoss(reduction="none"), "got MSELoss with reduction='none'; choose"),
-    ("local_loss", nn.CrossEntropyLoss, "a loss for local_loss, got the class Cross"),
-    ("local_loss", "predsim", "a loss for local_loss, got 'predsim'"),
+    (
+        "local_loss",
+        nn.CrossEntropyLoss,
+        r"a loss for Cut\(local_loss=\), got the class Cross",
+    ),
+    (
+        "local_loss",
+        "predsm",
+        r"unknown Cut\(local_loss=\) 'predsm': did you mean 'predsim'",
+    ),
     ("local_loss", nn.NLLLoss(reduction="none"), "NLLLoss with reduction='none'"),
     ("guidance", 10, r"a Guidance for guidance, got 10; pass Guidance\(period=10\)"),
     ("guidance", "always", "a Guidance for guidance, got 'always'"),
     ("guidance", Guidance, "a Guidance for guidance, got the class Guidance"),
-    ("guided", 0.5, "a Guided for guided, got 0.5"),
-    ("local_weight", 0.5, "a LocalWeight for local_weight, got 0.5"),
-    ("head", nn.Linear(1, 1), "for head, got an object of class Linear; pass lambda"),
-    ("head", None, "for head, got None"),
-    ("head", "2c1f", "unknown head '2c1f': did you mean"),
-    ("num_stages", 2.0, f"{WHOLE} 1 for num_stages, got 2.0"),
-    ("num_stages", "2", f"{WHOLE} 1 for num_stages, got '2'"),
-    ("num_stages", True, f"{WHOLE} 1 for num_stages, got True"),
-    ("microbatches", "auto", f"{WHOLE} 1 for microbatches, got 'auto'"),
-    ("local_microbatches", 0, f"{WHOLE} 1 for local_microbatches, got 0"),
-    ("memory_budget", "300MiB", "memory_budget, got '300MiB'; pass bytes, such as 300"),
-    ("memory_budget", 0, f"{WHOLE} 1 for memory_budget, got 0"),
-    ("clip_norm", None, "for clip_norm, got None; math.inf is for no limit"),
-    ("clip_norm", math.nan, "above 0 for clip_norm, got nan"),
-    ("device", torch.device("cuda", 1), "for device, got 'cuda:1'.*LOCAL_RANK"),
-    ("device", "gpu", "unknown device 'gpu': .*valid: auto, cpu, cuda"),
-    ("device", 0, "one of auto, cpu, cuda for device, got 0"),
-    ("seed", None, f"{WHOLE} 0 for seed, got None"),
-    ("seed", -1, f"{WHOLE} 0 for seed, got -1"),
-    ("seed", 2**63, f"{WHOLE} 0 for seed, got {2**63}"),
+    ("gradients", 0.5, "a Gradients for gradients, got 0.5"),
+    ("machine", "cpu", "a Machine for machine, got 'cpu'"),
+    (
+        "head",
+        nn.Linear(1, 1),
+        r"for Cut\(head=\), got an object of class Linear; pass lambda",
+    ),
+    ("head", None, r"for Cut\(head=\), got None"),
+    ("head", "2c1f", r"unknown Cut\(head=\) '2c1f': did you mean"),
+    ("stages", 2.0, rf"{WHOLE} 1 for Cut\(stages=\), got 2.0"),
+    ("stages", "2", rf"{WHOLE} 1 for Cut\(stages=\), got '2'"),
+    ("stages", True, rf"{WHOLE} 1 for Cut\(stages=\), got True"),
+    ("microbatches", "auto", rf"{WHOLE} 1 for Memory\(microbatches=\), got 'auto'"),
+    ("local_microbatches", 0, rf"{WHOLE} 1 for Memory\(local_microbatches=\), got 0"),
+    (
+        "memory_budget",
+        "300 apples",
+        r"bytes for Memory\(budget=\), .* got '300 apples'",
+    ),
+    ("memory_budget", 0, rf"{WHOLE} 1 for Memory\(budget=\), got 0"),
+    (
+        "clip_norm",
+        None,
+        r"for Gradients\(clip_norm=\), got None; math.inf is for no limit",
+    ),
+    ("clip_norm", math.nan, r"at least 0 for Gradients\(clip_norm=\), got nan"),
+    (
+        "device",
+        torch.device("cuda", 1),
+        r"for Machine\(device=\), got 'cuda:1'.*LOCAL_RANK",
+    ),
+    ("device", "gpu", r"unknown Machine\(device=\) 'gpu': .*valid: auto, cpu, cuda"),
+    ("device", 0, r"one of auto, cpu, cuda for Machine\(device=\), got 0"),
+    ("seed", None, rf"{WHOLE} 0 for Machine\(seed=\), got None"),
+    ("seed", -1, rf"{WHOLE} 0 for Machine\(seed=\), got -1"),
+    ("seed", 2**63, rf"{WHOLE} 0 for Machine\(seed=\), got {2**63}"),
     (
         "observer",
         Half(),
@@ -109,31 +135,42 @@ REFUSED: list[tuple[str, Any, str]] = [
         "learning_rate, got 0.1; .*the rate itself is the optimizer",
     ),
     ("learning_rate", np.float32, "learning_rate, got the class float32"),
-    ("weights", 3, "a safetensors file for weights, got 3"),
-    ("weights", "/no/such", "safetensors file for weights, found no such file: /no"),
-    ("weights", "/", "safetensors file for weights, found no such file: /"),
-    ("balance", [2, 2.5], r"numbers of layers.* for balance, got \[2, 2.5\]"),
-    ("balance", [], r"for balance, got \[\]"),
-    ("balance", 5, "for balance, got 5"),
-    ("queue_depth", 0, f"{WHOLE} 1 for queue_depth, got 0"),
-    ("queue_depth", 1.5, f"{WHOLE} 1 for queue_depth, got 1.5"),
-    ("compare_every", -1, f"{WHOLE} 0 for compare_every, got -1"),
-    ("compare_every", True, f"{WHOLE} 0 for compare_every, got True"),
-    ("refresh_every", 0, f"{WHOLE} 1 for refresh_every, got 0"),
-    ("edge_timeout", 0, "finite number above 0 for edge_timeout, got 0"),
-    ("edge_timeout", math.inf, "finite number above 0 for edge_timeout, got inf"),
-    ("edge_timeout", "60", "finite number above 0 for edge_timeout, got '60'"),
-    ("timetable", None, "one of 1f1b, gpipe for timetable, got None"),
-    ("edge_dtype", torch.bfloat16, "for edge_dtype, got an object of class dtype"),
-    ("precision", "fp16", "unknown precision 'fp16': did you mean"),
-    ("transport", "p2", "unknown transport 'p2': did you mean 'p2p'"),
-    ("on_nonfinite", "skp", "unknown on_nonfinite 'skp': did you mean 'skip'"),
-    ("recompute", "no", f"{FLAG} recompute, got 'no'"),
-    ("compile", 1, f"{FLAG} compile, got 1"),
-    ("overlap_stages", None, f"{FLAG} overlap_stages, got None"),
-    ("model", None, "expected a name for model, got None"),
+    ("balance", [2, 2.5], r"numbers of layers.* for Cut\(balance=\), got \[2, 2.5\]"),
+    ("balance", [], r"for Cut\(balance=\), got \[\]"),
+    ("balance", 5, r"for Cut\(balance=\), got 5"),
+    ("queue_depth", 0, rf"{WHOLE} 1 for Edges\(queue_depth=\), got 0"),
+    ("queue_depth", 1.5, rf"{WHOLE} 1 for Edges\(queue_depth=\), got 1.5"),
+    ("compare_every", -1, rf"{WHOLE} 0 for Gradients\(compare_every=\), got -1"),
+    ("compare_every", True, rf"{WHOLE} 0 for Gradients\(compare_every=\), got True"),
+    ("refresh_every", 0, rf"{WHOLE} 1 for Cut\(refresh_every=\), got 0"),
+    ("edge_timeout", 0, r"finite number above 0 for Edges\(timeout=\), got 0"),
+    ("edge_timeout", math.inf, r"finite number above 0 for Edges\(timeout=\), got inf"),
+    ("edge_timeout", "60", r"finite number above 0 for Edges\(timeout=\), got '60'"),
+    ("timetable", None, r"one of 1f1b, gpipe for Memory\(timetable=\), got None"),
+    (
+        "edge_dtype",
+        torch.bfloat16,
+        r"for Edges\(dtype=\), got an object of class dtype",
+    ),
+    ("precision", "fp16", r"unknown Machine\(precision=\) 'fp16': did you mean"),
+    ("transport", "p2", r"unknown Edges\(transport=\) 'p2': did you mean 'p2p'"),
+    (
+        "on_nonfinite",
+        "skp",
+        r"unknown Gradients\(on_nonfinite=\) 'skp': did you mean 'skip'",
+    ),
+    ("recompute", "no", rf"{FLAG} Memory\(recompute=\), got 'no'"),
+    ("compile", 1, rf"{FLAG} Machine\(compile=\), got 1"),
+    ("overlap_stages", None, rf"{FLAG} Machine\(overlap_stages=\), got None"),
     ("world", 2, "a World for world, got 2"),
 ]
+
+
+def argued(name: str, value: Any) -> dict[str, Any]:
+    """The arguments that are given, one of them, or one of a section's, being ``value``."""
+    if name in SECTIONS:
+        return GROUPED | {name: value}
+    return grouped(GIVEN | {name: value})
 
 
 @pytest.mark.parametrize(("name", "value", "words"), REFUSED)
@@ -141,7 +178,7 @@ def test_it_says_what_is_expected_what_came_and_how_to_repair_it(
     name: str, value: Any, words: str
 ) -> None:
     with pytest.raises(UserError, match=words) as raised:
-        Trainer(tiny(), **(GIVEN | {name: value}))
+        Trainer(tiny(), **argued(name, value))
     assert "\n" not in str(raised.value) and "--" not in str(raised.value)
 
 
@@ -149,13 +186,13 @@ def test_nothing_is_begun_for_arguments_that_are_refused(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("pglpipe.trainer.join", lambda timeout: 1 / 0)
-    with pytest.raises(UserError, match="edge_timeout"):
-        Trainer(tiny(), **GIVEN, edge_timeout="long")
+    with pytest.raises(UserError, match="for machine, got 'cpu'"):
+        Trainer(tiny(), **(GROUPED | {"machine": "cpu"}))
 
 
 def test_what_is_missing_or_unknown_is_told_by_python() -> None:
-    with pytest.raises(TypeError, match="__init__.*missing .*'num_stages'"):
-        Trainer([], loss=None, optimizer=None)  # type: ignore[call-arg, arg-type]
+    with pytest.raises(TypeError, match="__init__.*missing .*'optimizer'"):
+        Trainer([], loss=nn.MSELoss())  # type: ignore[call-arg]
     with pytest.raises(TypeError, match="unexpected keyword argument 'stages'"):
         Trainer([], stages=2)  # type: ignore[call-arg]
 
@@ -163,7 +200,7 @@ def test_what_is_missing_or_unknown_is_told_by_python() -> None:
 ALSO: dict[str, dict[str, Any]] = {
     "balance": {"balance": [2, 2]},
     "balance of NumPy's numbers": {"balance": tuple(np.array([2, 2]))},
-    "numbers of NumPy's": {"num_stages": np.int64(2), "clip_norm": np.float32("inf")},
+    "numbers of NumPy's": {"stages": np.int64(2), "clip_norm": np.float32("inf")},
     "device": {"device": torch.device("cpu")},
     "class of optimizers": {"optimizer": SGD},
 }
@@ -177,6 +214,18 @@ def test_other_ways_to_say_the_same_do_the_same(what: str) -> None:
     assert same(got.body, expected.body)
 
 
+def test_weights_are_those_of_a_file(tmp_path: Path) -> None:
+    made = trainer(World(), tiny(), **SMALL)
+    for wrong, words in ((3, "got 3"), ("/no/such", "no such file: /no"), ("/", ": /")):
+        with pytest.raises(UserError, match=f"a safetensors file for path, .*{words}"):
+            made.load(wrong)  # type: ignore[arg-type]
+    made.evaluate(BATCHES)
+    made.save(tmp_path / "weights.safetensors")
+    with pytest.raises(UserError, match="expected load before fit and evaluate"):
+        made.load(tmp_path / "weights.safetensors")
+    made.close()
+
+
 def test_weights_may_be_a_text(tmp_path: Path) -> None:
     path = tmp_path / "weights.safetensors"
     made = trainer(World(), tiny(), **SMALL)
@@ -184,7 +233,8 @@ def test_weights_may_be_a_text(tmp_path: Path) -> None:
     made.save(path)
     digests = set()
     for weights in (path, str(path)):
-        again = trainer(World(), tiny(), **SMALL, weights=weights, seed=5)
+        again = trainer(World(), tiny(), **SMALL, seed=5)
+        again.load(weights)
         digests.add(again.evaluate(BATCHES).parameters_sha256)
         again.close()
     digests.add(made.evaluate(BATCHES).parameters_sha256)
@@ -269,4 +319,4 @@ def test_fit_can_be_called_again_after_a_mistake(
 
 def test_a_missing_file_of_weights_is_an_error_of_data() -> None:
     with pytest.raises(DataError):
-        trainer(World(), tiny(), weights=Path("/no/such/file"))
+        trainer(World(), tiny()).load(Path("/no/such/file"))

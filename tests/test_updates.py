@@ -102,7 +102,7 @@ def test_groups_keep_the_proportion_of_their_learning_rates() -> None:
 
 def test_gradients_are_forgotten_whoever_is_in_charge() -> None:
     weight = nn.Parameter(torch.zeros(()))
-    updates = Updates([weight], learning(guided=Guided(optimizer="separate")))
+    updates = Updates([weight], learning(guided_optimizer="separate"))
     weight.grad = torch.ones(())
     updates.zero_grad()
     assert weight.grad is None

@@ -62,7 +62,7 @@ def test_gradients_lie_in_memory_alike_on_any_number_of_workers(
                 size,
                 layers(),
                 image_batches(8, 8, 5),
-                num_stages=5,
+                stages=5,
                 balance="1,1,1,1,1",
                 head="0c1f",
                 microbatches=2,

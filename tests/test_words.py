@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import dataclasses
 import functools
 import inspect
 import re
@@ -16,37 +15,33 @@ from testing.worlds import at_once
 from torch.utils.data import DataLoader
 
 import pglpipe
-from pglpipe import checks, guidance, guided, saving
-from pglpipe.config import RunConfig
+from pglpipe import checks
+from pglpipe.config import RunConfig, option_fields, sections
 from pglpipe.data import load
 from pglpipe.errors import ONLY_IN_PYTHON, ConfigError, command_line_style, setting
 from pglpipe.guidance import Guidance
-from pglpipe.losses import LossSettings, build_loss
-from pglpipe.memory import MemorySettings
+from pglpipe.losses import build_loss
 from pglpipe.models import build
-from pglpipe.trainer_arguments import FIT, TRAINER
+from pglpipe.trainer_arguments import FIT, LOAD, TRAINER
 
 ROOT = Path(pglpipe.__file__).parent
-OPTIONS = {field.name for field in dataclasses.fields(RunConfig)}
+OPTIONS = {name for _, name, _ in option_fields()}
 
 # Whose parameters may be named without saying whose they are, and with it.
-CALLED = (pglpipe.Trainer, pglpipe.Trainer.fit, pglpipe.Checkpoints, build, load)
+CALLED = (
+    *(pglpipe.Trainer, pglpipe.Trainer.fit, pglpipe.Trainer.load, pglpipe.Checkpoints),
+    *(build, load),
+)
 OBJECTS = {
-    kind.__name__: kind
-    for kind in (
-        *(pglpipe.Checkpoints, pglpipe.Guidance, pglpipe.Guided, pglpipe.LocalWeight),
-        *(LossSettings, DataLoader, build_loss),
-    )
+    kind.__name__: kind for kind in (*(*sections().values(), DataLoader, build_loss),)
 }
 # What a trainer knows nothing of.
 TOLD = ("the optimizer's lr", "the loader's batch size")
 # What is told to users of the command line alone.
 COMMANDS = (
-    *("run", "config", "config_checks", "config_file", "options", "resuming", "cli"),
+    *("run", "config", "config_file", "resuming", "cli"),
     *("findings", "tables", "run_directory", "ingredients", "material", "errors"),
 )
-# The same, of the texts that two options are given as.
-TYPED = ("expected bytes for --memory-budget", "expected four numbers for --infopro")
 
 
 @functools.cache
@@ -63,9 +58,8 @@ def trees() -> Iterator[tuple[Path, ast.Module]]:
 
 def names() -> set[str]:
     """All that ``setting`` is asked for, here or there."""
-    found = {*TRAINER, *FIT, "loss", "local_loss"}
-    rules = (guidance._RULES, guided._GUIDED, guided._LOCAL_WEIGHT, saving._RULES)
-    found |= {name for table in rules for name, _ in table.values()}
+    found = {*TRAINER, *FIT, *LOAD, "loss"}
+    found |= OPTIONS
     for _, tree in trees():
         for node in ast.walk(tree):
             if isinstance(node, ast.Call) and ast.unparse(node.func) == "setting":
@@ -107,7 +101,7 @@ def test_options_are_spelled_out_only_where_the_command_line_alone_reads_them() 
             continue
         for text in spoken(tree):
             flags = set(re.findall(r"--[a-z][\w-]*", text)) - {"--nproc_per_node"}
-            assert not flags or text.startswith(TYPED), (path, text)
+            assert not flags, (path, text)
 
 
 def spoken(tree: ast.Module) -> Iterator[str]:
@@ -122,22 +116,18 @@ def spoken(tree: ast.Module) -> Iterator[str]:
 def test_one_mistake_reads_differently_here_and_on_the_command_line() -> None:
     def told() -> str:
         with pytest.raises(ConfigError) as raised:
-            checks.check_together(
-                MemorySettings(),
-                True,
-                True,
-                False,
-                *(Guidance(), pglpipe.Guided(), pglpipe.LocalWeight()),
-            )
+            sections = pglpipe.Cut(), Guidance(), pglpipe.Gradients()
+            budget, compiled = pglpipe.Memory(budget=1), pglpipe.Machine(compile=True)
+            checks.Asked(*sections, budget, compiled).check()
         return str(raised.value)
 
     here = told()
     with command_line_style():
         there = told()
     reason = (
-        "got both: what compiled stages keep for backward cannot be foretold; drop one"
+        "got both: what compiled stages keep for backward cannot be predicted; drop one"
     )
-    assert here == f"expected compile=True or memory_budget, {reason}"
+    assert here == f"expected Machine(compile=True) or Memory(budget=), {reason}"
     assert there == f"expected --compile or --memory-budget, {reason}"
 
 
@@ -159,9 +149,9 @@ def test_all_threads_speak_alike_until_the_last_block_is_left() -> None:
         left.set()
 
     assert at_once(first, second) == [None, None]
-    assert said == ["--seed 1"] * 2 and setting("seed", 1) == "seed=1"
+    assert said == ["--seed 1"] * 2 and setting("seed", 1) == "Machine(seed=1)"
 
 
 def test_a_configuration_speaks_of_options_whoever_makes_it() -> None:
     with pytest.raises(ConfigError, match="lower it, or raise --guidance-period"):
-        RunConfig(guidance_period=3, guidance_duration=4)
+        RunConfig.of(guidance_period=3, guidance_duration=4)

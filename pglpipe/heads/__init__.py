@@ -19,14 +19,13 @@ from functools import partial
 
 from torch import nn
 
-from pglpipe.errors import ConfigError, nearest, setting
+from pglpipe.errors import ConfigError, nearest, setting, shown
 from pglpipe.heads.auglocal import auglocal_head
 from pglpipe.heads.borrowed import Borrowed, borrowed, man_head, solo_head, thin_head
 from pglpipe.heads.conv import TOKEN_HEADS, conv_head
 from pglpipe.heads.dgl import cnn_head, mlp_head, mlp_sr_head
 from pglpipe.heads.pred import pred_head
 from pglpipe.heads.site import Site
-from pglpipe.options import shown
 
 __all__ = [
     "Borrowed",
@@ -35,6 +34,7 @@ __all__ = [
     "HeadFunction",
     "Site",
     "borrowed",
+    "borrows",
     "build_head",
     "find_head",
 ]
@@ -62,6 +62,14 @@ DEEP: dict[str, Callable[..., nn.Module]] = {
 }
 
 HEAD_NAMES = (*sorted(HEADS), *(f"{name}-D" for name in DEEP))  # as shown to users
+
+
+BORROWING = ("man", "solo", "thin")  # without their depth
+
+
+def borrows(head: object) -> bool:
+    """Whether a head of this name borrows layers; of a user's own nobody knows."""
+    return not isinstance(head, str) or head.partition("-")[0] in BORROWING
 
 
 def find_head(name: str) -> HeadFunction:

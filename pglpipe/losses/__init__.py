@@ -13,37 +13,47 @@ name                  what is minimized                                    exit
 
 Nøkland & Eidnes' ``pred`` is ``ce`` with the head ``pred``, their ``predsim`` is ``predsim`` with it.
 
-A new loss is a class derived from :class:`LocalLoss` and one line in :data:`LOSSES`.
+A new loss is a class derived from :class:`LocalLoss` and an entry in :data:`LOSSES`. Its hyper-parameters are a
+:class:`~pglpipe.options.Section` in that entry, from which they become options.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-
 from torch import nn
 
 from pglpipe.errors import ConfigError, nearest, setting
-from pglpipe.losses.base import Beside, LocalLoss, Loss, Shape, Supervised
+from pglpipe.losses.base import (
+    Beside,
+    LocalLoss,
+    Loss,
+    LossFacts,
+    LossKind,
+    Shape,
+    Supervised,
+)
 from pglpipe.losses.contrast import SupervisedContrast, contrast
 from pglpipe.losses.infopro import InfoPro
 from pglpipe.losses.lambdas import (
     LAMBDAS,
+    InfoProOptions,
     Lambdas,
     as_lambdas,
     published_lambdas,
 )
 from pglpipe.losses.predsim import PredSim, Similarity
+from pglpipe.options import Section
 
 __all__ = [
     "Beside",
     "InfoPro",
+    "InfoProOptions",
     "LAMBDAS",
     "LOSSES",
     "Lambdas",
     "LocalLoss",
     "Loss",
-    "LossSettings",
+    "LossFacts",
+    "LossKind",
     "PredSim",
     "Shape",
     "Similarity",
@@ -56,58 +66,59 @@ __all__ = [
 ]
 
 
-@dataclass(frozen=True)
-class LossSettings:
-    """What some losses need to know; the others do not look at it.
-
-    Attributes:
-        lambdas: the weights of InfoPro's terms, ``(ixx_1, ixy_1, ixx_2, ixy_2)``.
-        mean, std: by which images were normalized, per channel, of pixels in [0, 1].
-    """
-
-    lambdas: Lambdas | None = None
-    mean: tuple[float, ...] = ()
-    std: tuple[float, ...] = ()
-
-
-def _cross_entropy(settings: LossSettings) -> LocalLoss:
-    return Supervised(nn.CrossEntropyLoss())
-
-
-def _contrast(settings: LossSettings) -> LocalLoss:
-    return SupervisedContrast()
-
-
-def _infopro(settings: LossSettings, name: str, task: LocalLoss) -> LocalLoss:
-    if settings.lambdas is None:
-        raise ConfigError(
-            f"expected four weights for the local loss {name}, got none; give {setting('infopro_lambdas')}"
-        )
-    if not settings.mean or not settings.std:
+def _infopro(
+    facts: LossFacts, options: InfoProOptions, name: str, task: LocalLoss
+) -> LocalLoss:
+    lambdas = options.weights
+    if lambdas is None:
+        lambdas = published_lambdas(facts.model, facts.dataset, facts.stages)
+    if not facts.mean or not facts.std:
         raise ConfigError(
             f"expected mean and std of the images' normalization for the local loss {name}, got "
             f"none; choose a data set of images, or {setting('local_loss', 'ce')}"
         )
-    return InfoPro(settings.lambdas, settings.mean, settings.std, task)
+    return InfoPro(lambdas, facts.mean, facts.std, task)
 
 
-LOSSES: dict[str, Callable[[LossSettings], LocalLoss]] = {
+def _cross_entropy() -> LocalLoss:
+    return Supervised(nn.CrossEntropyLoss())
+
+
+LOSSES: dict[str, LossKind] = {
     # Greedy supervision: each stage classifies on its own (Belilovsky et al. 2019, 1812.11446).
-    "ce": _cross_entropy,
-    "supcon": _contrast,
-    "infopro": lambda s: _infopro(s, "infopro", _cross_entropy(s)),
-    "infopro-contrast": lambda s: _infopro(s, "infopro-contrast", _contrast(s)),
-    "sim": lambda s: Similarity(),
-    "predsim": lambda s: PredSim(),
+    "ce": LossKind(lambda facts, options: _cross_entropy()),
+    "supcon": LossKind(lambda facts, options: SupervisedContrast()),
+    "infopro": LossKind(
+        lambda facts, options: _infopro(facts, options, "infopro", _cross_entropy()),
+        InfoProOptions,
+    ),
+    "infopro-contrast": LossKind(
+        lambda facts, options: _infopro(
+            facts, options, "infopro-contrast", SupervisedContrast()
+        ),
+        InfoProOptions,
+    ),
+    "sim": LossKind(lambda facts, options: Similarity()),
+    "predsim": LossKind(lambda facts, options: PredSim()),
 }
 
 
-def build_loss(name: str, settings: LossSettings = LossSettings()) -> LocalLoss:
+def build_loss(
+    name: str, facts: LossFacts = LossFacts(), options: Section | None = None
+) -> LocalLoss:
     """The local loss of that name.
 
+    Args:
+        options: its hyper-parameters; their defaults if None.
+
     Raises:
-        ConfigError: there is no such loss, or a setting that it needs is missing.
+        ConfigError: there is no such loss, or a fact that it needs is missing.
     """
     if name not in LOSSES:
-        raise ConfigError(f"unknown local loss {name!r}: {nearest(name, LOSSES)}")
-    return LOSSES[name](settings)
+        raise ConfigError(
+            f"unknown {setting('local_loss')} {name!r}: {nearest(name, LOSSES)}"
+        )
+    kind = LOSSES[name]
+    if options is None and kind.options is not None:
+        options = kind.options()
+    return kind.make(facts, options)

@@ -18,6 +18,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -26,6 +27,7 @@ from torch import Tensor, nn
 from pglpipe.in_place import changes_samples
 from pglpipe.losses.parts import shares
 from pglpipe.modules import Fronted
+from pglpipe.options import Section
 
 Shape = tuple[int, ...]  # of one sample
 
@@ -225,3 +227,33 @@ def full_precision(tensor: Tensor) -> AbstractContextManager[object]:
 def widened(tensor: Tensor) -> Tensor:
     """The tensor in float32 if it has a narrower type."""
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+@dataclass(frozen=True)
+class LossFacts:
+    """What a loss may need to know of a run.
+
+    Attributes:
+        model, dataset: their names.
+        stages: of the network.
+        mean, std: by which images were normalized, per channel, of pixels in [0, 1].
+    """
+
+    model: str = ""
+    dataset: str = ""
+    stages: int = 0
+    mean: tuple[float, ...] = ()
+    std: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True)
+class LossKind:
+    """An entry of the registry.
+
+    Attributes:
+        make: makes the loss from the facts of a run and from its options, if it has any.
+        options: its hyper-parameters.
+    """
+
+    make: Callable[[LossFacts, Any], LocalLoss]
+    options: type[Section] | None = None

@@ -11,9 +11,11 @@ network, data set and number of stages cannot tell them apart from these.
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
-from pglpipe.errors import ConfigError, setting
-from pglpipe.options import shown
+from pglpipe.arguments import text
+from pglpipe.errors import ConfigError, setting, shown
+from pglpipe.options import Section, option
 
 # Of reconstruction (ixx) and task (ixy), in the first stage (1) and the last with a head (2).
 Lambdas = tuple[float, float, float, float]  # ixx_1, ixy_1, ixx_2, ixy_2
@@ -45,6 +47,32 @@ LAMBDAS: dict[tuple[str, str], dict[int, Lambdas]] = {
         16: (5, 0.2, 0.5, 1),
     },
 }
+
+
+@dataclass(frozen=True, kw_only=True)
+class InfoProOptions(Section, title="Local loss infopro", prefix="infopro_"):
+    """The hyper-parameters of InfoPro.
+
+    Attributes:
+        lambdas: the weights of reconstruction and task, of the first and of the last head; ``"published"`` for
+            those of the paper, which there are for some networks and data sets.
+    """
+
+    lambdas: str = option(
+        "published",
+        "weights of InfoPro's reconstruction and task, of the first and of the last head: "
+        "5,0.05,0.2,0.5; or published, for the networks and data sets of the paper",
+        text(),
+    )
+
+    def resolve(self) -> None:
+        """Reads them."""
+        self.weights  # noqa: B018
+
+    @property
+    def weights(self) -> Lambdas | None:
+        """As numbers; None for the published ones."""
+        return None if self.lambdas == "published" else as_lambdas(self.lambdas)
 
 
 def published_lambdas(model: str, dataset: str, num_stages: int) -> Lambdas:
@@ -84,7 +112,7 @@ def as_lambdas(text: str) -> Lambdas:
             raise ValueError
     except ValueError:
         raise ConfigError(
-            "expected four numbers for --infopro-lambdas, such as 5,0.05,0.2,0.5, none of them below 0, "
+            f"expected four numbers for {setting('infopro_lambdas')}, such as 5,0.05,0.2,0.5, none of them below 0, "
             f"or published; got {shown(text)}"
         ) from None
     return a, b, c, d

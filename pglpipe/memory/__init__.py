@@ -8,14 +8,14 @@
 
 from __future__ import annotations
 
-from pglpipe.memory.fit import MemorySettings, as_bytes, as_text, fit
+from pglpipe.memory.fit import Memory, as_bytes, as_text, fit
 from pglpipe.memory.forecast import Forecast, ForecastError
 from pglpipe.memory.weigh import StageBytes, global_peak, local_peak, weigh
 
 __all__ = [
     "Forecast",
     "ForecastError",
-    "MemorySettings",
+    "Memory",
     "StageBytes",
     "as_bytes",
     "as_text",

@@ -8,39 +8,81 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from typing import Any
 
+from pglpipe.arguments import choice, flag, optional, whole
 from pglpipe.errors import ConfigError, PartitionError, setting
+from pglpipe.options import Section, option
+from pglpipe.timetable import TIMETABLES
 
 _UNITS = {"": 1, "B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 _MOST_BYTES = 2**63 - 1
 
 
-@dataclass(frozen=True)
-class MemorySettings:
-    """What is done so that less is kept for backward.
+def _budget(name: str, value: Any) -> int:
+    return as_bytes(value) if isinstance(value, str) else _WHOLE(name, value)
+
+
+_WHOLE = whole(1, "pass bytes, such as 300 * 2**20")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Memory(Section, title="Memory"):
+    """Microbatches, and what is done so that less is kept for backward.
 
     Attributes:
-        recompute: global steps keep the stages' inputs and run their bodies again.
         microbatches: into how many parts a global step's batch is cut, at most.
-        local_microbatches: the same for a local step.
+        timetable: the order of the microbatches, ``"1f1b"`` or ``"gpipe"``.
+        recompute: whether global steps keep the stages' inputs instead of their graphs, and run
+            their bodies once more: the same numbers for less memory and more time.
+        local_microbatches: into how many parts a local step's batch is cut, at most.
+        budget: bytes, or a text such as ``"300MiB"``, that any worker may keep for backward; what is needed of
+            ``recompute``, and of more microbatches, is then chosen. None for no limit.
+
+    Raises:
+        ConfigError: a number is out of its range, or a word is unknown.
     """
 
-    recompute: bool = False
-    microbatches: int = 1
-    local_microbatches: int = 1
+    microbatches: int = option(
+        1,
+        "parts of a global or windowed step's batch, to keep several workers busy",
+        whole(1),
+        common=True,
+    )
+    timetable: str = option(
+        "1f1b",
+        "order of the microbatches",
+        choice(sorted(TIMETABLES)),
+        choices=sorted(TIMETABLES),
+    )
+    recompute: bool = option(
+        False,
+        "in global and windowed steps keep the stages' inputs alone and run them again",
+        flag(),
+    )
+    local_microbatches: int = option(
+        1, "parts of a local step's batch, to keep less for backward", whole(1)
+    )
+    budget: int | None = option(
+        None,
+        "most bytes kept for backward, such as 300MiB: picks what is needed of recomputing and microbatches",
+        optional(_budget),
+        kind=str,
+        name="memory_budget",
+    )
 
 
 # Of a step of this kind under these settings, by rank.
-Peaks = Callable[[str, MemorySettings], Sequence[int]]
+Peaks = Callable[[str, Memory], Sequence[int]]
 
 
 def fit(
-    asked: MemorySettings,
+    asked: Memory,
     budget: int,
     kinds: Sequence[str],
     samples: int,
     peaks: Peaks,
-) -> MemorySettings:
+) -> Memory:
     """The cheapest settings with which no worker keeps more than the budget.
 
     As asked for, if that will do. Else a global step recomputes, which changes no number, and
@@ -61,10 +103,8 @@ def fit(
     return asked
 
 
-def _fit(
-    asked: MemorySettings, budget: int, kind: str, samples: int, peaks: Peaks
-) -> MemorySettings:
-    tried: list[tuple[int, int, MemorySettings]] = []
+def _fit(asked: Memory, budget: int, kind: str, samples: int, peaks: Peaks) -> Memory:
+    tried: list[tuple[int, int, Memory]] = []
     for settings in _ladder(kind, asked, samples):
         try:
             by_rank = list(peaks(kind, settings))
@@ -85,9 +125,7 @@ def _fit(
     )
 
 
-def _ladder(
-    kind: str, settings: MemorySettings, samples: int
-) -> Iterator[MemorySettings]:
+def _ladder(kind: str, settings: Memory, samples: int) -> Iterator[Memory]:
     """From the cheapest settings of a step of this kind to those that keep least."""
     yield settings
     if kind == "global" and not settings.recompute:
@@ -99,7 +137,7 @@ def _ladder(
         yield settings
 
 
-def _described(kind: str, settings: MemorySettings) -> str:
+def _described(kind: str, settings: Memory) -> str:
     if kind == "local":
         return f"with {setting('local_microbatches', settings.local_microbatches)}"
     recompute = setting("recompute", settings.recompute)
@@ -124,8 +162,7 @@ def as_bytes(text: str) -> int:
             return num_bytes
     shown = text if len(text) <= 40 else f"{text[:40]}..."
     raise ConfigError(
-        "expected bytes for --memory-budget, such as 300MiB, 1.5GiB or 500000000, got "
-        f"{shown!r}"
+        f"expected bytes for {setting('memory_budget')}, such as 300MiB, 1.5GiB or 500000000, got {shown!r}"
     )
 
 

@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from pglpipe.errors import PartitionError, setting
 from pglpipe.guided import place_of
 from pglpipe.losses import LocalLoss, Loss
-from pglpipe.memory.fit import MemorySettings
+from pglpipe.memory.fit import Memory
 from pglpipe.memory.weigh import Criterion, StageBytes, global_peak, local_peak, weigh
 from pglpipe.timetable import Timetable
 
@@ -84,7 +84,7 @@ class Forecast:
         """In a training batch."""
         return len(self._batch[0])
 
-    def peaks(self, kind: str, settings: MemorySettings) -> list[int]:
+    def peaks(self, kind: str, settings: Memory) -> list[int]:
         """Bytes kept for backward at their peak in a step of a kind, by rank.
 
         Raises:

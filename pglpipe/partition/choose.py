@@ -6,8 +6,7 @@ import math
 import re
 from collections.abc import Callable, Sequence
 
-from pglpipe.errors import ConfigError, PartitionError, nearest, setting
-from pglpipe.options import shown
+from pglpipe.errors import ConfigError, PartitionError, nearest, setting, shown
 from pglpipe.partition.balance import balance_by_cost
 from pglpipe.partition.cost import LayerCost
 from pglpipe.partition.published import published_balance

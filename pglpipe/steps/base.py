@@ -19,7 +19,7 @@ from torch import Tensor
 from pglpipe.commands import Command, Message, TrainStep
 from pglpipe.errors import ProtocolError
 from pglpipe.guidance import Guidance
-from pglpipe.guided import Guided
+from pglpipe.guided import Gradients
 from pglpipe.snapshot import Snapshot
 from pglpipe.stage import Stage
 from pglpipe.stopwatch import Figures
@@ -39,11 +39,9 @@ class StepSettings:
         timetable: ``(num_workers, num_microbatches) -> Timetable``.
         wire: the format of the activations between stages.
         guidance: when steps are guided, and how far the gradient gets.
-        guided: what is done with gradients from elsewhere.
+        gradients: what is done with gradients.
         recompute: whether stages run their bodies again in the backward of microbatches instead of keeping graphs.
         overlaps: whether stages take local steps side by side.
-        clips: whether global steps clip the norm of the whole network's gradient.
-        skips: whether they are skipped by all stages where the numbers of one are not finite.
     """
 
     rank: int
@@ -53,11 +51,9 @@ class StepSettings:
     timetable: Callable[[int, int], Timetable]
     wire: Wire = Wire()
     guidance: Guidance = Guidance()
-    guided: Guided = Guided()
+    gradients: Gradients = Gradients()
     recompute: bool = False
     overlaps: bool = False
-    clips: bool = False
-    skips: bool = False
 
     def row(self, microbatches: int) -> Row:
         """The worker's row of the timetable."""

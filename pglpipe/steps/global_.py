@@ -54,7 +54,8 @@ class GlobalStep(MicrobatchedStep):
         return figures
 
     def _update(self, finite: Sequence[bool]) -> None:
-        clips, skips = self._settings.clips, self._settings.skips
+        gradients = self._settings.gradients
+        clips, skips = gradients.clip_norm > 0, gradients.on_nonfinite == "skip"
         total = self._total_norm(finite=all(finite)) if clips or skips else None
         if total is not None and skips and not isfinite(total):
             for stage in self._stages:

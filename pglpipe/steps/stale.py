@@ -139,7 +139,7 @@ class StaleStep(Step):
         Returns:
             The loss, if there was one, and the gradient of the stage's input if it rises, by the stage of the loss.
         """
-        stage, mixes = visit.stage, self._settings.guided.asks_heads
+        stage, mixes = visit.stage, self._settings.gradients.asks_heads
         if has_gradient_due and not mixes:
             visit.pass_on(stage.pass_on(visit.x, step))
             stage.optimizer.zero_grad()
@@ -175,7 +175,7 @@ class StaleStep(Step):
             self._farthest(stage),
             False,
         )
-        shrink = self._settings.guided.shrink
+        shrink = self._settings.gradients.guided_shrink
         gradients = self._arrived(stage, step - self._delay, arriving, links)
         for (source, guided), gradient in zip(arriving, gradients, strict=True):
             passed = stage.crossing.replay(

@@ -1,7 +1,7 @@
 """How messages travel: in one process, point to point between processes, or by RPC."""
 
 from pglpipe.transport.base import Inbox, Links, Nobody, Outbox
-from pglpipe.transport.links import TRANSPORTS, EdgePlan, Edges, pick_backend
+from pglpipe.transport.links import EdgePlan, Edges, OpenEdges, pick_backend
 from pglpipe.transport.mailbox import Mailbox
 from pglpipe.transport.packing import is_dense, payload_bytes
 from pglpipe.transport.patience import FIRST_SECONDS, Wait
@@ -9,9 +9,9 @@ from pglpipe.transport.world import World, join
 
 __all__ = [
     "FIRST_SECONDS",
-    "TRANSPORTS",
     "EdgePlan",
     "Edges",
+    "OpenEdges",
     "Inbox",
     "Links",
     "Mailbox",

@@ -23,7 +23,9 @@ from torch.distributed import (
     rpc,
 )
 
+from pglpipe.arguments import choice, number, whole
 from pglpipe.errors import ConfigError, EdgeTimeout, WorkerError, setting
+from pglpipe.options import Section, option
 from pglpipe.stopwatch import Stalls
 from pglpipe.transport.base import Inbox, Links, Nobody, ReceivingEnd, SendingEnd
 from pglpipe.transport.channel import Channel
@@ -31,11 +33,53 @@ from pglpipe.transport.mailbox import Mailbox
 from pglpipe.transport.p2p import Receiver, Sender
 from pglpipe.transport.passport import here
 from pglpipe.transport.world import World
+from pglpipe.wire import WIRE_FORMATS
 
 if TYPE_CHECKING:
     from pglpipe.transport.rpc_opener import RpcOpener
 
 TRANSPORTS = ("auto", "p2p", "rpc")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Edges(Section, title="Edges"):
+    """What workers talk over.
+
+    Attributes:
+        transport: ``"p2p"`` (which ``"auto"`` picks), or ``"rpc"``.
+        queue_depth: messages that may wait at either end of an edge.
+        dtype: the format of activations between stages: ``"same"``, ``"bf16"``, ``"fp8"``, ``"int8"``.
+        timeout: seconds after which a silent neighbour counts as lost; at least 300 while any
+            worker does what it has not done before, as in the first step.
+
+    Raises:
+        ConfigError: a number is out of its range, or a word is unknown.
+    """
+
+    transport: str = option(
+        "auto",
+        "what workers talk over; auto is p2p",
+        choice(TRANSPORTS),
+        choices=TRANSPORTS,
+    )
+    queue_depth: int = option(
+        2, "messages that may wait at either end of an edge", whole(1)
+    )
+    dtype: str = option(
+        "same",
+        "format of the activations between stages, in evaluation too; an exported network does "
+        "not round",
+        choice(WIRE_FORMATS),
+        choices=WIRE_FORMATS,
+        name="edge_dtype",
+    )
+    timeout: float = option(
+        60.0,
+        "seconds until a silent neighbour counts as lost; at least 300 while anybody does what is new, "
+        "as in the first step",
+        number(above=True),
+        name="edge_timeout",
+    )
 
 
 @dataclass(frozen=True)
@@ -58,7 +102,7 @@ class EdgePlan:
     opening: float = 0.0
 
 
-class Edges:
+class OpenEdges:
     """The opened edges of one worker."""
 
     def __init__(

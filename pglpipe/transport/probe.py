@@ -27,7 +27,7 @@ from torch.distributed import rpc
 from pglpipe.commands import Message, Microbatch
 from pglpipe.transport import packing
 from pglpipe.transport.base import Inbox, Links, Outbox
-from pglpipe.transport.links import EdgePlan, Edges, pick_backend
+from pglpipe.transport.links import EdgePlan, OpenEdges, pick_backend
 from pglpipe.transport.world import World
 
 PROTOCOL = packing.VERSION
@@ -126,7 +126,7 @@ def ping(world: World, device: torch.device, timeout: float) -> list[Ping]:
         depth=2,
         timeout=timeout,
     )
-    edges = Edges(world, plan, device, backend, lambda error: None)
+    edges = OpenEdges(world, plan, device, backend, lambda error: None)
     links, found = edges.links(_NoSource()), list[Ping]()
     if world.rank > 0:
         _answer(links, device)

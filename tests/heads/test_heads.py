@@ -129,7 +129,7 @@ def test_the_parameters_of_1c2f_have_the_names_that_weights_on_disk_have() -> No
 
 def test_an_unknown_head_is_refused_with_the_nearest() -> None:
     with pytest.raises(
-        ConfigError, match="unknown head '1c2g': did you mean '1c.f'.*auglocal-D"
+        ConfigError, match="unknown Cut.head=. '1c2g': did you mean '1c.f'.*auglocal-D"
     ):
         find_head("1c2g")
 

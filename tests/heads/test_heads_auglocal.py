@@ -187,5 +187,7 @@ def test_without_the_network_there_is_nothing_to_copy() -> None:
 
 @pytest.mark.parametrize("name", ["auglocal", "auglocal-", "auglocal-0", "auglocal-x"])
 def test_a_depth_below_one_is_no_head(name: str) -> None:
-    with pytest.raises(ConfigError, match="unknown head .*did you mean 'auglocal-D'"):
+    with pytest.raises(
+        ConfigError, match="unknown Cut.head=. .*did you mean 'auglocal-D'"
+    ):
         build_head(name, Site((16, 32, 32), 10))

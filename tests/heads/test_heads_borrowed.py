@@ -126,7 +126,5 @@ def test_who_does_not_know_the_network_is_told_so(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["solo", "thin-2"])
 def test_features_are_not_what_the_network_ends_in(name: str) -> None:
-    with pytest.raises(
-        ConfigError, match="wants 128 features; choose local_loss=build_loss"
-    ):
+    with pytest.raises(ConfigError, match="wants 128 features; choose Cut.local_loss="):
         build_head(name, Site(SHAPES[2], 128, 2, LAYERS))

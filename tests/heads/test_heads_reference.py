@@ -12,12 +12,12 @@ from functools import partial
 
 import pytest
 import torch
+from testing import factories
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pglpipe.heads import DEEP, HEADS, Site, build_head
 from pglpipe.layer import Layer
-from pglpipe.losses import LossSettings, build_loss
 from pglpipe.models import build
 from pglpipe.partition import activations
 
@@ -203,8 +203,8 @@ def test_a_head_says_what_its_drawing_says(
 def test_beside_man_a_branch_reads_what_the_blocks_put_out(
     name: str, where: int
 ) -> None:
-    site, settings = site_of(where), LossSettings((1, 1, 1, 1), (0.5,), (0.25,))
-    loss = build_loss(name, settings)
+    site = site_of(where)
+    loss = factories.local_loss(name, "1,1,1,1", (0.5,), (0.25,))
     head = build_head("man", site)
     module = shaken(loss.auxiliary(head, site.shape, (3, 16, 16)))
     x = torch.randn(5, *site.shape, dtype=torch.float64)
@@ -225,8 +225,7 @@ def test_beside_man_a_branch_reads_what_the_blocks_put_out(
 
 
 def test_beside_other_heads_a_branch_reads_the_activation() -> None:
-    settings = LossSettings((1, 1, 1, 1), (0.5,), (0.25,))
-    loss = build_loss("infopro", settings)
+    loss = factories.local_loss("infopro", "1,1,1,1", (0.5,), (0.25,))
     module = shaken(loss.auxiliary(build_head("1c2f", Site(MAP, 10)), MAP, (3, 16, 16)))
     x = torch.randn(5, *MAP, dtype=torch.float64)
     beside = Weights(module.branch)  # type: ignore[arg-type]
@@ -240,7 +239,7 @@ def test_a_block_that_makes_a_vector_leaves_the_map_to_be_rebuilt_from() -> None
         Layer("vector", lambda: nn.Sequential(nn.Flatten(), nn.Linear(4 * 64, 7))),
         Layer("end", partial(nn.Linear, 7, 10)),
     ]
-    loss = build_loss("infopro", LossSettings((1, 1, 1, 1), (0.5,), (0.25,)))
+    loss = factories.local_loss("infopro", "1,1,1,1", (0.5,), (0.25,))
     head = build_head("man", Site((4, 8, 8), 10, 0, layers))
     module = loss.auxiliary(head, (4, 8, 8), (3, 8, 8))
     said, rebuilt = module(torch.randn(2, 4, 8, 8))

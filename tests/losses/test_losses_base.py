@@ -6,13 +6,14 @@ import copy
 
 import pytest
 import torch
+from testing import factories
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pglpipe.errors import ConfigError
-from pglpipe.losses import LOSSES, Beside, LossSettings, Supervised, build_loss
+from pglpipe.losses import LOSSES, Beside, LossFacts, Supervised, build_loss
 
-SETTINGS = LossSettings((5, 0.5, 0.5, 1), (0.5, 0.4, 0.3), (0.2, 0.3, 0.25))
+GIVEN = "5,0.5,0.5,1", (0.5, 0.4, 0.3), (0.2, 0.3, 0.25)
 IMAGE = (3, 8, 6)
 
 
@@ -33,7 +34,7 @@ def shapes(name: str) -> list[tuple[int, ...]]:
 def test_any_loss_of_any_batch_gives_finite_gradients(
     name: str, samples: int, device: str, bf16: bool
 ) -> None:
-    loss = build_loss(name, SETTINGS)
+    loss = factories.local_loss(name, *GIVEN)
     for shape in shapes(name):
         head = linear(shape, loss.outputs(4))
         auxiliary = loss.auxiliary(head, shape, IMAGE).to(device)
@@ -52,7 +53,7 @@ def test_any_loss_of_any_batch_gives_finite_gradients(
 
 @pytest.mark.parametrize("name", sorted(LOSSES))
 def test_a_loss_learns_what_it_says_when_it_is_minimized(name: str) -> None:
-    loss, (shape, *_) = build_loss(name, SETTINGS), shapes(name)
+    loss, (shape, *_) = factories.local_loss(name, *GIVEN), shapes(name)
     auxiliary = loss.auxiliary(linear(shape, loss.outputs(2)), shape, IMAGE)
     h = torch.randn(8, *shape)
     targets, image = torch.arange(8) % 2, torch.full((8, *IMAGE), 200).byte()
@@ -69,7 +70,7 @@ def test_a_loss_learns_what_it_says_when_it_is_minimized(name: str) -> None:
 
 def test_only_exits_are_as_wide_as_there_are_classes() -> None:
     for name in LOSSES:
-        loss = build_loss(name, SETTINGS)
+        loss = factories.local_loss(name, *GIVEN)
         features = name in ("supcon", "infopro-contrast")
         assert loss.outputs(7) == (128 if features else 7)
         assert loss.classifies == (not features and name != "sim")
@@ -144,7 +145,7 @@ def test_head_and_branch_can_be_copied() -> None:
 
 def test_an_unknown_loss_is_refused_with_the_nearest() -> None:
     with pytest.raises(
-        ConfigError, match="unknown local loss 'predsin': did you mean 'predsim'"
+        ConfigError, match="unknown Cut.local_loss=. 'predsin': did you mean 'predsim'"
     ):
         build_loss("predsin")
 
@@ -153,11 +154,11 @@ def test_an_unknown_loss_is_refused_with_the_nearest() -> None:
 def test_infopro_without_its_settings_is_refused_with_the_remedy(name: str) -> None:
     with pytest.raises(
         ConfigError,
-        match=rf"local loss {name}, got none; give LossSettings\(lambdas=\)",
+        match=r"no weights of infopro .*; give InfoProOptions\(lambdas=\)",
     ):
-        build_loss(name, LossSettings(mean=(0.5,), std=(0.5,)))
+        build_loss(name, LossFacts(mean=(0.5,), std=(0.5,)))
     with pytest.raises(ConfigError, match=f"mean and std .* local loss {name}"):
-        build_loss(name, LossSettings(lambdas=(1, 1, 1, 1)))
+        factories.local_loss(name, mean=(), std=())
 
 
 @pytest.mark.parametrize("name", sorted(set(LOSSES) - {"infopro", "infopro-contrast"}))

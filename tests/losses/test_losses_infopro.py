@@ -6,15 +6,17 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
+from testing import factories
 from torch import nn
 
 from pglpipe.errors import ConfigError
-from pglpipe.losses import InfoPro, LocalLoss, LossSettings, build_loss
+from pglpipe.losses import InfoPro, LocalLoss, build_loss
 from pglpipe.losses.infopro import Decoder
 from pglpipe.models import build
 from pglpipe.partition import analyse, published_balance, slices
 
 LAMBDAS = (5.0, 0.25, 0.5, 2.0)
+TYPED = ",".join(map(str, LAMBDAS))
 Array = NDArray[np.float64]
 
 # Percent of the network's multiply-adds that all decoders cost together.
@@ -26,7 +28,7 @@ DECODERS = {
 
 def infopro(name: str = "infopro", channels: int = 3) -> LocalLoss:
     mean, std = (0.5, 0.4, 0.3, 0.2)[:channels], (0.2, 0.3, 0.25, 0.1)[:channels]
-    return build_loss(name, LossSettings(LAMBDAS, mean, std))
+    return factories.local_loss(name, TYPED, mean, std)
 
 
 def resized(x: Array, height: int, width: int) -> Array:
@@ -119,7 +121,7 @@ def test_the_image_is_what_was_normalized(channels: int) -> None:
 
 
 def test_one_mean_and_std_serve_all_channels() -> None:
-    loss = build_loss("infopro", LossSettings(LAMBDAS, (0.5,), (0.25,)))
+    loss = factories.local_loss("infopro", TYPED, (0.5,), (0.25,))
     x = torch.tensor([-2.0, -1, 0, 1, 2, 9, -9]).expand(1, 3, 1, 7)
     expected = torch.tensor([0, 64, 128, 191, 255, 255, 0])  # .25, .5, .75 of 255
     assert torch.equal(loss.image(x).long(), expected.expand(1, 3, 1, 7))

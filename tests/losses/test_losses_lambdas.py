@@ -41,4 +41,4 @@ def test_what_was_not_published_is_refused_with_what_was(
     message = str(caught.value)
     assert f"{model} on {dataset} in {num_stages} stages" in message
     assert "resnet110 on svhn in 2, 4, 8, 16" in message
-    assert message.endswith("give LossSettings(lambdas=)")
+    assert message.endswith("give InfoProOptions(lambdas=)")

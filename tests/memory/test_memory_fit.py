@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 
 from pglpipe.errors import ConfigError, PartitionError
-from pglpipe.memory import MemorySettings, as_bytes, as_text, fit
+from pglpipe.memory import Memory, as_bytes, as_text, fit
 
 BOTH = ("local", "global")
 
 
-def peaks(kind: str, settings: MemorySettings) -> list[int]:
+def peaks(kind: str, settings: Memory) -> list[int]:
     """Two workers; 800 and 400 bytes in a local step, 1600 and 200 in a global one."""
     if kind == "local":
         return [800 // settings.local_microbatches, 400 // settings.local_microbatches]
@@ -18,30 +18,30 @@ def peaks(kind: str, settings: MemorySettings) -> list[int]:
     return [first, 200 // settings.microbatches]
 
 
-ASKED = MemorySettings()
+ASKED = Memory()
 
 
 @pytest.mark.parametrize(
     ("budget", "expected"),
     [
         (1600, ASKED),
-        (1599, MemorySettings(recompute=True)),
-        (800, MemorySettings(recompute=True)),
-        (799, MemorySettings(True, microbatches=2, local_microbatches=2)),
-        (200, MemorySettings(True, microbatches=4, local_microbatches=4)),
-        (100, MemorySettings(True, microbatches=8, local_microbatches=8)),
-        (80, MemorySettings(True, microbatches=10, local_microbatches=10)),
+        (1599, Memory(recompute=True)),
+        (800, Memory(recompute=True)),
+        (799, Memory(recompute=True, microbatches=2, local_microbatches=2)),
+        (200, Memory(recompute=True, microbatches=4, local_microbatches=4)),
+        (100, Memory(recompute=True, microbatches=8, local_microbatches=8)),
+        (80, Memory(recompute=True, microbatches=10, local_microbatches=10)),
     ],
 )
 def test_the_cheapest_settings_that_fit_are_chosen(
-    budget: int, expected: MemorySettings
+    budget: int, expected: Memory
 ) -> None:
     assert fit(ASKED, budget, BOTH, 10, peaks) == expected
 
 
 @pytest.mark.parametrize("budget", range(80, 1700, 60))
 def test_whatever_is_chosen_fits_and_what_was_asked_for_stays(budget: int) -> None:
-    asked = MemorySettings(microbatches=3, local_microbatches=2)
+    asked = Memory(microbatches=3, local_microbatches=2)
     chosen = fit(asked, budget, BOTH, 10, peaks)
     assert all(max(peaks(kind, chosen)) <= budget for kind in BOTH)
     assert chosen.microbatches >= 3 and chosen.local_microbatches >= 2
@@ -49,7 +49,9 @@ def test_whatever_is_chosen_fits_and_what_was_asked_for_stays(budget: int) -> No
 
 def test_only_steps_that_will_be_taken_have_to_fit() -> None:
     assert fit(ASKED, 800, ["local"], 10, peaks) == ASKED
-    assert fit(ASKED, 700, ["global"], 10, peaks) == MemorySettings(True, 2)
+    assert fit(ASKED, 700, ["global"], 10, peaks) == Memory(
+        recompute=True, microbatches=2
+    )
 
 
 @pytest.mark.parametrize(
@@ -57,11 +59,11 @@ def test_only_steps_that_will_be_taken_have_to_fit() -> None:
     [
         (
             "local",
-            r"at least 80 B, got 79 B: rank 0 .* with local_microbatches=10",
+            r"at least 80 B, got 79 B: rank 0 .* with Memory.local_microbatches=10",
         ),
         (
             "global",
-            r"rank 0 .* with recompute=True and microbatches=10; raise the budget",
+            r"rank 0 .* with Memory.recompute=True. and Memory.microbatches=10.; raise the budget",
         ),
     ],
 )
@@ -73,19 +75,19 @@ def test_what_fits_nowhere_is_refused_with_what_comes_closest(
 
 
 def test_a_batch_is_cut_no_finer_than_the_stages_can_take_it() -> None:
-    def delicate(kind: str, settings: MemorySettings) -> list[int]:
+    def delicate(kind: str, settings: Memory) -> list[int]:
         if settings.local_microbatches > 2:
             raise PartitionError("one sample is not enough")
         return peaks(kind, settings)
 
-    with pytest.raises(ConfigError, match="with local_microbatches=2"):
+    with pytest.raises(ConfigError, match="with Memory.local_microbatches=2"):
         fit(ASKED, 300, ["local"], 10, delicate)
     with pytest.raises(PartitionError):
-        fit(MemorySettings(local_microbatches=3), 300, ["local"], 10, delicate)
+        fit(Memory(local_microbatches=3), 300, ["local"], 10, delicate)
 
 
 def test_a_refusal_does_not_contradict_itself() -> None:
-    def little(kind: str, settings: MemorySettings) -> list[int]:
+    def little(kind: str, settings: Memory) -> list[int]:
         return [5 * 2**20]
 
     with pytest.raises(ConfigError, match="at least 5.0 MiB, got 4.9 MiB"):
@@ -95,10 +97,12 @@ def test_a_refusal_does_not_contradict_itself() -> None:
 
 
 def test_a_refusal_names_only_what_was_tried() -> None:
-    def worse(kind: str, settings: MemorySettings) -> list[int]:
+    def worse(kind: str, settings: Memory) -> list[int]:
         return [300 if settings.recompute else 200]
 
-    with pytest.raises(ConfigError, match="with recompute=False and microbatches=1;"):
+    with pytest.raises(
+        ConfigError, match="with Memory.recompute=False. and Memory.microbatches=1.;"
+    ):
         fit(ASKED, 100, ["global"], 4, worse)
 
 
@@ -136,7 +140,7 @@ def test_bytes_have_units(text: str, expected: int) -> None:
     ],
 )
 def test_what_is_no_number_of_bytes_is_refused(text: str) -> None:
-    with pytest.raises(ConfigError, match="expected bytes for --memory-budget"):
+    with pytest.raises(ConfigError, match="expected bytes for Memory.budget="):
         as_bytes(text)
 
 

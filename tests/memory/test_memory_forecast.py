@@ -6,15 +6,14 @@ from typing import Any
 
 import pytest
 import torch
+from testing import factories
 from testing.pairs import Row, pairwise
 from testing.worlds import Trained, image_batches, plan_quickly, small_resnet, train
 from torch import Tensor, nn
 
 from pglpipe import ALWAYS, NEVER, Guidance
 from pglpipe.errors import ConfigError, PartitionError, PglpipeWarning
-from pglpipe.guided import Guided
 from pglpipe.layer import Layer
-from pglpipe.losses import LossSettings, build_loss
 from pglpipe.memory import as_bytes
 from pglpipe.models import build
 
@@ -46,14 +45,14 @@ def mixed_layers() -> list[Layer]:
 
 
 # Steps that run the heads as well: in some of them for their own sake, in others to compare.
-TRAINED = Guided(heads="trained")
+TRAINED: dict[str, Any] = dict(guided_heads="trained")
 WINDOW = Guidance(period=2, reach="window", window=3)
 OFTEN = Guidance(period=2)
 ASKING: dict[str, dict[str, Any]] = {
     "nobody asked": {},
     "nobody asked, the batch as a whole": {"microbatches": 1},
-    "heads trained": {"guided": TRAINED},
-    "mixed": {"guided": Guided(local_weight=0.5)},
+    "heads trained": TRAINED,
+    "mixed": {"guided_local_weight": 0.5},
     "compared": {"compare_every": 1},
     "compared now and then": {"compare_every": 3},
     "window of one": {"guidance": Guidance(period=2, reach="window", window=1)},
@@ -92,7 +91,7 @@ def keeps_what_is_foretold(
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: "-".join(map(str, row.values())))
 def test_what_is_foretold_is_what_is_kept(row: Row) -> None:
-    keeps_what_is_foretold(row, mixed_layers(), row["size"], num_stages=6, head="0c1f")
+    keeps_what_is_foretold(row, mixed_layers(), row["size"], stages=6, head="0c1f")
 
 
 @pytest.mark.parametrize(
@@ -105,14 +104,13 @@ def test_a_residual_network_keeps_what_is_foretold(row: Row) -> None:
 @pytest.mark.parametrize(
     "way",
     [
-        {"guided": TRAINED, "microbatches": 5, "recompute": True},
+        {"guided_heads": "trained", "microbatches": 5, "recompute": True},
         {"local_microbatches": 3, "edge_dtype": "int8"},
     ],
     ids=str,
 )
 def test_images_that_travel_are_foretold_too(way: dict[str, Any]) -> None:
-    settings = LossSettings((5, 0.05, 0.2, 0.5), (0.5,) * 3, (0.25,) * 3)
-    loss = build_loss("infopro", settings)
+    loss = factories.local_loss("infopro")
     options: dict[str, Any] = dict(guidance=OFTEN, local_loss=loss, **way)
     trained = train(2, small_resnet("resnet8"), BATCHES, **options)
     assert kept(trained) == kept(trained, "predicted")
@@ -125,15 +123,15 @@ def test_what_other_losses_keep_is_foretold(name: str) -> None:
         small_resnet("resnet8"),
         BATCHES,
         guidance=Guidance(period=2),
-        guided=TRAINED,
-        local_loss=build_loss(name),
+        **TRAINED,
+        local_loss=factories.local_loss(name),
     )
     assert kept(trained) == kept(trained, "predicted")
 
 
 def test_stale_guidance_is_counted_at_its_fullest_and_not_foretold() -> None:
     def counted(delay: int, steps: int) -> list[dict[str, int]]:
-        options: dict[str, Any] = dict(num_stages=6, head="0c1f")
+        options: dict[str, Any] = dict(stages=6, head="0c1f")
         options |= dict(guidance=Guidance(period=1, reach="stale", delay=delay))
         trained = train(1, mixed_layers(), image_batches(*[8] * steps), **options)
         assert kept(trained, "predicted") == [None]
@@ -153,7 +151,7 @@ def test_the_published_networks_keep_what_is_foretold(name: str) -> None:
         2,
         build(name, image_shape=(3, 32, 32), num_classes=10),
         [(images, torch.zeros(4, dtype=torch.int64))] * 2,
-        num_stages=8,
+        stages=8,
         balance="memory",
         guidance=Guidance(period=2),
         recompute=True,
@@ -251,4 +249,4 @@ def test_a_budget_that_cannot_be_met_is_refused_with_one_that_can() -> None:
 
 def test_parts_that_no_batchnorm_can_take_are_refused_before_training() -> None:
     with pytest.raises(PartitionError, match="stage 3 cannot take 1 samples at once"):
-        train(1, mixed_layers(), BATCHES, num_stages=6, head="0c1f", microbatches=13)
+        train(1, mixed_layers(), BATCHES, stages=6, head="0c1f", microbatches=13)

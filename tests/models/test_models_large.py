@@ -107,13 +107,12 @@ def test_a_vision_transformer_trains_in_stages_and_its_export_fits_the_chain(
     batch: tuple[Tensor, Tensor] = x, torch.tensor([0, 1, 2, 0])
     trainer = pglpipe.Trainer(
         layers,
-        num_stages=3,
+        cut=pglpipe.Cut(3, head="0c2f"),
         loss=nn.CrossEntropyLoss(),
-        head="0c2f",
         optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.1),
         guidance=pglpipe.Guidance(period=2, duration=1),
-        microbatches=2,
-        device="cpu",
+        memory=pglpipe.Memory(microbatches=2),
+        machine=pglpipe.Machine(device="cpu"),
     )
     summary = trainer.fit([batch] * 4, epochs=1, evaluate=[batch])
     assert summary.global_steps == 2 and len(summary.exit_accuracy) == 3

@@ -61,7 +61,7 @@ def test_published_sizes_are_those_of_the_model() -> None:
         ),
         (
             "1,1,2",
-            "balance 1,1,2 has 3 sizes for 2 stages; give 2 sizes or choose num_stages=3",
+            "balance 1,1,2 has 3 sizes for 2 stages; give 2 sizes or choose Cut.stages=3",
         ),
         ("4", "balance 4 has 1 sizes for 2 stages"),
         ("4,0", "expected sizes of 1 layer or more, got '0'"),
@@ -81,7 +81,7 @@ def test_wrong_sizes_are_refused_with_the_numbers(spec: str, message: str) -> No
 )
 def test_an_unknown_word_is_refused_with_the_nearest(spec: str, near: str) -> None:
     with pytest.raises(
-        ConfigError, match=f"unknown balance '{spec}': did you mean '{near}'"
+        ConfigError, match=f"unknown Cut.balance=. '{spec}': did you mean '{near}'"
     ):
         choose_balance(spec, LAYERS, FREE, 2)
 

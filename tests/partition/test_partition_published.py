@@ -83,7 +83,7 @@ def test_heads_1c2f_at_the_published_cuts_cost_what_was_computed_from_the_papers
 
 def test_a_network_without_published_cuts_is_refused_with_the_nearest() -> None:
     with pytest.raises(
-        PartitionError, match="'resnet44': did you mean .*or choose balance='flops'"
+        PartitionError, match="'resnet44': did you mean .*or choose Cut.balance='flops'"
     ):
         published_balance("resnet44", 2)
 

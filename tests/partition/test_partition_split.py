@@ -63,7 +63,7 @@ def test_shared_parameters_inside_one_stage_are_fine(balance: list[int]) -> None
 def test_a_module_that_occurs_in_two_stages_is_refused() -> None:
     layer = nn.Linear(4, 4)
     with pytest.raises(
-        PartitionError, match="'0' and '2' share .*num_stages=1 with balance=.3.$"
+        PartitionError, match="'0' and '2' share .*stages=1 with Cut.balance=.3.$"
     ):
         check_cut(as_layers(nn.Sequential(layer, nn.ReLU(), layer)), [1, 2])
 

@@ -7,15 +7,21 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
+from testing.sections import grouped
 from torch import nn
 
 from pglpipe.learning import Learning
-from pglpipe.losses import LocalLoss, Supervised
+from pglpipe.losses import (
+    InfoProOptions,
+    LocalLoss,
+    LossFacts,
+    Supervised,
+    build_loss,
+)
 from pglpipe.reports import Report
 from pglpipe.stage import Stage
 from pglpipe.state import StateLayout
@@ -37,10 +43,8 @@ def learning(**changes: Any) -> Learning:
         local_loss=loss if isinstance(loss, LocalLoss) else Supervised(loss),
         optimizer=plain_sgd,
         learning_rate=lambda step, total_steps: 1.0,
-        clip_norm=math.inf,
-        seed=0,
     )
-    return Learning(**(defaults | changes))
+    return Learning(**(defaults | grouped(changes, "gradients", "machine")))
 
 
 def stage(
@@ -72,7 +76,7 @@ def settings(**changes: Any) -> StepSettings:
         device=torch.device("cpu"),
         timetable=one_forward_one_backward,
     )
-    return StepSettings(**(defaults | changes))
+    return StepSettings(**(defaults | grouped(changes, "gradients")))
 
 
 def worker(
@@ -83,3 +87,14 @@ def worker(
 ) -> Worker:
     """A worker with these stages, and :func:`settings` with these changes."""
     return Worker(settings(**changes), stages, post, layouts=layouts, piece_bytes=16)
+
+
+def local_loss(
+    name: str,
+    lambdas: str = "5,0.05,0.2,0.5",
+    mean: tuple[float, ...] = (0.5,) * 3,
+    std: tuple[float, ...] = (0.25,) * 3,
+) -> LocalLoss:
+    """A local loss by its name, for images that were normalized so."""
+    options = InfoProOptions(lambdas=lambdas) if "infopro" in name else None
+    return build_loss(name, LossFacts(mean=mean, std=std), options)

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 from pglpipe import NEVER, Guidance
-from pglpipe.guided import Guided, LocalWeight
 from pglpipe.heads import HEADS
 from pglpipe.losses import LOSSES
 
@@ -19,10 +17,14 @@ def stale(**options: Any) -> Guidance:
     return Guidance(period=2, reach="stale", **options)
 
 
-MIXED = Guided(
-    weight=0.5, local_weight=0.3, heads="trained", optimizer="separate", lr_scale=0.7
+MIXED: dict[str, Any] = dict(
+    guided_weight=0.5,
+    guided_local_weight=0.3,
+    guided_heads="trained",
+    guided_optimizer="separate",
+    guided_lr_scale=0.7,
 )
-UNMIXED = replace(MIXED, local_weight=0.0)  # as windows want it
+UNMIXED = MIXED | {"guided_local_weight": 0.0}  # as windows want it
 PARTS: dict[str, Any] = dict(microbatches=3, timetable="gpipe")
 
 # What differs from a run with plain local steps.
@@ -35,34 +37,30 @@ KINDS: dict[str, dict[str, Any]] = {
     "a share at the end": dict(guidance=Guidance(period=1, duration=0, final=0.4)),
     "epochs": dict(guidance=Guidance(period=2, final=1, unit="epoch")),
     "compared": dict(guidance=Guidance(period=2), compare_every=2),
-    "weighted": dict(guidance=Guidance(period=2), guided=Guided(weight=0.3)),
-    "mixed": dict(guidance=Guidance(period=2), guided=Guided(local_weight=0.3)),
-    "all of it": dict(guidance=Guidance(period=2), guided=MIXED, compare_every=1),
-    "all of it in parts": dict(guidance=Guidance(period=2), guided=MIXED, **PARTS),
-    "heads trained": dict(guidance=Guidance(period=2), guided=Guided(heads="trained")),
-    "reset": dict(guidance=Guidance(period=2), guided=Guided(optimizer="reset")),
+    "weighted": dict(guidance=Guidance(period=2), guided_weight=0.3),
+    "mixed": dict(guidance=Guidance(period=2), guided_local_weight=0.3),
+    "all of it": dict(guidance=Guidance(period=2), **MIXED, compare_every=1),
+    "all of it in parts": dict(guidance=Guidance(period=2), **MIXED, **PARTS),
+    "heads trained": dict(guidance=Guidance(period=2), guided_heads="trained"),
+    "reset": dict(guidance=Guidance(period=2), guided_optimizer="reset"),
     "falling weights": dict(
-        guidance=Guidance(period=2), local_weight=LocalWeight(end=0.0, deepest=0.3)
+        guidance=Guidance(period=2), local_weight_end=0.0, local_weight_deepest=0.3
     ),
-    "clipped": dict(guidance=Guidance(period=2), guided=MIXED, clip_norm=0.1),
-    "recomputed": dict(
-        guidance=Guidance(period=2), guided=MIXED, recompute=True, **PARTS
-    ),
+    "clipped": dict(guidance=Guidance(period=2), **MIXED, clip_norm=0.1),
+    "recomputed": dict(guidance=Guidance(period=2), **MIXED, recompute=True, **PARTS),
     "window 1": dict(guidance=windowed(window=1)),
     "window 2": dict(guidance=windowed(window=2)),
     "window 3": dict(guidance=windowed(window=3)),
     "window 3 in parts": dict(guidance=windowed(window=3), recompute=True, **PARTS),
-    "window 3 clipped": dict(
-        guidance=windowed(window=3), guided=UNMIXED, clip_norm=0.1
-    ),
+    "window 3 clipped": dict(guidance=windowed(window=3), **UNMIXED, clip_norm=0.1),
     "window 4": dict(guidance=windowed(window=4)),
     "window in bfloat16": dict(guidance=windowed(window=3), precision="bf16"),
     "stale 0": dict(guidance=stale(delay=0)),
-    "stale 1": dict(guidance=stale(delay=1), guided=Guided(shrink=0.7)),
+    "stale 1": dict(guidance=stale(delay=1), guided_shrink=0.7),
     "stale 2": dict(guidance=stale(delay=2)),
-    "stale mixed": dict(guidance=stale(delay=1), guided=MIXED),
-    "stale reset": dict(guidance=stale(delay=1), guided=Guided(optimizer="reset")),
-    "stale clipped": dict(guidance=stale(delay=1), guided=MIXED, clip_norm=0.1),
+    "stale mixed": dict(guidance=stale(delay=1), **MIXED),
+    "stale reset": dict(guidance=stale(delay=1), guided_optimizer="reset"),
+    "stale clipped": dict(guidance=stale(delay=1), **MIXED, clip_norm=0.1),
     "stale and final": dict(guidance=stale(delay=1, final=1)),
     "stale in bfloat16": dict(guidance=stale(delay=1), precision="bf16"),
     **{

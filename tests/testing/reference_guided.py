@@ -17,7 +17,6 @@ step is done.
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
@@ -27,12 +26,12 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from pglpipe import Guidance
-from pglpipe.guided import Guided, LocalWeight
+from pglpipe.guided import Gradients
 from pglpipe.heads import Site, build_head
 from pglpipe.layer import Layer, initialize
 from pglpipe.seeding import derive, seeded
 
-Gradients = list[Tensor | None]
+Grads = list[Tensor | None]
 
 
 @dataclass
@@ -65,11 +64,9 @@ class Rules:
     """What a run is told, beside its data."""
 
     guidance: Guidance
-    guided: Guided = Guided()
-    local_weight: LocalWeight = LocalWeight()
+    gradients: Gradients = Gradients()
     optimizer: Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer] = sgd
     learning_rate: Callable[[int, int], float] = lambda step, total_steps: 1.0
-    clip_norm: float = math.inf
     compares: bool = False
 
 
@@ -103,7 +100,7 @@ class Loop:
                 self.heads.append(made.to(x.dtype))
         self.stages = range(len(balance))
         self.last = len(balance) - 1
-        sets = 2 if rules.guided.optimizer == "separate" else 1
+        sets = 2 if rules.gradients.guided_optimizer == "separate" else 1
         self.optimizers = [
             [rules.optimizer(self.parameters(k)) for k in self.stages]
             for _ in range(sets)
@@ -127,7 +124,7 @@ class Loop:
     def weight(self, stage: int, step: int) -> float:
         """Of a head's loss."""
         place = stage / (len(self.heads) - 1) if len(self.heads) > 1 else 0.0
-        return self.rules.local_weight(step, self.total_steps, place)
+        return self.rules.gradients.local_weight(step, self.total_steps, place)
 
     def loss(self, stage: int, y: Tensor, targets: Tensor, step: int) -> Tensor:
         """Of a head, or of the network, without its weight."""
@@ -138,12 +135,12 @@ class Loop:
         rules = self.rules
         optimizer = self.optimizers[-1 if guided else 0][stage]
         switched = self.moved_before[stage] and self.was_guided[stage] != guided
-        if rules.guided.optimizer == "reset" and switched:
+        if rules.gradients.guided_optimizer == "reset" and switched:
             optimizer = rules.optimizer(self.parameters(stage))
             self.optimizers[0][stage] = optimizer
         self.moved_before[stage], self.was_guided[stage] = True, guided
         factor = rules.learning_rate(step, self.total_steps)
-        factor *= rules.guided.lr_scale if guided else 1.0
+        factor *= rules.gradients.guided_lr_scale if guided else 1.0
         for group, rate in zip(optimizer.param_groups, self.rates[stage], strict=True):
             group["lr"] = rate * factor
         optimizer.step()
@@ -151,8 +148,8 @@ class Loop:
 
     def clip(self, parameters: list[nn.Parameter]) -> None:
         """As plain PyTorch does it."""
-        if math.isfinite(self.rules.clip_norm):
-            nn.utils.clip_grad_norm_(parameters, self.rules.clip_norm)
+        if self.rules.gradients.clip_norm:
+            nn.utils.clip_grad_norm_(parameters, self.rules.gradients.clip_norm)
 
     # -- the four ways ----------------------------------------------------------------
 
@@ -172,16 +169,16 @@ class Loop:
 
     def whole(self, x: Tensor, targets: Tensor, step: int) -> list[float | None]:
         """Back-propagation, and beside it each head's loss to its own body."""
-        guided = self.rules.guided
+        gradients = self.rules.gradients
         losses: list[float | None] = [None] * len(self.bodies)
-        asks = guided.local_weight > 0 or guided.heads == "trained"
-        of_heads: list[Gradients] = []
+        asks = gradients.guided_local_weight > 0 or gradients.guided_heads == "trained"
+        of_heads: list[Grads] = []
         if asks or self.rules.compares:
             before = x
             for stage in self.stages[:-1]:
                 # What a head says of its own body is found on a twin, which leaves no trace.
                 twin, head = copy.deepcopy(self.bodies[stage]), self.heads[stage]
-                if guided.heads == "frozen":
+                if gradients.guided_heads == "frozen":
                     head = copy.deepcopy(head)
                 y = twin(before)
                 loss = cross_entropy(head(y), targets)
@@ -197,14 +194,16 @@ class Loop:
             y = body(y)
         true = cross_entropy(y, targets)
         losses[self.last] = float(true.detach())
-        (true * guided.weight).backward()  # type: ignore[no-untyped-call]
+        (true * gradients.guided_weight).backward()  # type: ignore[no-untyped-call]
         self.cosines = [
             _cosine(own, [p.grad for p in body.parameters()])
             for own, body in zip(of_heads, self.bodies)
         ]
-        if guided.local_weight:
+        if gradients.guided_local_weight:
             for stage, (own, body) in enumerate(zip(of_heads, self.bodies)):
-                share = guided.local_weight if self.weight(stage, step) else 0.0
+                share = (
+                    gradients.guided_local_weight if self.weight(stage, step) else 0.0
+                )
                 for mine, parameter in zip(own, body.parameters(), strict=True):
                     assert mine is not None and parameter.grad is not None
                     parameter.grad += share * mine
@@ -219,7 +218,7 @@ class Loop:
     def window(self, x: Tensor, targets: Tensor, step: int) -> list[float | None]:
         """Each body learns from the farthest loss that its window shows."""
         n = self.rules.guidance.window
-        inputs, losses, found = [x], list[float | None](), list[Gradients]()
+        inputs, losses, found = [x], list[float | None](), list[Grads]()
         for stage, body in enumerate(self.bodies):
             y = body(inputs[-1]).detach()
             leaf = y.clone().requires_grad_()
@@ -235,7 +234,7 @@ class Loop:
             y = inputs[stage]
             for part in parts:
                 y = part(y)
-            weight = self.rules.guided.weight
+            weight = self.rules.gradients.guided_weight
             if end < self.last:
                 y, weight = copy.deepcopy(self.heads[end])(y), self.weight(end, step)
             loss = cross_entropy(y, targets) * weight
@@ -264,7 +263,10 @@ class Loop:
             y = body(x.detach().requires_grad_(stage > 0 and x.is_floating_point()))
             # A head that is frozen is asked on a twin, so that its statistics stay, too.
             heads = self.heads
-            if (stage, source) in self.inputs and rules.guided.heads == "frozen":
+            if (
+                stage,
+                source,
+            ) in self.inputs and rules.gradients.guided_heads == "frozen":
                 heads = copy.deepcopy(self.heads)
             loss = None
             if self._asks(stage, source):
@@ -277,7 +279,7 @@ class Loop:
                 if loss is not None:
                     weight = self.weight(stage, step)
                     of_head = torch.autograd.grad(loss * weight, y, retain_graph=True)
-                    if rules.guided.heads == "trained":
+                    if rules.gradients.guided_heads == "trained":
                         found = torch.autograd.grad(
                             loss * weight,
                             list(self.heads[stage].parameters()),
@@ -285,8 +287,8 @@ class Loop:
                         )
                         for p, g in zip(self.heads[stage].parameters(), found):
                             p.grad = g
-                    if rules.guided.local_weight:
-                        mixed = rules.guided.local_weight * of_head[0]
+                    if rules.gradients.guided_local_weight:
+                        mixed = rules.gradients.guided_local_weight * of_head[0]
                         found = torch.autograd.grad(y, list(body.parameters()), mixed)
                         for p, g in zip(body.parameters(), found):
                             p.grad = g
@@ -295,7 +297,10 @@ class Loop:
                 if guided and stage == self.last:
                     inner = x.detach().requires_grad_(stage > 0)
                     twin = copy.deepcopy(body)
-                    again = cross_entropy(twin(inner), targets) * rules.guided.weight
+                    again = (
+                        cross_entropy(twin(inner), targets)
+                        * rules.gradients.guided_weight
+                    )
                     again.backward()  # type: ignore[no-untyped-call]
                     for p, q in zip(body.parameters(), twin.parameters()):
                         p.grad = q.grad
@@ -314,15 +319,21 @@ class Loop:
 
     def _asks(self, stage: int, source: int) -> bool:
         """Whether a stage's head runs: always, but where a gradient replaces its loss."""
-        guided = self.rules.guided
+        gradients = self.rules.gradients
         hears = (stage, source) in self.inputs
-        return not hears or guided.local_weight > 0 or guided.heads == "trained"
+        return (
+            not hears
+            or gradients.guided_local_weight > 0
+            or gradients.guided_heads == "trained"
+        )
 
     def _replay(self, stage: int, step: int) -> None:
         """Applies the gradient that reaches a stage in this step to its kept input."""
         source = step - self.rules.guidance.delay * (self.last - stage)
         x = self.inputs.pop((stage, source)).detach().requires_grad_(stage > 0)
-        gradient = self.arrived.pop((stage, source)) * self.rules.guided.shrink
+        gradient = (
+            self.arrived.pop((stage, source)) * self.rules.gradients.guided_shrink
+        )
         twin = copy.deepcopy(self.bodies[stage])  # whose statistics are thrown away
         for p in twin.parameters():
             p.grad = None
@@ -342,7 +353,7 @@ class Loop:
         self.arrived.clear()
 
 
-def _cosine(some: Gradients, others: Gradients) -> float:
+def _cosine(some: Grads, others: Grads) -> float:
     a, b = (
         torch.cat([g.flatten() for g in gs if g is not None]) for gs in (some, others)
     )

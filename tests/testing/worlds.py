@@ -22,6 +22,7 @@ from typing import Any, TypeVar
 
 import pytest
 import torch
+from testing.sections import grouped
 from torch import Tensor, nn
 from torch.distributed import HashStore
 
@@ -163,7 +164,7 @@ class Trained:
 def trainer(world: World, layers: object, **options: Any) -> Trainer:
     """A trainer with a test's defaults."""
     defaults: dict[str, Any] = dict(
-        num_stages=4,
+        stages=4,
         loss=nn.CrossEntropyLoss(),
         optimizer=sgd,
         head="1c2f",
@@ -172,7 +173,7 @@ def trainer(world: World, layers: object, **options: Any) -> Trainer:
         # Tried by the tests of it; here it would cost every small run several steps.
         sanity_check=False,
     )
-    return Trainer(layers, world=world, **(defaults | options))
+    return Trainer(layers, world=world, **grouped(defaults | options))
 
 
 def train(

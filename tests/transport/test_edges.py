@@ -30,7 +30,7 @@ from pglpipe.errors import (
     ProtocolError,
     WorkerError,
 )
-from pglpipe.transport import EdgePlan, Edges, Links, Nobody, World, p2p, packing
+from pglpipe.transport import EdgePlan, Links, Nobody, OpenEdges, World, p2p, packing
 from pglpipe.transport.packing import DTYPES
 
 Side = Callable[[Links], Any]
@@ -50,8 +50,8 @@ def plan(size: int = 2, **options: Any) -> EdgePlan:
 
 def opened(
     world: World, edge_plan: EdgePlan, told: Callable[[WorkerError], None]
-) -> Edges:
-    return Edges(world, edge_plan, torch.device("cpu"), "gloo", told)
+) -> OpenEdges:
+    return OpenEdges(world, edge_plan, torch.device("cpu"), "gloo", told)
 
 
 class NoSource:
@@ -481,11 +481,11 @@ CHILD = """
 import sys, time, torch
 from torch.distributed import FileStore
 from pglpipe.commands import TrainStep, Message
-from pglpipe.transport import EdgePlan, Edges, World
+from pglpipe.transport import EdgePlan, OpenEdges, World
 
 world = World(1, 2, 0, FileStore(sys.argv[1], 2))
 plan = EdgePlan(["rank 0 (stages 0-1)", "rank 1 (stage 2)"], [1024], [512], 1, 60.0)
-edges = Edges(world, plan, torch.device("cpu"), "gloo", lambda error: None)
+edges = OpenEdges(world, plan, torch.device("cpu"), "gloo", lambda error: None)
 edges.links(None).gradients_out.put(Message(TrainStep("local", 0, 0, 4), (torch.ones(3),)))
 if sys.argv[2] == "raise":
     raise SystemExit(3)

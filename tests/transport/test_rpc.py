@@ -313,7 +313,7 @@ import json, os, signal, subprocess, sys, time
 import torch
 from torch.distributed import TCPStore
 from pglpipe.commands import TrainStep, Message
-from pglpipe.transport import EdgePlan, Edges, World, rpc_agent
+from pglpipe.transport import EdgePlan, OpenEdges, World, rpc_agent
 
 rank = len(sys.argv) - 1
 store = TCPStore("localhost", int(sys.argv[1]) if rank else 0, is_master=not rank)
@@ -322,7 +322,7 @@ world, found = World(rank, 2, rank, store), {}
 
 def opened():
     plan = EdgePlan(["rank 0 (stage 0)", "rank 1 (stage 1)"], [1 << 20], [1 << 20], 2, 60.0)
-    return Edges(world, plan, torch.device("cpu"), "rpc", lambda error: None)
+    return OpenEdges(world, plan, torch.device("cpu"), "rpc", lambda error: None)
 
 def echo(links, messages, pause=0.0):
     arrived = []
