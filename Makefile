@@ -7,7 +7,7 @@ CODE := pglpipe benchmarks tests
 # One thread per process: equal runs give equal numbers, and workers do not fight over cores.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 # Several tests at a time, but those that start workers, and look at the clock, one by one.
-ABREAST := -n auto --maxprocesses 4 --dist loadgroup
+ABREAST := -n auto --maxprocesses 4 --dist loadgroup --durations 10
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-slow test-gpu check format bench bench-full bench-emulated bench-gpu bench-links bench-memory clean
@@ -18,7 +18,7 @@ help:  ## list the verbs
 demo: .venv/installed  ## train a small pipeline on synthetic data and show what it learned
 	@$(BIN)/python -m benchmarks.demo
 
-test: .venv/installed  ## run the tests, without the slow ones and those for a GPU
+test: .venv/installed  ## run the tests, without the slow ones and those for a GPU; ends with the ten slowest
 	@$(PYTEST) $(ABREAST)
 
 test-slow: .venv/installed  ## run the slow tests alone

@@ -119,14 +119,15 @@ def kept_bytes(
     """
     kinds = set(guidance.kinds)
     runs_heads = heads or "window" in kinds
-    ways = ["local"] if "local" in kinds else []
+    is_stale = bool(kinds & {"stale", "stale-window"})
+    ways = ["local"] if is_stale or "local" in kinds else []
     if kinds - {"local"}:
         ways.append("global, heads" if runs_heads else "global")
     if guidance.reach == "stale-window":
         ways = ["local"]
     stages = range(len(inputs))
     most: list[int] = [max(kept[way][stage] for way in ways) for stage in stages]
-    if "stale" in kinds:
+    if is_stale:
         for stage, given in enumerate(inputs):
             source = len(inputs) - 1
             if guidance.reach == "stale-window":

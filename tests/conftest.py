@@ -79,6 +79,14 @@ def clean_room() -> Iterator[None]:
         pytest.fail("the test leaks " + "; ".join(left), pytrace=False)
 
 
+@pytest.fixture
+def planned_quickly(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Spares many small runs the plan, which takes longer than their training; nothing is predicted."""
+    from testing.worlds import plan_quickly  # where variables are set already
+
+    plan_quickly(monkeypatch, predicts_memory=False)
+
+
 def environment_now() -> dict[str, str]:
     """The environment variables that a test has to answer for."""
     return {

@@ -9,16 +9,10 @@ from typing import Any
 
 import pytest
 
-from benchmarks import accuracy, accuracy_pictures, accuracy_stages, formulas, runs
-from benchmarks.accuracy_cost import (
-    Cut,
-    Steps,
-    checkpointing,
-    kept_bytes,
-    relative_time,
-)
+from benchmarks import accuracy, formulas, runs
+from benchmarks.accuracy_cost import Cut, Steps, kept_bytes, relative_time
 from benchmarks.accuracy_prices import underscored
-from benchmarks.accuracy_rows import METHODS, PLACES, Row, every, rows
+from benchmarks.accuracy_rows import Row, rows
 from benchmarks.accuracy_scales import SCALES, Scale
 from benchmarks.accuracy_table import Tables, close_gaps
 from pglpipe.app.config_file import resolve
@@ -39,62 +33,6 @@ def test_every_row_is_a_run_and_has_a_name_of_its_own(scale: Scale) -> None:
         config = resolve(None, underscored(row.options(scale, seed=1)))
         assert config.seed == 1 and config.stages == row.stages
         assert row.stages in (1, *scale.stages)
-
-
-def test_the_most_telling_rows_come_first_and_have_three_seeds() -> None:
-    known = rows(SCALES["small"])
-    assert known[0].name == "end-to-end"
-    claimed = [row for row in known if len(row.seeds) == 3]
-    assert claimed == known[: len(claimed)]
-    first = [r.method for r in claimed if (r.stages, r.head) == PLACES[0]]
-    assert first == ["local", "window-4", "final-anew", "pgl-10", "stale-1"]
-    # Seed 0 chose among the forms.
-    assert not any(0 in row.seeds for row in known)
-
-
-def test_all_methods_are_in_the_table_of_the_paper_scale() -> None:
-    first = {row.method for row in rows(SCALES["first"])}
-    assert {row.method for row in rows(SCALES["paper"])} | first == set(METHODS)
-
-
-def test_the_seeds_are_run_in_turns_and_can_be_chosen() -> None:
-    three, one = Row("local", 8, "1c2f", seeds=(0, 1, 2)), Row("stale-1", 8, "1c2f")
-    assert accuracy.tasks([three, one]) == [
-        (three, 0),
-        (three, 1),
-        (one, 1),
-        (three, 2),
-    ]
-    assert accuracy.tasks([three, one], [4]) == [(three, 4), (one, 4)]
-
-
-@pytest.mark.parametrize(("period", "duration"), [(10, 1), (50, 5), (2, 1)])
-def test_a_period_ends_with_its_global_steps(period: int, duration: int) -> None:
-    config = resolve(None, underscored(every(period, duration)))
-    kinds = [config.guidance.kind(step, epoch=0) for step in range(period)]
-    assert kinds == ["local"] * (period - duration) + ["global"] * duration
-
-
-def test_a_tenth_of_the_epochs_is_global_at_the_start_or_at_the_end() -> None:
-    scale = SCALES["small"]
-    last, tenth = scale.epochs, scale.epochs // 10
-    for method, guided in (
-        ("final", range(last - tenth, last)),
-        ("warmup", range(tenth)),
-    ):
-        options = underscored(Row(method, 8, "1c2f").options(scale, 0))
-        guidance = resolve(None, options).guidance
-        kinds = [guidance.kind(0, e, total_epochs=last) for e in range(last)]
-        assert [e for e, kind in enumerate(kinds) if kind == "global"] == [*guided]
-
-
-def test_options_are_read_as_they_are_typed() -> None:
-    assert accuracy.parsed("") == {}
-    assert accuracy.parsed("guidance_reach=stale,infopro_lambdas=5,0,.2,1,lr=.1") == {
-        "guidance-reach": "stale",
-        "infopro-lambdas": "5,0,.2,1",
-        "lr": ".1",
-    }
 
 
 # -- runs -------------------------------------------------------------------------------
@@ -194,55 +132,6 @@ def test_the_table_has_mean_spread_and_the_best_of_all_evaluations(
     assert "| 55.0 ± 7.1 % | 65.0 ± 7.1 % | – | – |" in table
 
 
-def test_runs_of_other_options_are_not_of_this_table(tables: Tables) -> None:
-    row = Row("local", 8, "1c2f")
-    pretend(tables, row, 0, [0.5])
-    larger = dataclasses.replace(TINY, epochs=7)
-    assert tables.complete(row, {})
-    assert not dataclasses.replace(tables, scale=larger).complete(row, {})
-
-
-def test_what_the_table_knew_stays_where_the_runs_are_gone(tables: Tables) -> None:
-    row = Row("local", 8, "1c2f")
-    pretend(tables, row, 1, [0.5])
-    tables.write([row])
-    elsewhere = dataclasses.replace(tables, runs=tables.runs / "elsewhere")
-    assert elsewhere.write([row]) == tables.write([row]) != []
-    pretend(elsewhere, row, 1, [0.6])
-    pretend(elsewhere, row, 2, [0.7])
-    (line,) = elsewhere.write([row])
-    assert line["test_accuracy"] == [0.6, 0.7], "a run that is there counts"
-    larger = dataclasses.replace(elsewhere, scale=dataclasses.replace(TINY, epochs=7))
-    assert not larger.complete(row, elsewhere.complete(row, {}))
-
-
-def test_what_is_tried_beside_the_rows_is_told_with_its_options(
-    tables: Tables, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    row = Row("local", 8, "1c2f")
-
-    def train(folder: Path, options: dict[str, Any], *, workers: int) -> None:
-        pretend(tables, row, 3, [0.5])
-        tables.folder(row.name, 3).rename(folder)
-        summary = json.loads((folder / "summary.json").read_text())
-        summary["config"] |= {"lr": 0.5, "wall_seconds": 1.0}
-        (folder / "summary.json").write_text(
-            json.dumps({**summary, "wall_seconds": 1.0})
-        )
-
-    monkeypatch.setattr(accuracy, "train", train)
-    monkeypatch.setattr(accuracy, "rows", lambda scale: [row])
-    said = accuracy.attempt(tables, "fast", "lr=0.5", Path("data"), seed=3)
-    assert said.startswith("fast (seed 3): 50.00 %")
-    elsewhere = dataclasses.replace(tables, runs=tables.runs / "elsewhere")
-    for known in (tables, elsewhere):
-        known.write([row])
-        table = (tables.results / "accuracy_tiny.md").read_text()
-        assert (
-            "| fast | stages=8 head=1c2f local_loss=ce lr=0.5 | 50.0 % | 3 |" in table
-        )
-
-
 def test_the_gap_is_that_of_the_seeds_that_all_have() -> None:
     def line(
         method: str, seeds: list[int], found: list[float], head: str = "1c2f"
@@ -335,11 +224,6 @@ def test_stale_windows_cost_each_stage_its_head_and_what_passes_through() -> Non
     assert three == pytest.approx((1 + 3) / 9, rel=0.01)
 
 
-def test_checkpoints_run_all_segments_but_the_last_again() -> None:
-    assert checkpointing(segments=1, layers=7) == 1
-    assert checkpointing(segments=2, layers=4) == pytest.approx(1 + 1 / 6)
-
-
 KEPT = {"local": [30, 40, 20], "global": [10, 35, 25], "global, heads": [30, 45, 25]}
 INPUTS = [1, 20, 20]
 
@@ -355,6 +239,7 @@ INPUTS = [1, 20, 20]
         (Guidance(period=1, reach="stale"), False, 60),
         (Guidance(period=1, reach="stale", delay=3), False, 100),
         (Guidance(period=10, reach="stale", delay=3), False, 60),
+        (Guidance(period=1, reach="stale-window"), False, 60),
     ],
 )
 def test_the_worst_worker_keeps_its_stage_and_what_waits_for_gradients(
@@ -363,50 +248,4 @@ def test_the_worst_worker_keeps_its_stage_and_what_waits_for_gradients(
     assert kept_bytes(KEPT, INPUTS, guidance, heads=heads) == expected
 
 
-def test_places_are_measured_once_and_priced_from_the_file(
-    tables: Tables, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(accuracy_stages, "REPEATS", 1)
-    scale = dataclasses.replace(TINY, side=8, batch=4, train=40, epochs=2)
-    small = dataclasses.replace(tables, scale=scale)
-    whole, local = Row("end-to-end", 1, "0c1f"), Row("local", 8, "0c1f")
-    path = accuracy_stages.stages_path(tables.results, scale)
-    tables.results.mkdir()
-    accuracy_stages.measure_places(scale, [whole, local], path)
-    place = accuracy_stages.known_places(path)[local.place]
-    assert len(place["body"]) == 8 and place["head"][-1] == 0
-    assert all(seconds > 0 for seconds in [*place["body"], *place["head"][:-1]])
-    for row in (whole, local):
-        pretend(small, row, 0, [0.5])
-    found = {line["name"]: line for line in small.write([whole, local])}
-    assert found["end-to-end"]["time"] == pytest.approx(1)
-    checked = found["end-to-end-checkpointing"]
-    assert 1 < checked["time"] < 4 / 3
-    assert checked["kept_bytes"] < found["end-to-end"]["kept_bytes"]
-    assert 0 < found[local.name]["kept_bytes"] < found["end-to-end"]["kept_bytes"]
-    assert 1 / 8 < found["end-to-end-1f1b-k8"]["time_microbatches"] < 1
-    assert found["end-to-end-1f1b-k8"]["time"] == pytest.approx(1)
-
-
 # -- pictures ---------------------------------------------------------------------------
-
-
-def test_every_method_and_head_has_a_color_and_a_mark() -> None:
-    for scale in SCALES.values():
-        for row in rows(scale):
-            found = dataclasses.asdict(row)
-            assert accuracy_pictures.family(found) < 10
-            assert accuracy_pictures.marker(found)
-
-
-def test_pictures_show_what_there_are_figures_for(tables: Tables) -> None:
-    pytest.importorskip("matplotlib")
-    known = [row for row in rows(TINY) if row.method in ("end-to-end", "local")]
-    for row in known:
-        pretend(tables, row, 0, [0.5 + 0.01 * row.stages])
-    results = tables.write(known)
-    drawn = accuracy_pictures.draw(results, tables.results, TINY)
-    names = [path.stem.removeprefix("accuracy_tiny_") for path in drawn]
-    # Three cuts with heads 1c2f, but neither shares nor times.
-    assert names == ["stages", "exits"]
-    assert "end to end" in drawn[0].read_text()

@@ -333,12 +333,25 @@ def test_the_command_that_was_refused_works_once_it_is_repaired(
 # -- the same in processes of their own -----------------------------------------------
 
 
+@pytest.mark.parametrize(("rank", "lines"), [("0", 1), ("1", 0)])
+def test_worker_0_speaks_for_all(
+    rank: str, lines: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RANK", rank)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    ended = call("train", "--epochs", "1", "--steps", "1", cwd=tmp_path)
+    assert ended.status == 2 and len(ended.said) == lines
+
+
 @pytest.mark.dist
 @pytest.mark.parametrize(
     "command",
     [
         module("pglpipe", "train", "--stagse", "2"),
-        module("pglpipe.train", "--epochs", "1", "--steps", "1"),
+        pytest.param(
+            module("pglpipe.train", "--epochs", "1", "--steps", "1"),
+            marks=pytest.mark.slow,
+        ),
     ],
     ids=["usage", "configuration"],
 )
@@ -348,15 +361,16 @@ def test_a_process_ends_with_status_2(command: list[str], tmp_path: Path) -> Non
 
 
 @pytest.mark.dist
+@pytest.mark.slow  # a torchrun each
 @pytest.mark.parametrize(
     ("options", "said"),
     [
         ("--stages 1", "2 workers for 1 stages"),
-        pytest.param("--stagse 2", "--stagse", marks=pytest.mark.slow),
-        pytest.param("--epochs 2 --steps 9", "got both", marks=pytest.mark.slow),
-        pytest.param("--data-root nowhere", "nowhere", marks=pytest.mark.slow),
-        pytest.param("--balance 9,9,9", "sums to 27", marks=pytest.mark.slow),
-        pytest.param("--model no_such:thing", "no_such", marks=pytest.mark.slow),
+        ("--stagse 2", "--stagse"),
+        ("--epochs 2 --steps 9", "got both"),
+        ("--data-root nowhere", "nowhere"),
+        ("--balance 9,9,9", "sums to 27"),
+        ("--model no_such:thing", "no_such"),
     ],
 )
 def test_a_mistake_is_told_once_by_all_workers_together(

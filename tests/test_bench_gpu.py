@@ -11,25 +11,8 @@ import torch
 import typer
 
 from benchmarks import gpu, gpu_row
-from benchmarks.resnet50 import resnet50
-from pglpipe.models import build
-from pglpipe.plan.partition import activations, analyse
 
 CPU = torch.device("cpu")
-
-
-def test_resnet50_is_the_published_network() -> None:
-    name = "benchmarks.resnet50:resnet50"
-    layers = build(name, image_shape=(3, 224, 224), num_classes=1000)
-    sample = torch.empty(2, 3, 224, 224, device="meta")
-    costs, _ = analyse(layers, sample, lambda *_: torch.nn.Flatten())
-    assert len(layers) == 18
-    assert sum(cost.parameters for cost in costs) == 25_557_032
-    # He et al. give 3.8 G for the stride in the first convolution; in the 3x3 one it is more.
-    assert 4.0e9 < sum(cost.macs for cost in costs) < 4.2e9
-    outputs = activations(resnet50((3, 64, 64), 10), torch.empty(2, 3, 64, 64))
-    assert [tuple(y.shape[1:]) for y in outputs[:2]] == [(64, 16, 16), (256, 16, 16)]
-    assert [tuple(y.shape[1:]) for y in outputs[-2:]] == [(2048, 2, 2), (10,)]
 
 
 @pytest.mark.parametrize(
@@ -50,17 +33,6 @@ def test_checkpointing_computes_the_same_gradients() -> None:
         torch.nn.functional.cross_entropy(outputs, targets).backward()
         gradients.append([p.grad for p in model.parameters()])
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
-
-
-def test_every_row_of_pglpipe_has_its_stages_and_guidance() -> None:
-    assert {way: row[2] for way, row in gpu_row.PIPELINES.items()} == {
-        "local, in turns": False,
-        "local, overlapped": True,
-        "PGL 10 %, overlapped": True,
-        "end to end, CUDA graphs": True,
-    }
-    guided = gpu_row.PIPELINES["PGL 10 %, overlapped"][1]
-    assert sum(guided.kind(step, 0) == "global" for step in range(60)) == 6
 
 
 def test_without_a_gpu_it_says_so_in_one_line(
@@ -111,29 +83,3 @@ def test_the_table_has_ratios_within_a_round(
     assert "| resnet32, fp32: local, in turns |" in table and "2,1" in table
     assert "overlapped" in capsys.readouterr().out
     assert [goal["met"] for goal in found["goals"]] == [False, True, True]
-
-
-def test_a_row_that_fails_says_why_and_the_others_stand() -> None:
-    fine = {
-        "samples_per_second": 100.0,
-        "peak_memory_bytes": 1 << 20,
-        "peak_activation_bytes": None,
-    }
-    failed = {"error": "OutOfMemoryError: no"}
-    name = {"network": "resnet32", "precision": "fp32"}
-    eager = {**name, "way": gpu_row.EAGER} | gpu.merged([fine] * 2, [fine] * 2)
-    turns = {**name, "way": gpu.TURNS} | gpu.merged([failed, fine], [fine] * 2)
-    lost = {**name, "way": gpu.OVERLAPPED} | gpu.merged([failed] * 2, [fine] * 2)
-    assert (eager["ratio"], turns["ratio"]) == (1.0, 1.0)
-    assert gpu.merged([fine], [failed])["ratio"] is None
-    assert gpu.cells(lost)[1] == "does not run: OutOfMemoryError: no"
-    assert [goal.met for goal in gpu.goals([eager, turns, lost])] == [False, None, None]
-
-
-def test_a_row_of_an_unknown_precision_is_refused(
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    with pytest.raises(SystemExit) as ended:
-        gpu_row.main("resnet8", gpu_row.EAGER, "fp7", device="cpu")
-    assert ended.value.code == 2
-    assert "got 'fp7'" in capsys.readouterr().err

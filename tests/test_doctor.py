@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import threading
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -97,6 +98,21 @@ def test_a_store_that_does_not_answer_is_a_finding(
     assert "MASTER_ADDR=localhost does not answer: connection refused;" in ended.out
 
 
+def test_all_workers_and_edges_stand_in_one_answer(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def work(world: World) -> Diagnosis:
+        here.world = world
+        return doctor.examine()
+
+    here = threading.local()
+    monkeypatch.setattr(doctor, "join", lambda timeout: here.world)
+    found, *_ = on_every_rank(2, work)
+    assert [fact.threads for fact in found.facts] == [torch.get_num_threads()] * 2
+    assert [each.edge for each in found.pings] == [0]
+    assert found.status == 0, found.findings
+
+
 def test_words_in_brackets_are_shown_as_they_are(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
@@ -109,6 +125,7 @@ def test_words_in_brackets_are_shown_as_they_are(
 
 
 @pytest.mark.dist
+@pytest.mark.slow
 def test_under_torchrun_all_workers_and_edges_stand_in_one_answer(
     tmp_path: Path,
 ) -> None:

@@ -11,7 +11,6 @@ import torch
 from testing.worlds import (
     Trained,
     image_batches,
-    plan_quickly,
     same,
     small_resnet,
     train,
@@ -29,12 +28,9 @@ from pglpipe.heads.borrowed import _Sum
 from pglpipe.losses import InfoPro, Supervised, build_loss
 from pglpipe.losses.predsim import projection
 
+pytestmark = pytest.mark.usefixtures("planned_quickly")
+
 BATCHES = image_batches(8, 8)
-
-
-@pytest.fixture(autouse=True)
-def planned_quickly(monkeypatch: pytest.MonkeyPatch) -> None:
-    plan_quickly(monkeypatch, predicts_memory=False)
 
 
 def run(size: int, guidance: Guidance, **options: Any) -> Trained:

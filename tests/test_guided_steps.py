@@ -16,7 +16,6 @@ from testing.worlds import (
     Batch,
     Trained,
     image_batches,
-    plan_quickly,
     small_resnet,
     train,
 )
@@ -26,12 +25,7 @@ from pglpipe import Guidance
 from pglpipe.models.layer import Layer
 from pglpipe.schedules.gradients import Gradients
 
-pytestmark = pytest.mark.together
-
-
-@pytest.fixture(autouse=True)
-def planned_quickly(monkeypatch: pytest.MonkeyPatch) -> None:
-    plan_quickly(monkeypatch, predicts_memory=False)
+pytestmark = [pytest.mark.together, pytest.mark.usefixtures("planned_quickly")]
 
 
 BATCHES = image_batches(8, 8, 5)
@@ -233,7 +227,14 @@ def expected_in_double(name: str) -> Reference:
 
 
 @pytest.mark.parametrize("size", [pytest.param(1, marks=pytest.mark.slow), 2])
-@pytest.mark.parametrize(("name", "microbatches"), PARTS)
+@pytest.mark.parametrize(
+    ("name", "microbatches"),
+    [
+        # Each as a whole or in parts; the others are slow.
+        pytest.param(n, m, marks=[] if i % 2 or n == "stale" else pytest.mark.slow)
+        for i, (n, m) in enumerate(PARTS)
+    ],
+)
 def test_in_float64_parts_sum_to_what_a_plain_loop_finds_for_the_batch(
     name: str, microbatches: int, size: int
 ) -> None:
@@ -253,8 +254,7 @@ def test_in_float64_parts_sum_to_what_a_plain_loop_finds_for_the_batch(
         assert row == pytest.approx(other_row, rel=1e-12)
 
 
-@pytest.mark.parametrize("microbatches", [1, 3])
-@pytest.mark.parametrize("size", [1, 2])
+@pytest.mark.parametrize(("microbatches", "size"), [(1, 2), (3, 1)])
 @pytest.mark.parametrize("name", [n for n, told in IN_DOUBLE.items() if told.compares])
 def test_cosines_are_those_of_gradients_found_by_hand(
     name: str, size: int, microbatches: int

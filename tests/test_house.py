@@ -67,7 +67,12 @@ def make(checkout: Path) -> Make:
 @pytest.mark.parametrize(
     ("verb", "calls"),
     [
-        ("test", ["python -m pytest -n auto --maxprocesses 4 --dist loadgroup"]),
+        (
+            "test",
+            [
+                "python -m pytest -n auto --maxprocesses 4 --dist loadgroup --durations 10"
+            ],
+        ),
         ("test-slow", ["python -m pytest -m slow"]),
         ("test-gpu", ["python -m pytest -m gpu"]),
         ("demo", ["python -m benchmarks.demo"]),

@@ -23,6 +23,7 @@ from testing.commands import (
     Processes,
     call,
     draw_images,
+    forked,
     module,
     run,
     small_run,
@@ -33,7 +34,8 @@ from testing.commands import (
 pytestmark = pytest.mark.dist
 SLOWLY = pytest.mark.slow
 
-STEPS = 150
+STEPS = 240
+BRIEF = ["--epochs", "30"]  # for what always runs: 90 steps
 EVERY = 5
 KILLS = 100
 WATCHDOG = 60.0  # seconds
@@ -64,6 +66,14 @@ def whole(images: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, A
     """The summary of the run that nobody interrupted."""
     folder = tmp_path_factory.mktemp("whole") / "run"
     call("train", *options(images, folder), cwd=images).check()
+    return {**summary_of(folder), "events": events(folder)}
+
+
+@pytest.fixture(scope="module")
+def brief(images: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """The same of a brief one."""
+    folder = tmp_path_factory.mktemp("brief") / "run"
+    call("train", *options(images, folder, *BRIEF), cwd=images).check()
     return {**summary_of(folder), "events": events(folder)}
 
 
@@ -124,10 +134,14 @@ def test_a_run_that_was_killed_goes_on_by_the_same_command(
     assert_as_whole(folder, whole)
 
 
-def stop(workers: int, number: signal.Signals, images: Path, folder: Path) -> Ended:
+def stop(
+    workers: int, number: signal.Signals, images: Path, folder: Path, *more: str
+) -> Ended:
     """A run that is asked to end after 40 steps, and has saved once."""
-    arguments = options(images, folder, "--checkpoint-every", "0")
-    with Processes(command(workers, *arguments), cwd=images) as processes:
+    arguments = options(images, folder, "--checkpoint-every", "0", *more)
+    alone = module("pglpipe.train", *arguments)
+    together = forked(workers, "-m", "pglpipe.train", *arguments)
+    with Processes(alone if workers == 1 else together, cwd=images) as processes:
         assert await_lines(processes, folder, 40)
         processes.signal(number)
         ended = processes.wait(WATCHDOG)
@@ -162,17 +176,17 @@ def test_a_run_that_is_asked_to_end_saves_once_and_goes_on(
 def stopped(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a run with two workers that was asked to end; only read."""
     folder = tmp_path_factory.mktemp("stopped") / "run"
-    assert stop(2, signal.SIGTERM, images, folder).status != 0
+    assert stop(2, signal.SIGTERM, images, folder, *BRIEF).status != 0
     return folder
 
 
 def test_two_workers_that_are_asked_to_end_save_once_and_one_goes_on(
-    images: Path, whole: dict[str, Any], stopped: Path, tmp_path: Path
+    images: Path, brief: dict[str, Any], stopped: Path, tmp_path: Path
 ) -> None:
     folder = shutil.copytree(stopped, tmp_path / "run")
-    arguments = options(images, folder, "--checkpoint-every", "0")
+    arguments = options(images, folder, "--checkpoint-every", "0", *BRIEF)
     call("train", *arguments, cwd=tmp_path).check()
-    assert_as_whole(folder, whole)
+    assert_as_whole(folder, brief)
 
 
 @SLOWLY
@@ -229,7 +243,9 @@ def test_other_options_than_the_run_began_with_are_refused(
     more: str, words: str, images: Path, stopped: Path
 ) -> None:
     before = sorted(path.name for path in stopped.rglob("*"))
-    words_given = options(images, stopped, "--checkpoint-every", "0", *more.split())
+    words_given = options(
+        images, stopped, "--checkpoint-every", "0", *BRIEF, *more.split()
+    )
     ended = call("train", *words_given, cwd=images)
     assert ended.status == 2
     (line,) = ended.err.splitlines()
@@ -238,17 +254,17 @@ def test_other_options_than_the_run_began_with_are_refused(
 
 
 def test_a_new_run_begins_from_a_checkpoint_with_other_options(
-    images: Path, whole: dict[str, Any], stopped: Path, tmp_path: Path
+    images: Path, brief: dict[str, Any], stopped: Path, tmp_path: Path
 ) -> None:
     *_, kept = sorted((stopped / "checkpoints").glob("step-*/manifest.json"))
     folder = tmp_path / "run"
-    more = ["--resume", str(kept.parent), "--lr", "0.01"]
+    more = [*BRIEF, "--resume", str(kept.parent), "--lr", "0.01"]
     call("train", *options(images, folder, *more), cwd=tmp_path).check()
-    assert summary_of(folder)["steps"] == STEPS
+    assert summary_of(folder)["steps"] == brief["steps"]
     first = min(row["step"] for row in events(folder) if row["event"] == "train")
     assert first == int(kept.parent.name[5:])
     # The same command goes on to the bit, so this is of the learning rate alone.
-    assert summary_of(folder)["parameters_sha256"] != whole["parameters_sha256"]
+    assert summary_of(folder)["parameters_sha256"] != brief["parameters_sha256"]
 
 
 def test_a_checkpoint_that_is_none_is_refused(images: Path, tmp_path: Path) -> None:

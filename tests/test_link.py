@@ -14,7 +14,6 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import link
 from benchmarks.line import VNET_HEADER, Line, queue_bytes, wire_bytes
 from benchmarks.link import Link, Unavailable
 from benchmarks.link_check import check
@@ -29,32 +28,6 @@ def arrivals(line: Line) -> list[tuple[float, bytes]]:
     while (moment := line.next_arrival()) < float("inf"):
         found += [(moment, packet) for packet in line.arrived(moment)]
     return found
-
-
-def test_a_packet_occupies_the_line_and_then_travels() -> None:
-    line = Line(rate=8e6, delay=0.005)
-    line.put(10.0, b"a", nbytes=1000)
-    assert list(line.arrived(10.0059)) == []
-    assert arrivals(line) == [(pytest.approx(10.006), b"a")]
-
-
-def test_a_packet_waits_for_those_before_it_but_not_for_their_delay() -> None:
-    line = Line(rate=8e6, delay=1.0)
-    for packet in (b"a", b"b"):
-        line.put(0.0, packet, nbytes=1000)
-    line.put(0.5, b"c", nbytes=1000)
-    assert [moment for moment, _ in arrivals(line)] == pytest.approx(
-        [1.001, 1.002, 1.501]
-    )
-
-
-def test_a_full_queue_drops_at_its_tail_and_takes_again_when_it_has_drained() -> None:
-    line = Line(rate=8e6, delay=0.0, queue_bytes=2500)
-    for packet in (b"a", b"b", b"c"):
-        line.put(0.0, packet, nbytes=1000)
-    line.put(0.0006, b"d", nbytes=1000)
-    assert [packet for _, packet in arrivals(line)] == [b"a", b"b", b"d"]
-    assert (line.sent, line.dropped) == (3, 1)
 
 
 def test_whatever_comes_order_and_rate_are_kept() -> None:
@@ -83,14 +56,6 @@ def test_a_segment_counts_the_headers_of_the_packets_it_will_be() -> None:
     # TCP over IPv4 with time stamps: 52 bytes of headers before 1448 of payload.
     segment = VNET_HEADER.pack(1, 1, 52, 1448, 20, 16) + bytes(52 + 3 * 1448 + 1)
     assert wire_bytes(segment) == 4 * 52 + 3 * 1448 + 1
-
-
-def test_without_root_one_line_says_what_is_missing(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(link.os, "geteuid", lambda: 1000)
-    with pytest.raises(Unavailable, match="^a shaped link needs root and /dev/net/tun"):
-        Link(1e8, 0.005)
 
 
 # -- the real one ------------------------------------------------------------------------

@@ -13,7 +13,6 @@ from testing.worlds import (
     Batch,
     image_batches,
     outcomes,
-    plan_quickly,
     sgd,
     small_resnet,
     trainer,
@@ -24,14 +23,11 @@ from pglpipe import ALWAYS, NEVER, Guidance, UserError, WorkerError
 from pglpipe.cluster.world import World
 from pglpipe.models.layer import Layer
 
+pytestmark = pytest.mark.usefixtures("planned_quickly")
+
 TIMEOUT = 4.0  # seconds, of the edges
 # Where nobody may have to wait for the edges: far less than their time-out.
 LONG_TIMEOUT, SOON = 15.0, 6.0
-
-
-@pytest.fixture(autouse=True)
-def planned_quickly(monkeypatch: pytest.MonkeyPatch) -> None:
-    plan_quickly(monkeypatch, predicts_memory=False)
 
 
 class Bomb(nn.Module):

@@ -87,6 +87,7 @@ def test_three_heads_of_resnet110_have_six_five_and_four_blocks() -> None:
     assert depths(plan) == published(6, 4) == [6, 5, 4]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("uncounted")
 def test_the_recipe_for_resnet110_has_the_published_depths() -> None:
     config = resolve(ROOT / "recipes" / "auglocal-resnet110-cifar10.toml", {})
@@ -108,7 +109,9 @@ def test_a_single_layer_each_has_the_published_depths_where_layers_remain() -> N
     assert expected == [*[3] * 7, *[2] * 7, 1]
 
 
-@pytest.mark.parametrize("balance", ["flops", "time", "3,3,3,2"])
+@pytest.mark.parametrize(
+    "balance", [pytest.param("flops", marks=pytest.mark.slow), "time", "3,3,3,2"]
+)
 def test_the_plan_counts_the_heads_that_are_built(balance: str) -> None:
     layers = small_resnet("resnet20")
     plan = planned(layers, SMALL, stages=4, balance=balance, head="auglocal-4")

@@ -13,15 +13,19 @@ from typing import Any
 
 import pytest
 from testing.commands import (
+    ROOT,
     Processes,
     all_listening,
     call,
     draw_images,
+    forked,
     run,
     small_run,
     summary_of,
     torchrun,
 )
+from testing.kinds import KINDS
+from testing.worlds import image_batches, small_resnet, train
 
 pytestmark = pytest.mark.dist
 
@@ -94,12 +98,64 @@ def test_four_workers_end_with_the_bits_of_one(images: Path, tmp_path: Path) -> 
     check_same_numbers(images, tmp_path, 4, 4, *options)
 
 
-@pytest.mark.parametrize("workers", [2, pytest.param(4, marks=pytest.mark.slow)])
-def test_workers_over_rpc_end_with_the_bits_of_one(
-    workers: int, images: Path, tmp_path: Path
+# One of each reach, in parts, clipped, with a local weight and with settings of its own.
+OVER_RPC = (
+    *("local", "all of it in parts", "window 3 clipped"),
+    *("stale mixed", "stale windows 3, 1"),
+)
+TRAINS_ALL = f"""
+import sys
+
+sys.path.insert(0, {str(ROOT / "tests")!r})
+import pytest
+from testing.kinds import KINDS
+from testing.worlds import image_batches, plan_quickly, small_resnet, trainer
+
+plan_quickly(pytest.MonkeyPatch(), predicts_memory=False)
+for name in {OVER_RPC!r}:
+    options = dict(balance="1,2,1,1", transport=sys.argv[1]) | KINDS[name]
+    made = trainer(None, small_resnet("resnet8"), **options)
+    summary = made.fit(image_batches(8, 8, 5), epochs=2)
+    made.close()
+    print(name, summary.parameters_sha256, sep=": ")
+"""
+
+
+def check_all_kinds(workers: int, transport: str, folder: Path) -> None:
+    """Trains with every reach, one after another in the same processes."""
+    (folder / "all.py").write_text(TRAINS_ALL)
+    ended = run(forked(workers, "all.py", transport), cwd=folder).check()
+    expected = []
+    for name in OVER_RPC:
+        layers, batches = small_resnet("resnet8"), image_batches(8, 8, 5)
+        alone = train(1, layers, batches, epochs=2, balance="1,2,1,1", **KINDS[name])
+        expected.append(f"{name}: {alone.summary.parameters_sha256}")
+    # Every worker prints, and their lines may stand in one.
+    assert all(ended.out.count(line) == workers for line in expected), ended.out
+
+
+@pytest.mark.usefixtures("planned_quickly")
+def test_two_workers_over_rpc_end_with_the_bits_of_one_whatever_the_reach(
+    tmp_path: Path,
+) -> None:
+    check_all_kinds(2, "rpc", tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("planned_quickly")
+@pytest.mark.parametrize(("workers", "transport"), [(4, "rpc"), (2, "p2p"), (4, "p2p")])
+def test_workers_in_processes_end_with_the_bits_of_one_whatever_the_reach(
+    workers: int, transport: str, tmp_path: Path
+) -> None:
+    check_all_kinds(workers, transport, tmp_path)
+
+
+@pytest.mark.slow
+def test_the_command_over_rpc_ends_with_the_bits_of_one(
+    images: Path, tmp_path: Path
 ) -> None:
     options = ["--guidance-period", "5", "--microbatches", "3", "--transport", "rpc"]
-    check_same_numbers(images, tmp_path, workers, 4, *options)
+    check_same_numbers(images, tmp_path, 4, 4, *options)
 
 
 @pytest.mark.slow

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from pathlib import Path
 from typing import Any
 
@@ -11,26 +10,15 @@ import pytest
 import torch
 from testing.commands import run, torchrun
 
-from benchmarks import formulas, gate, tables, throughput
+from benchmarks import formulas, gate, throughput
 from benchmarks.arena import Arena
-from benchmarks.devices import (
-    BACKWARD,
-    BATCH,
-    FEATURES,
-    FORWARD,
-    Device,
-    EmulatedLayer,
-    emulated,
-)
-from benchmarks.emulated import goals as emulated_goals
+from benchmarks.devices import BATCH
 from benchmarks.emulated import main as emulated_main
-from benchmarks.emulated import table as emulated_table
-from benchmarks.lineup import DEFAULT, ROWS, SEARCHED
+from benchmarks.lineup import DEFAULT
 from benchmarks.race import Race
-from benchmarks.race import main as race_main
-from benchmarks.rows import Row, Share, Track, merge
-from benchmarks.standings import COLUMNS, PEERS, TITLES, Standings, Target
-from benchmarks.workload import Cuts, Stream, measure_cuts, tiny
+from benchmarks.rows import Share, Track, merge
+from benchmarks.standings import COLUMNS, PEERS, Standings, Target
+from benchmarks.workload import Cuts, tiny
 from pglpipe.schedules.timetable import clock, gpipe, one_forward_one_backward
 
 # -- figures --------------------------------------------------------------------------
@@ -42,26 +30,6 @@ def test_ranks_that_work_together_are_as_fast_as_the_slowest() -> None:
     assert together.samples_per_second == 50
     assert (together.waiting, together.saved_bytes) == ([0.0, 0.5], [7, 9])
     assert merge(shares, apart=True).samples_per_second == 150
-
-
-def test_a_rank_that_took_no_part_counts_nowhere() -> None:
-    assert merge([Share(100, 1.0), None], apart=False).samples_per_second == 100
-
-
-def test_the_bytes_of_an_edge_are_those_of_both_ways() -> None:
-    shares = [
-        Share(1, 1, sent={1: 10.0}),
-        Share(1, 1, sent={0: 4.0, 2: 3.0}),
-        Share(1, 1, sent={0: 1.0}),
-    ]
-    edges = merge(shares, apart=False).edge_bytes
-    assert edges == {"0-1": 14.0, "1-2": 3.0, "0-2": 1.0}
-
-
-def test_a_share_survives_json() -> None:
-    share = Share(1, 2, 0.5, 3, {1: 2.5})
-    fields = json.loads(json.dumps(vars(share)))
-    assert Share.from_json(fields) == share
 
 
 def facts(**rates: list[float] | str) -> dict[str, Any]:
@@ -117,70 +85,6 @@ def test_a_row_that_does_not_run_says_why_in_the_table() -> None:
     assert fails[1] == "does not run"
     assert standings.errors() == ["gpipe does not run: RuntimeError: no"]
     assert len(fails) == len(runs) == len(COLUMNS) - 1
-
-
-def test_the_emulated_table_sets_a_row_beside_its_formula() -> None:
-    ideal = BATCH / (FORWARD + BACKWARD)
-    found = facts(
-        **{"local": [0.98 * ideal], "1f1b": [0.5 * ideal], "gpipe": "RuntimeError: no"}
-    )
-    local, schedule, fails = emulated_table(
-        {**found, "about": {"ranks": 8, "batch": BATCH}}, {}
-    )
-    assert local[:4] == ["local", "0.980", "0.97", "0.980–0.980"]
-    assert (local[4], local[5], local[7]) == ("1.000", "-2.0", "1.96")
-    assert (schedule[4], schedule[5]) == ("0.533", "-6.2")
-    assert fails[1] == "does not run" and len(fails) == len(local)
-
-
-def test_the_goals_of_emulated_devices_are_met_missed_or_not_measured() -> None:
-    ideal = BATCH / (FORWARD + BACKWARD)
-    rates = {"local": [0.98 * ideal], "1f1b": [0.5 * ideal], "pgl": [0.7 * ideal]}
-    found = {**facts(**rates), "about": {"ranks": 8, "batch": BATCH, "cores": 2}}
-    goals = emulated_goals(found)
-    # Local, PGL, bursts, both kinds of stale guidance; over 1F1B, over what interleaves.
-    assert [goal.met for goal in goals] == [True, False, *[None] * 3, True, None]
-    assert len(emulated_goals({**found, "about": {**found["about"], "ranks": 4}})) == 0
-
-
-def test_waiting_is_the_median_over_the_rounds() -> None:
-    found = facts(local=[1.0, 1.0, 1.0])
-    for measured, share in zip(
-        found["rows"][0]["rounds"], (0.9, 0.02, 0.04), strict=True
-    ):
-        measured["waiting"] = [share, None]
-    standings = Standings(found)
-    assert standings.waiting("local") == [0.04, None]
-    assert standings.waiting_goal().met
-    assert Standings(facts(gpipe=[1.0])).waiting_goal().met is None
-
-
-def test_waiting_is_not_guessed_where_ranks_share_cores() -> None:
-    found = facts(local=[1.0], gpipe=[1.0])
-    shown = list(COLUMNS).index("waiting, % by rank") - 1
-    for cores, expected in ((2, ["0", "0"]), (1, ["0", "–"])):
-        found["about"]["cores"] = cores
-        standings = Standings(found)
-        assert [standings.cells(name)[shown] for name in ("local", "gpipe")] == expected
-
-
-def test_every_row_has_a_title_and_every_peer_is_a_row() -> None:
-    assert {*ROWS, *SEARCHED} == set(TITLES)
-    assert set(PEERS) | set(DEFAULT) <= set(TITLES)
-
-
-def test_markdown_and_bars_show_every_row() -> None:
-    text = tables.markdown(["", "samples/s"], [["a", "1"], ["b", "2"]])
-    assert text.splitlines() == [
-        "|  | samples/s |",
-        "| --- | ---: |",
-        "| a | 1 |",
-        "| b | 2 |",
-    ]
-    drawn = tables.bars("x < y", {"pglpipe": 2.0, "other": 1.0})
-    assert (
-        drawn.count("<rect") == 3 and "x &lt; y" in drawn and 'width="420.0"' in drawn
-    )
 
 
 def pretended(names: list[str], workers: int) -> dict[str, Any]:
@@ -241,87 +145,7 @@ def test_the_emulated_bench_names_its_goals_and_its_lateness(
     assert "lasted 4.0 s too long in 400 s" in text
 
 
-def test_what_nobody_knows_is_refused_in_one_line(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    for command in (
-        lambda: emulated_main("8", 1, 1, "local,plain", tmp_path),
-        lambda: throughput.main(False, "plain", 0, 0, tmp_path),
-        lambda: race_main(tmp_path, workload="plain"),
-    ):
-        with pytest.raises(SystemExit) as ended:
-            command()
-        assert ended.value.code == 2
-        (said,) = capsys.readouterr().err.splitlines()
-        assert said.endswith("got 'plain'")
-
-
 # -- the workloads --------------------------------------------------------------------
-
-
-def test_a_stream_gives_its_batches_in_turns() -> None:
-    workload = tiny()
-    stream = Stream(workload.batches, 6)
-    assert len(list(stream)) == len(stream) == 6
-    assert [x is workload.batches[0][0] for x, _ in stream] == [
-        True,
-        *[False] * 3,
-        True,
-        False,
-    ]
-
-
-def test_every_kind_of_row_has_a_cut_of_its_own() -> None:
-    cuts = measure_cuts(emulated(4), ranks=4)
-    assert (cuts.local, cuts.schedule, cuts.interleaved) == ([2] * 4, [2] * 4, [1] * 8)
-
-
-def test_an_emulated_layer_takes_the_time_of_its_share_of_a_batch(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    taken: list[float] = []
-    monkeypatch.setattr(
-        Device, "work", lambda self, seconds: taken.append(round(seconds, 6))
-    )
-    layer = EmulatedLayer(0.008, 0.016, batch=8)
-    layer(torch.ones(2, 3)).sum().backward()
-    assert taken == [0.002, 0.002, 0.002], "forward, then both halves of backward"
-    taken.clear()
-    x = torch.ones(8, 3, requires_grad=True)
-    y = layer(x)
-    torch.autograd.grad(y.sum(), x, retain_graph=True)
-    assert taken == [0.008, 0.008], "the half for the input stands alone"
-    torch.autograd.grad(y.sum(), layer.weight)
-    assert taken == [0.008, 0.008, 0.008], "and so does the one for the weight"
-
-
-def test_a_device_works_off_what_it_slept_too_long(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    now, slept = [0.0], []
-
-    def sleep(seconds: float) -> None:
-        slept.append(round(seconds, 6))
-        now[0] += seconds + 0.25
-
-    monkeypatch.setattr(time, "sleep", sleep)
-    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
-    device = Device()
-    for _ in range(3):
-        device.work(1.0)
-    device.work(0.125)
-    assert slept == [1.0, 0.75, 0.75] and now[0] == 3.25 and device.worked == 3.125
-    assert device.late == 0.75
-    now[0] += 1.0  # idle: whoever had nothing to do is no faster afterwards
-    device.work(1.0)
-    assert slept[-1] == 1.0 and device.late == 1.0
-
-
-def test_the_emulated_network_learns_in_stages_of_any_size() -> None:
-    workload = emulated(ranks=2)
-    assert workload.batches[0][0].shape == (BATCH, FEATURES)
-    with torch.device("meta"):
-        assert workload.head((FEATURES,))(torch.ones(2, FEATURES)).shape == (2, 10)
 
 
 # -- arithmetic -----------------------------------------------------------------------
@@ -340,14 +164,6 @@ def test_the_arithmetic_of_drain_and_refill() -> None:
     assert formulas.pgl(8, 8, 10, 1) == pytest.approx(0.774, abs=5e-4)
     assert formulas.pgl(8, 8, 50, 5) == pytest.approx(0.886, abs=5e-4)
     assert formulas.pgl(1, 8, 10, 1) == formulas.pgl(8, 8, 10, 0) == 1.0
-
-
-def test_more_microbatches_and_chunks_leave_less_idle() -> None:
-    rows = ("1f1b", "interleaved", "zero-bubble")
-    few = [formulas.efficiency(row, 8, 4) for row in rows]
-    many = [formulas.efficiency(row, 8, 16) for row in rows]
-    assert few == sorted(few) and many == sorted(many)
-    assert all(less < more for less, more in zip(few, many, strict=True))
 
 
 def simulated_period(
@@ -457,41 +273,6 @@ def test_only_a_small_finite_difference_passes_the_gate(
 # -- entries --------------------------------------------------------------------------
 
 
-class Paced(Row):
-    """A row whose blocks take what they are told to, or fail."""
-
-    def __init__(self, seconds: list[float]) -> None:
-        self.seconds = seconds
-
-    def block(self, steps: int) -> Share:
-        return Share(steps, steps * self.seconds.pop(0))
-
-
-def test_the_best_two_numbers_of_microbatches_are_tried_again(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    # The first look is lucky for 4; 16 fails.
-    times = {2: [9.0], 4: [1.0, 5.0], 8: [1.2, 1.2, 2.0], 16: []}
-    monkeypatch.setitem(SEARCHED, "pgl", lambda track, count: Paced(list(times[count])))
-    contest = Race(Track(Lonely(), tiny(), Cuts([], [], [])), {}, lambda line: None)
-    contest.enter("pgl", tuple(times))
-    contest.round(1)
-    (entry,) = contest.entries
-    assert (entry.title, entry.error) == ("pgl M=8", "")
-    assert [measured.samples_per_second for measured in entry.rounds] == [0.5]
-
-
-def test_checkpointing_keeps_its_inputs_and_what_is_computed_again() -> None:
-    contest = Race(Track(Lonely(), tiny(), Cuts([], [], [])), {}, lambda line: None)
-    for name in ("plain", "checkpointed"):
-        contest.enter(name, ())
-    contest.round(1)
-    assert not any(entry.error for entry in contest.entries)
-    (plain,), (segments,) = (entry.rounds[0].saved_bytes for entry in contest.entries)
-    # A segment is computed again while those before it are kept as their inputs alone.
-    assert 0.25 * plain < segments < 0.9 * plain
-
-
 # -- races ----------------------------------------------------------------------------
 
 
@@ -543,9 +324,3 @@ def test_a_row_that_fails_is_told_and_the_others_run(tmp_path: Path) -> None:
     failed, fine = race(tmp_path, *options, "--rounds=2", "--steps=1")["rows"]
     assert failed["error"].startswith("ValueError: ") and not failed["rounds"]
     assert not fine["error"] and len(fine["rounds"]) == 2
-
-
-def test_a_race_without_a_launcher_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("RANK", raising=False)
-    with pytest.raises(SystemExit, match="started by torchrun"):
-        Arena()

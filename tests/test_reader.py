@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from testing.worlds import Batch, Trained, outcomes, plan_quickly, same, train, trainer
+from testing.worlds import Batch, Trained, outcomes, same, train, trainer
 from torch import Tensor, nn
 from torch.utils.data import (
     DataLoader,
@@ -22,13 +22,10 @@ from pglpipe.cluster.world import World
 from pglpipe.data.reader import BatchReader, as_batch
 from pglpipe.errors import ConfigError, DataError, PglpipeWarning, UserError
 
+pytestmark = pytest.mark.usefixtures("planned_quickly")
+
 X, Y = torch.randn(32, 6), torch.arange(32) % 4
 BATCHES: list[Batch] = list(zip(X.split(4), Y.split(4), strict=True))
-
-
-@pytest.fixture(autouse=True)
-def planned_quickly(monkeypatch: pytest.MonkeyPatch) -> None:
-    plan_quickly(monkeypatch, predicts_memory=False)
 
 
 def layers() -> list[Any]:

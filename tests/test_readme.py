@@ -6,11 +6,12 @@ import contextlib
 import io
 import re
 import runpy
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from testing.commands import ROOT, run, torchrun
+from testing.commands import ROOT, forked, run, torchrun
 
 from pglpipe.app.config import option_fields
 
@@ -40,14 +41,17 @@ def run_here(script: Path) -> tuple[str, str]:
 
 
 @pytest.mark.dist
-def test_the_example_ends_the_same_under_python_and_torchrun(
-    script: Path, tmp_path: Path
+@pytest.mark.parametrize(
+    "launcher", [forked, pytest.param(torchrun, marks=pytest.mark.slow)]
+)
+def test_the_example_ends_the_same_under_python_and_a_launcher(
+    launcher: Callable[..., list[str]], script: Path, tmp_path: Path
 ) -> None:
     model = tmp_path / "model.pt"
     out, err = run_here(script)
     weights = torch.load(model, weights_only=True)
     model.unlink()
-    together = run(torchrun(2, script.name), cwd=tmp_path).check()
+    together = run(launcher(2, script.name), cwd=tmp_path).check()
     assert "Warning" not in err + together.err
     # Every worker prints, and all of them the same; their words may stand in one line.
     assert set(together.out.split()) == set(out.split())

@@ -6,6 +6,7 @@ import math
 import re
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -24,23 +25,22 @@ from pglpipe.data import Recipe
 from pglpipe.heads import Site, build_head
 from pglpipe.losses import published_lambdas
 from pglpipe.models.layer import Layer
-from pglpipe.plan.partition import activations, analyse, choose_balance, slices
+from pglpipe.plan.partition import (
+    activations,
+    analyse,
+    choose_balance,
+    published_balance,
+    slices,
+)
 from pglpipe.schedules.gradients import head_depth
 
 pytestmark = pytest.mark.together
 
 RECIPES = sorted((ROOT / "recipes").glob("*.toml"))
+each_recipe = pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 # Those for other data than CIFAR-10 differ in little, and 49 stages take a while.
-ALWAYS_RUN = [p for p in RECIPES if re.search("cifar10|pgl", p.stem)]
-ALL = [
-    pytest.param(path, marks=[] if path in ALWAYS_RUN else pytest.mark.slow)
-    for path in RECIPES
-]
-STEPPED = [
-    pytest.param(
-        path, marks=pytest.mark.slow if "auglocal-resnet110" in path.stem else marks
-    )
-    for path, marks in ((param.values[0], param.marks) for param in ALL)
+ALWAYS_RUN = [
+    p for p in RECIPES if re.search("cifar10|pgl", p.stem) and "110" not in p.stem
 ]
 SIDES = {"cifar10": 32, "svhn": 32, "stl10": 96}
 NORMALIZED = Recipe((0.5,) * 3, (0.25,) * 3, 0, False)
@@ -80,7 +80,18 @@ def balance(config: RunConfig, layers: list[Layer], x: Tensor) -> list[int]:
     return choose_balance(config.balance, *costs, config.stages, model=config.model)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("path", ALL, ids=lambda path: path.stem)
+@each_recipe
+def test_a_recipe_parses_for_every_cut_that_it_says_it_is_for(path: Path) -> None:
+    named, default = cuts(path), resolve(path, {})
+    assert (default.model, default.stages) in named
+    for model, stages in named:
+        config = resolve(path, {"model": model, "stages": stages})
+        if config.balance == "published":
+            assert len(published_balance(model, stages)) == stages
+
+
+@pytest.mark.slow
+@each_recipe
 def test_a_recipe_can_be_cut_as_it_says_and_has_heads_everywhere(path: Path) -> None:
     named = cuts(path)
     default = resolve(path, {})
@@ -153,16 +164,30 @@ def test_the_readme_names_every_recipe() -> None:
 NARROW = {"vit_s_16": 64}
 
 
-@pytest.mark.parametrize("path", STEPPED, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", ALWAYS_RUN, ids=lambda path: path.stem)
 def test_a_recipe_takes_a_local_step_and_a_global_one(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """With the first network that it names, in few stages."""
+    model, stages = cuts(path)[:2][-1]
+    check_steps(path, monkeypatch, model=model, stages=stages)
+
+
+@pytest.mark.slow
+@each_recipe
+def test_a_recipe_takes_a_local_step_and_a_global_one_as_it_stands(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    check_steps(path, monkeypatch)
+
+
+def check_steps(path: Path, monkeypatch: pytest.MonkeyPatch, **cut: Any) -> None:
     plan_quickly(monkeypatch, predicts_memory=False)
-    model = resolve(path, {}).model
+    model = resolve(path, cut).model
     size = {"width": NARROW.get(model, 8), "batch_size": 8, "image_size": 0}
     span = {"epochs": 0, "steps": 2, "guidance_unit": "step", "guidance_final": 1}
-    config = resolve(path, {**size, **span, "device": "cpu"})
-    images, labels = torch.rand(8, 3, 32, 32), torch.arange(8) % 10
+    config = resolve(path, {**cut, **size, **span, "device": "cpu"})
+    images, labels = torch.rand(8, 3, 32, 32), torch.arange(8)
     images = images.to(memory_format=torch.channels_last)
     batches = [(images, labels), (images.flip(0), labels.flip(0))]
     material = Material(

@@ -12,7 +12,6 @@ from testing.edges import Memory
 from testing.worlds import (
     Trained,
     image_batches,
-    plan_quickly,
     same,
     small_resnet,
     train,
@@ -27,13 +26,10 @@ from pglpipe.stage.stage import Stage
 from pglpipe.steps.borrow import Borrowing, BorrowPlan, DemuxInbox
 from pglpipe.transport import Links, NullOutbox
 
+pytestmark = pytest.mark.usefixtures("planned_quickly")
+
 BATCHES = image_batches(8, 8, 4)
 HEADS = ("man", "solo", "thin-3")
-
-
-@pytest.fixture(autouse=True)
-def planned_quickly(monkeypatch: pytest.MonkeyPatch) -> None:
-    plan_quickly(monkeypatch, predicts_memory=False)
 
 
 def test_a_stage_offers_what_had_the_time_to_rise_to_it() -> None:
@@ -138,10 +134,8 @@ GUIDANCE = {
 }
 
 
-@pytest.mark.parametrize(
-    "head",
-    [pytest.param(h, marks=[] if h == "man" else pytest.mark.slow) for h in HEADS],
-)
+@pytest.mark.slow  # some always run in test_same_numbers.py
+@pytest.mark.parametrize("head", HEADS)
 @pytest.mark.parametrize("guidance", GUIDANCE)
 def test_borrowing_heads_end_with_the_same_bits_on_any_number_of_workers(
     head: str, guidance: str
@@ -155,7 +149,7 @@ def test_borrowing_heads_end_with_the_same_bits_on_any_number_of_workers(
 
 
 @pytest.mark.parametrize(
-    "every", [1, 2, *(pytest.param(n, marks=pytest.mark.slow) for n in (9, 100))]
+    "every", [1, *(pytest.param(n, marks=pytest.mark.slow) for n in (2, 9, 100))]
 )
 def test_no_period_and_no_queue_leaves_anything_on_the_edges(every: int) -> None:
     # What is left would come up in the place of the weights that are collected at the end.

@@ -1,11 +1,13 @@
-"""A run that goes on from a checkpoint ends as if it had never been interrupted, to the bit."""
+"""A run that goes on from a checkpoint ends as if it had never been interrupted, to the bit.
+
+That it does so with every kind of guidance, on any number of workers, is in ``test_same_numbers.py``.
+"""
 
 from __future__ import annotations
 
 import random
 import shutil
 import threading
-import time
 import warnings
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator
@@ -15,14 +17,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from testing import factories
-from testing.kinds import KINDS, METHODS, MIXED
 from testing.worlds import (
     Batch,
     Trained,
     image_batches,
-    on_every_rank,
-    plan_quickly,
     same,
     sgd,
     small_resnet,
@@ -32,7 +30,7 @@ from testing.worlds import (
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from pglpipe import Checkpoints, Guidance, Trainer
+from pglpipe import Checkpoints, Guidance
 from pglpipe.checkpoint import writer as saving
 from pglpipe.checkpoint.disk import MANIFEST, folder_of, newest, stage_file, write_stage
 from pglpipe.cluster.world import World
@@ -41,13 +39,10 @@ from pglpipe.data.reader import BatchReader
 from pglpipe.errors import ConfigError, DataError
 from pglpipe.utils.snapshot import Snapshot
 
+pytestmark = pytest.mark.usefixtures("planned_quickly")
+
 BATCHES = image_batches(8, 8, 8, 5)
 STEPS = 2 * len(BATCHES)
-
-
-@pytest.fixture(autouse=True)
-def planned_quickly(monkeypatch: pytest.MonkeyPatch) -> None:
-    plan_quickly(monkeypatch, predicts_memory=False)
 
 
 @pytest.fixture
@@ -92,81 +87,30 @@ def steps_of(root: Path) -> list[int]:
     return sorted(int(path.name[5:]) for path in root.iterdir())
 
 
-# Those that remember most from step to step; the others are slow.
-TELLING = (
-    *("local", "epochs", "all of it", "reset", "window 3", "recomputed"),
-    *("stale 1", "stale 2", "stale mixed", "stale reset", "stale and final"),
-    *("stale windows 3, 1", "stale windows 4, 2"),
-)
-
-
-@pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param(name, marks=[] if name in TELLING else pytest.mark.slow)
-        for name in KINDS
-    ],
-)
-def test_a_run_of_any_kind_goes_on_on_any_number_of_workers(
-    name: str, tmp_path: Path
-) -> None:
-    whole = run(2, tmp_path / "whole", **KINDS[name])
-    # Each of them once, from a checkpoint of its own: in the middle of epochs and of windows.
-    for size, step in ((1, 3), (4, 6)):
-        saved = newest_up_to(tmp_path / "whole", step)
-        got = run(size, tmp_path / f"{size}", resume=saved, **KINDS[name])
-        assert_goes_on(got, whole, int(saved.name[5:]))
-
-
 def newest_up_to(root: Path, step: int) -> Path:
     """One that was due while another was being written is not there."""
     return folder_of(root, max(s for s in steps_of(root) if s <= step))
 
 
-def test_a_checkpoint_of_four_goes_on_on_1_2_and_3_and_ends_in_the_uncut_network(
+def test_a_checkpoint_of_four_goes_on_on_three_and_ends_in_the_uncut_network(
     tmp_path: Path,
 ) -> None:
     options: dict[str, Any] = dict(guidance=Guidance(period=3, duration=2))
     whole = run(4, tmp_path / "whole", **options)
     saved = newest_up_to(tmp_path / "whole", 3)
-    for size in (1, 2, 3):
-        got = run(size, tmp_path / f"{size}", resume=saved, **options)
-        assert_goes_on(got, whole, int(saved.name[5:]))
-        uncut = nn.Sequential(
-            OrderedDict(
-                (layer.name, layer.build()) for layer in small_resnet("resnet8")
-            )
-        )
-        uncut.load_state_dict(got.body, strict=True)
-        assert accuracy(uncut.eval(), BATCHES[2:]) == whole.summary.test_accuracy
+    got = run(3, tmp_path / "rest", resume=saved, **options)
+    assert_goes_on(got, whole, int(saved.name[5:]))
+    uncut = nn.Sequential(
+        OrderedDict((layer.name, layer.build()) for layer in small_resnet("resnet8"))
+    )
+    uncut.load_state_dict(got.body, strict=True)
+    assert accuracy(uncut.eval(), BATCHES[2:]) == whole.summary.test_accuracy
 
 
 @torch.no_grad()
 def accuracy(network: nn.Module, batches: list[Batch]) -> float:
     right = sum(int((network(x).argmax(1) == y).sum()) for x, y in batches)
     return right / sum(len(y) for _, y in batches)
-
-
-METHODS_HERE = {
-    name: METHODS[name] for name in ("loss infopro", "head man", "head solo")
-}
-
-
-@pytest.mark.parametrize("name", METHODS_HERE)
-def test_a_run_with_any_head_goes_on(name: str, tmp_path: Path) -> None:
-    told = {"head": "1c2f", "loss": "ce"} | METHODS_HERE[name]
-    options: dict[str, Any] = dict(
-        guidance=Guidance(period=3),
-        **MIXED,
-        head=told["head"],
-        local_loss=factories.local_loss(told["loss"]),
-        refresh_every=2,
-    )
-    whole = run(4, tmp_path / "whole", **options)
-    for size, step in ((1, 2), (2, 3), (4, 5)):
-        saved = newest_up_to(tmp_path / "whole", step)
-        got = run(size, tmp_path / f"{size}", resume=saved, **options)
-        assert_goes_on(got, whole, int(saved.name[5:]))
 
 
 OPTIMIZERS: dict[str, Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]] = {
@@ -186,11 +130,15 @@ OPTIMIZERS: dict[str, Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]]
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_a_run_with_any_optimizer_goes_on(name: str, tmp_path: Path) -> None:
-    options: dict[str, Any] = dict(optimizer=OPTIMIZERS[name], learning_rate=falling)
-    whole = run(2, tmp_path / "whole", **options)
-    saved = newest_up_to(tmp_path / "whole", 3)
-    got = run(1, tmp_path / "rest", resume=saved, **options)
-    assert_goes_on(got, whole, int(saved.name[5:]))
+    layers = [nn.Flatten(), nn.Linear(192, 6), nn.Linear(6, 6), nn.Linear(6, 10)]
+
+    def trained(size: int, **more: Any) -> Trained:
+        options = dict(optimizer=OPTIMIZERS[name], learning_rate=falling, epochs=2)
+        return train(size, layers, BATCHES, stages=2, head="0c1f", **options, **more)
+
+    whole = trained(2, checkpoints=Checkpoints(tmp_path, every=3, keep=9))
+    saved = folder_of(tmp_path, 3)
+    assert_goes_on(trained(1, resume=saved), whole, 3)
 
 
 def falling(step: int, total: int) -> float:
@@ -228,7 +176,7 @@ def test_a_loader_that_draws_from_the_process_goes_on_as_it_would_have(
 
     # The plan takes a first batch; it must not move what the run itself draws from there.
     whole = work(tmp_path / "whole")
-    for step in (2, 3, 4):
+    for step in (2, 4):  # in the middle of an epoch, and near its end
         saved = newest_up_to(tmp_path / "whole", step)
         got = work(tmp_path / f"{step}", resume=saved)
         assert_goes_on(got, whole, int(saved.name[5:]))
@@ -246,7 +194,7 @@ def test_a_loader_without_a_length_goes_on(tmp_path: Path) -> None:
         return train(2, layers, Endless(), epochs=None, steps=7, **options)
 
     whole = work(tmp_path / "whole")
-    for step in (4, 6, 7):
+    for step in (4, 6):
         saved = newest_up_to(tmp_path / "whole", step)
         got = work(tmp_path / f"{step}", resume=saved)
         assert_goes_on(got, whole, int(saved.name[5:]))
@@ -270,15 +218,14 @@ class Shown:
         return iter(self.loader)
 
 
-@pytest.mark.parametrize("size", [1, 2])
 def test_a_run_goes_on_with_the_samples_that_are_left(
-    size: int, prompt_disk: None, tmp_path: Path
+    prompt_disk: None, tmp_path: Path
 ) -> None:
-    told = Checkpoints(tmp_path, every=1, keep=99)
+    told = Checkpoints(tmp_path, every=4, keep=99)
     layers = small_resnet("resnet8")
     train(1, layers, Shown(2), epochs=2, checkpoints=told)
     # After eight samples of the second epoch: the rest of it, and the whole third.
-    got = train(size, layers, Shown(4), epochs=3, resume=folder_of(tmp_path, 12 + 4))
+    got = train(2, layers, Shown(4), epochs=3, resume=folder_of(tmp_path, 12 + 4))
     assert [r.samples for r in got.records.steps] == [4] * (4 + 6)
     assert got.summary.steps == 12 + 4 + 4 + 6
 
@@ -287,7 +234,7 @@ def test_batches_that_begin_elsewhere_are_refused(
     prompt_disk: None, tmp_path: Path
 ) -> None:
     told, layers = Checkpoints(tmp_path, every=1, keep=99), small_resnet("resnet8")
-    train(1, layers, Shown(2), epochs=2, checkpoints=told)
+    train(1, layers, Shown(2), checkpoints=told)
     with pytest.raises(
         DataError, match="begins after 2 samples .* that end at 5; use the"
     ):
@@ -533,229 +480,3 @@ def test_another_network_is_refused(tmp_path: Path) -> None:
         train(1, layers, BATCHES, **options)
     with pytest.raises(DataError, match="head of stage 0"):
         run(1, tmp_path / "then", resume=saved, head="0c1f")
-
-
-# -- ending early ---------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("asks", [0, 1])
-@pytest.mark.parametrize("moment", ["step", "evaluation"])
-def test_a_run_that_is_stopped_saves_and_goes_on(
-    moment: str, asks: int, tmp_path: Path
-) -> None:
-    layers = small_resnet("resnet8")
-    whole = train(2, layers, BATCHES, epochs=2, evaluate=BATCHES)
-    told = Checkpoints(tmp_path)
-
-    trainers: dict[int, Trainer] = {}
-
-    class Loader(list[Batch]):
-        """Has a worker asked to stop when the batch of this number is drawn."""
-
-        def __init__(self, last: int) -> None:
-            super().__init__(BATCHES)
-            self.left = last
-
-        def __iter__(self) -> Iterator[Batch]:
-            for batch in list.__iter__(self):
-                self.left -= 1
-                if self.left == 0:
-                    trainers[asks].stop()
-                yield batch
-
-    def stopped(world: World) -> bool:
-        made = trainers[world.rank] = trainer(world, layers)
-        # The plan has drawn a batch of each before.
-        moments = {moment: 4}
-        loaders = [Loader(moments.get(name, -1)) for name in ("step", "evaluation")]
-        summary = made.fit(loaders[0], epochs=2, evaluate=loaders[1], checkpoints=told)
-        assert summary.steps <= STEPS
-        made.close()
-        return made.ended_early
-
-    assert on_every_rank(2, stopped) == [True, True]
-    found, _ = newest(tmp_path)
-    assert found is not None
-    got = train(2, layers, BATCHES, epochs=2, evaluate=BATCHES, resume=found)
-    assert got.summary.parameters_sha256 == whole.summary.parameters_sha256
-    assert str(got.summary.exit_accuracy) == str(whole.summary.exit_accuracy)
-    expected = [e for e in whole.records.evaluations if e.step >= int(found.name[5:])]
-    assert str(got.records.evaluations) == str(expected)
-
-
-@pytest.mark.parametrize("moment", ["before", "step", "evaluation"])
-def test_a_run_that_is_asked_for_a_checkpoint_saves_one_and_goes_on(
-    moment: str, tmp_path: Path
-) -> None:
-    """Asked twice, of the last worker; a checkpoint made in the last evaluation is one of the end.
-
-    There it is the first worker that is asked: the last one may be heard when the evaluation is over.
-    """
-    trainers: dict[int, Trainer] = {}
-
-    def asking(world: World) -> tuple[bool, int]:
-        made = trainers[world.rank] = trainer(world, small_resnet("resnet8"))
-        if moment == "before" and world.rank == 1:
-            made.checkpoint()
-        loaders = [Asking(name == moment) for name in ("step", "evaluation")]
-        told = Checkpoints(tmp_path)
-        fitted = made.fit(loaders[0], epochs=1, evaluate=loaders[1], checkpoints=told)
-        made.close()
-        return made.ended_early, fitted.steps
-
-    class Asking(list[Batch]):
-        """Has the last worker asked for a checkpoint, twice, when the second batch is drawn for use."""
-
-        def __init__(self, asks: bool) -> None:
-            super().__init__(BATCHES)
-            self.left = 4 if asks else -1
-
-        def __iter__(self) -> Iterator[Batch]:
-            for batch in list.__iter__(self):
-                self.left -= 1
-                if self.left == 0:
-                    for _ in range(2):
-                        trainers[int(moment == "step")].checkpoint()
-                yield batch
-
-    assert on_every_rank(2, asking) == [(False, len(BATCHES))] * 2
-    found, _ = newest(tmp_path)
-    assert found is not None
-    # When the last worker is heard depends on how far the others are by then.
-    assert int(found.name[5:]) == len(BATCHES) or moment != "evaluation"
-
-
-@pytest.mark.parametrize("size", [1, 2])
-def test_a_stop_that_is_asked_for_before_there_are_stages_is_kept(
-    size: int, tmp_path: Path
-) -> None:
-    def stopped(world: World) -> tuple[bool, int]:
-        made = trainer(world, small_resnet("resnet8"))
-        made.prepare(BATCHES)
-        if world.rank == size - 1:
-            made.stop()
-        told = Checkpoints(tmp_path)
-        steps = made.fit(BATCHES, epochs=20, checkpoints=told).steps
-        made.close()
-        return made.ended_early, steps
-
-    for early, steps in on_every_rank(size, stopped):
-        assert early and steps < 20 * len(BATCHES)
-    assert newest(tmp_path)[0]
-
-
-def test_a_stop_while_a_checkpoint_is_written_slowly_waits_in_nobodys_way(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Longer than an edge may be silent: training goes on until the last one can be made."""
-    write = saving.write_stage
-
-    def slowly(*given: Any) -> Any:
-        time.sleep(1.0)
-        return write(*given)
-
-    monkeypatch.setattr(saving, "write_stage", slowly)
-    trainers: dict[int, Trainer] = {}
-
-    class Loader(list[Batch]):
-        def __iter__(self) -> Iterator[Batch]:
-            for index, batch in enumerate(list.__iter__(self)):
-                if index == 2:
-                    trainers[0].stop()
-                time.sleep(0.02)
-                yield batch
-
-    def stopped(world: World) -> bool:
-        made = trainer(world, small_resnet("resnet8"), edge_timeout=0.7)
-        trainers[world.rank] = made
-        told = Checkpoints(tmp_path, every=1)
-        made.fit(Loader(BATCHES * 300), epochs=1, checkpoints=told)
-        made.close()
-        return made.ended_early
-
-    assert on_every_rank(2, stopped) == [True, True]
-    found, damaged = newest(tmp_path)
-    assert found and not damaged
-
-
-@pytest.mark.parametrize("stops", [False, True], ids=["to the end", "stopped"])
-def test_the_end_of_a_run_waits_for_a_disk_however_slow_and_no_step_does(
-    stops: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(saving, "STUCK_SECONDS", 0.3)
-    write, answers = saving.write_stage, threading.Event()
-
-    def hanging(folder: Path, *given: Any) -> Any:
-        if folder != folder_of(tmp_path, 1):
-            answers.wait(40.0)
-        return write(folder, *given)
-
-    monkeypatch.setattr(saving, "write_stage", hanging)
-    trainers: list[Trainer] = []
-
-    class Loader(list[Batch]):
-        def __iter__(self) -> Iterator[Batch]:
-            for number, batch in enumerate(list.__iter__(self)):
-                time.sleep(0.05)
-                if stops and trainers and number == 3:
-                    trainers[0].stop()
-                yield batch
-
-    def work(world: World) -> tuple[bool, int]:
-        made = trainer(world, small_resnet("resnet8"))
-        made.prepare(BATCHES)
-        if world.rank == 0:
-            trainers.append(made)
-        told = Checkpoints(tmp_path, every=1)
-        steps = made.fit(Loader(BATCHES), epochs=6, checkpoints=told).steps
-        made.close()
-        return made.ended_early, steps
-
-    def texts() -> list[str]:
-        """What was said of those that the disk holds up; the first may be slow by itself."""
-        return [
-            text
-            for text in map(str, said)
-            if "still writes" in text and "after step 1 " not in text
-        ]
-
-    def answer() -> None:
-        deadline = time.monotonic() + 30.0
-        while not texts() and time.monotonic() < deadline:
-            time.sleep(0.01)
-        answers.set()
-
-    answering = threading.Thread(target=answer)
-    with warnings.catch_warnings(record=True) as said:
-        warnings.simplefilter("always")
-        answering.start()
-        ends = on_every_rank(2, work)
-    answering.join()
-    assert all(early == stops for early, _ in ends)
-    assert stops or ends[0][1] == 6 * len(BATCHES)
-    text, *_ = texts()
-    assert "rank 0, 1 still writes" in text and "training goes on" in text
-    # The one that was under way, and not the one before; of a run that has all its steps, the last one.
-    found, damaged = newest(tmp_path)
-    assert found and found > folder_of(tmp_path, 1) and not damaged
-    assert stops or found == folder_of(tmp_path, 6 * len(BATCHES))
-
-
-def test_what_is_asked_of_one_run_is_not_obeyed_by_the_next(tmp_path: Path) -> None:
-    others = image_batches(8, 8)
-
-    def work(world: World) -> list[Any]:
-        made = trainer(world, small_resnet("resnet8"))
-        made.prepare(BATCHES)
-        made.stop()
-        ends = [made.fit(BATCHES, epochs=20), made.ended_early]
-        first, ended_early = made.evaluate(others), made.ended_early
-        made.evaluate(BATCHES)
-        made.stop()
-        again = made.evaluate(others)
-        assert str(first.exit_accuracy) == str(again.exit_accuracy)
-        assert first.test_accuracy is not None and ended_early == made.ended_early
-        made.close()
-        return ends[1:]
-
-    assert on_every_rank(2, work) == [[True], [True]]

@@ -1,337 +1,287 @@
 """The trained parameters are a function of configuration and seed, and of nothing else.
 
-One worker in one process is the reference; 2 and 4 workers, deep and shallow queues, either
-timetable and random delays must end with the same bits, in every parameter and buffer.
+One worker that nobody interrupts is the reference. Any number of workers, deep and shallow queues, either
+timetable, bodies that run again for backward, a checkpoint from which others go on and random delays must end
+with the same bits, in every parameter and buffer, and tell the same losses on the way.
+
+Settings meet pairwise: every two choices of the table stand together in some run.
 """
 
 from __future__ import annotations
 
 import math
-import random
-import time
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from testing.worlds import (
-    Trained,
-    image_batches,
-    on_every_rank,
-    plan_quickly,
-    same,
-    small_resnet,
-    train,
-    trainer,
-)
-from torch import Tensor, nn
+from testing import factories
+from testing.kinds import BORROWING, KINDS, METHODS, MIXED
+from testing.pairs import Row, pairwise
+from testing.worlds import Trained, assert_same, image_batches, small_resnet, train
 
-from pglpipe import ALWAYS, NEVER, Guidance
-from pglpipe.cluster.world import World
-from pglpipe.data.batches import Batches
-from pglpipe.data.image_set import ImageSet, Recipe
+from pglpipe import NEVER, Checkpoints, Guidance
+from pglpipe.checkpoint.disk import folder_of
 from pglpipe.messages.codec import WIRE_FORMATS
-from pglpipe.models.layer import Layer
-from pglpipe.stage.settings import PRECISIONS
+from pglpipe.utils.device import PRECISIONS
 
-pytestmark = pytest.mark.together
+pytestmark = [pytest.mark.together, pytest.mark.usefixtures("planned_quickly")]
 
-NETWORKS = {4: "resnet8", 8: "resnet14"}  # 5 and 8 layers
-GUIDANCE = {"local": NEVER, "pgl": Guidance(period=5), "global": ALWAYS}
-RECIPE = Recipe(mean=(0.5,) * 3, std=(0.25,) * 3, padding=2, flip=True)
+BATCHES = image_batches(8, 8, 8, 5)
 
 
-@pytest.fixture(autouse=True)
-def analysed_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Spares the many runs the costs of the same layers, which take longer than the training."""
-    plan_quickly(monkeypatch, predicts_memory=False)
+# -- what must not depend on who computes it ------------------------------------------
 
 
-def batches(*, train: bool) -> Batches:
-    """Five batches of at most 8 images of 8x8 pixels, the last one of 4."""
-    generator = torch.Generator().manual_seed(2)
-    images = ImageSet(
-        torch.randint(0, 256, (36, 8, 8, 3), dtype=torch.uint8, generator=generator),
-        torch.randint(0, 10, (36,), generator=generator),
-        tuple("abcdefghij"),
-    )
-    return Batches(images, RECIPE, 8, seed=0, train=train)
+def run(size: int, **options: Any) -> Trained:
+    """Eight steps in two epochs, an evaluation after each."""
+    options = dict(balance="1,2,1,1", queue_depth=1) | options
+    layers = small_resnet("resnet8")
+    return train(size, layers, BATCHES, epochs=2, evaluate=BATCHES[2:], **options)
 
 
-def run(size: int, stages: int, guidance: str, **options: Any) -> Trained:
-    """Ten steps in two epochs, an evaluation after each."""
-    return train(
-        size,
-        small_resnet(NETWORKS[stages]),
-        batches(train=True),
-        epochs=2,
-        evaluate=batches(train=False),
-        stages=stages,
-        guidance=GUIDANCE[guidance],
-        **options,
-    )
-
-
-@cache
-def alone(stages: int, guidance: str) -> Trained:
-    """The reference: one worker, no edge at all."""
-    return run(1, stages, guidance)
-
-
-def results(trained: Trained) -> tuple[Any, ...]:
-    """All that must not depend on who computed it."""
-    summary = trained.summary
-    return (
-        summary.parameters_sha256,
-        summary.test_loss,
-        summary.exit_accuracy,
-        summary.global_steps,
-        [record.losses for record in trained.records.steps],
-    )
-
-
-@pytest.mark.parametrize("depth", [1, pytest.param(4, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("size", [2, 4])
-@pytest.mark.parametrize("guidance", GUIDANCE)
-@pytest.mark.parametrize("stages", [4, pytest.param(8, marks=pytest.mark.slow)])
-def test_workers_and_queues_change_no_bit(
-    stages: int, guidance: str, size: int, depth: int
+def check(
+    folder: Path,
+    told: dict[str, Any],
+    size: int,
+    heir: int,
+    step: int,
+    **elsewhere: Any,
 ) -> None:
-    expected, got = alone(stages, guidance), run(
-        size, stages, guidance, queue_depth=depth
-    )
-    assert results(got) == results(expected)
-    assert same(got.body, expected.body)
-    assert list(got.heads) == list(range(stages - 1))
-    assert all(same(got.heads[i], expected.heads[i]) for i in got.heads)
+    """One worker, ``size`` workers, and ``heir`` workers that go on from these after ``step`` end alike.
+
+    Args:
+        told: options that decide how the run ends.
+        elsewhere: options of the last two that must not show.
+    """
+    whole = run(1, **told)
+    kept = Checkpoints(folder, every=step, keep=9)
+    apart = run(size, checkpoints=kept, **(told | elsewhere))
+    assert_same(apart, whole)
+    saved = folder_of(folder, step)
+    assert saved.is_dir(), "no checkpoint was made in the middle"
+    rest = run(heir, resume=saved, **(told | elsewhere))
+    assert_same(rest, whole, step)
 
 
-def test_the_digest_tells_different_runs_apart() -> None:
-    digests = {alone(4, guidance).summary.parameters_sha256 for guidance in GUIDANCE}
-    digests.add(run(1, 4, "pgl", seed=1).summary.parameters_sha256)
-    assert len(digests) == 4
+# -- every kind of guidance, pairwise -------------------------------------------------
+
+END: dict[str, Any] = dict(final=1)  # every reach meets global steps, too
+# Now and then; always, with a beginning of its own; by epochs.
+GUIDANCE: dict[str, tuple[Guidance, Guidance, Guidance]] = {
+    "local": (
+        NEVER,
+        Guidance(period=1, duration=0, final=0.4),
+        Guidance(period=1, duration=0, unit="epoch", **END),
+    ),
+    "global": (
+        Guidance(period=2),
+        Guidance(period=9, duration=0, warmup=2, warmup_kind="global", final=2),
+        Guidance(period=2, unit="epoch", **END),
+    ),
+    "window": (
+        Guidance(period=3, duration=2, reach="window", window=3, **END),
+        Guidance(
+            period=1, reach="window", window=2, warmup=1, warmup_kind="global", **END
+        ),
+        Guidance(period=2, reach="window", window=4, unit="epoch"),
+    ),
+    "stale": (
+        Guidance(period=2, reach="stale", delay=1),
+        Guidance(period=1, reach="stale", delay=2, warmup=1, **END),
+        Guidance(period=2, reach="stale", delay=1, unit="epoch", **END),
+    ),
+    "stale-window": (
+        Guidance(period=2, reach="stale-window", window=3, delay=1),
+        Guidance(period=1, reach="stale-window", window=4, delay=2, **END),
+        Guidance(period=2, reach="stale-window", window=2, unit="epoch", **END),
+    ),
+}
+GUIDED: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "weighted": dict(
+        guided_weight=0.5, guided_lr_scale=0.7, guided_optimizer="separate"
+    ),
+    "mixed": MIXED,
+    "reset": dict(guided_optimizer="reset", guided_heads="trained"),
+    "shrunk": dict(guided_weight=2.0, guided_shrink=0.7),
+}
+# Heads and losses that send something of their own along the pipeline: nothing, images, weights.
+METHOD: dict[str, dict[str, Any]] = {
+    "1c2f": {},
+    "infopro": dict(local_loss=factories.local_loss("infopro")),
+    "man": dict(head="man", refresh_every=2),
+    "thin-3": dict(head="thin-3", refresh_every=1),
+}
+PARTS: dict[str, dict[str, Any]] = {
+    "whole": {},
+    "gpipe": dict(microbatches=3, timetable="gpipe"),
+    "1f1b": dict(microbatches=3, timetable="1f1b"),
+    "local": dict(local_microbatches=3),
+}
+FACTORS: dict[str, Any] = {
+    "reach": tuple(GUIDANCE),
+    "when": (0, 1, 2),
+    "guided": tuple(GUIDED),
+    "method": tuple(METHOD),
+    "edge": WIRE_FORMATS,
+    "parts": tuple(PARTS),
+    "workers": ((4, 2), (2, 4), (4, 1), (2, 3)),
+    "recompute": (True, False),
+    "precision": PRECISIONS,
+    "clip": (0.0, 0.1),
+    "policy": ("stop", "skip"),
+    "compare": (0, 1),
+    "falls": (False, True),
+    "step": (3, 2),
+    "depth": (1, 3),
+}
 
 
-def test_the_same_run_again_gives_the_same_numbers() -> None:
-    assert results(run(1, 4, "pgl")) == results(alone(4, "pgl"))
+def allowed(row: Row) -> bool:
+    """Whether the choices of a row, as far as there are any, go together."""
+    reach = row.get("reach", "")
+    if reach.startswith("stale") and row.get("parts") == "local":
+        return False
+    if row.get("guided") == "shrunk" and reach in ("local", "global", "window"):
+        return False
+    if "reach" not in row or "when" not in row:
+        return True
+    has_global = "global" in GUIDANCE[reach][row["when"]].kinds
+    if "window" in reach and row.get("guided") == "mixed":
+        return has_global
+    return has_global or not row.get("compare")
 
 
-@pytest.mark.parametrize("clip_norm", [math.inf, 0.5])
-def test_the_timetable_and_the_workers_change_no_bit_of_microbatches(
-    clip_norm: float,
-) -> None:
-    options: dict[str, Any] = dict(microbatches=3, clip_norm=clip_norm)
-    expected = run(1, 4, "pgl", timetable="gpipe", **options)
-    for size, timetable in ((1, "1f1b"), (2, "1f1b"), (4, "gpipe"), (4, "1f1b")):
-        got = run(size, 4, "pgl", timetable=timetable, **options)
-        assert results(got) == results(expected), (size, timetable)
-    assert results(expected)[0] != results(alone(4, "pgl"))[0]
-
-
-# The others are slow.
-TELLING = ("int8", "fp32"), ("fp8", "bf16")
-ROUNDED = [(edge, precision) for edge in WIRE_FORMATS for precision in PRECISIONS]
+ROWS = pairwise(FACTORS, allowed)
 
 
 @pytest.mark.parametrize(
-    ("edge_dtype", "precision"),
-    [
-        pytest.param(*each, marks=[] if each in TELLING else pytest.mark.slow)
-        for each in ROUNDED
-    ],
+    "row", ROWS, ids=lambda row: "-".join(map(str, row.values())).replace(" ", "")
 )
-def test_rounding_belongs_to_the_stage_not_to_the_edge(
-    edge_dtype: str, precision: str
+def test_settings_meet_pairwise_and_no_bit_depends_on_who_computes(
+    row: Row, tmp_path: Path
 ) -> None:
-    def rounded(size: int, **more: Any) -> tuple[Any, ...]:
-        options = dict(precision=precision, edge_dtype=edge_dtype, microbatches=2)
-        return results(run(size, 4, "pgl", **options, **more))
-
-    expected = rounded(1)
-    assert rounded(2) == rounded(4) == rounded(1, recompute=True) == expected
-    assert math.isfinite(expected[1])
-
-
-@pytest.mark.parametrize("clip_norm", [math.inf, 0.5])
-@pytest.mark.parametrize("microbatches", [1, 3])
-def test_recomputation_changes_no_bit(microbatches: int, clip_norm: float) -> None:
-    options: dict[str, Any] = dict(microbatches=microbatches, clip_norm=clip_norm)
-    expected = run(1, 4, "pgl", **options)
-    for size, timetable in ((1, "gpipe"), (2, "1f1b"), (4, "gpipe")):
-        got = run(size, 4, "pgl", recompute=True, timetable=timetable, **options)
-        assert results(got) == results(expected), (size, timetable)
-        assert same(got.body, expected.body)
-
-
-def test_parts_of_a_local_step_change_no_bit_from_worker_to_worker() -> None:
-    expected = run(1, 4, "pgl", local_microbatches=3)
-    got = run(4, 4, "pgl", local_microbatches=3, queue_depth=1)
-    assert results(got) == results(expected)
-    assert results(expected)[0] != results(alone(4, "pgl"))[0]
-
-
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_parts_of_a_local_step_round_alike(precision: str) -> None:
-    options: dict[str, Any] = dict(
-        local_microbatches=3, precision=precision, edge_dtype="int8"
+    told: dict[str, Any] = dict(
+        guidance=GUIDANCE[row["reach"]][row["when"]],
+        edge_dtype=row["edge"],
+        precision=row["precision"],
+        clip_norm=row["clip"],
+        on_nonfinite=row["policy"],
+        compare_every=row["compare"],
+        local_weight_end=0.5 if row["falls"] else 1.0,
+        local_weight_deepest=0.7,
+        **GUIDED[row["guided"]],
+        **METHOD[row["method"]],
+        **PARTS[row["parts"]] | {"timetable": "gpipe"},
     )
-    assert results(run(4, 4, "pgl", **options)) == results(run(1, 4, "pgl", **options))
-
-
-def test_in_bfloat16_its_edges_change_no_bit() -> None:
-    rounded, same = (
-        run(size, 4, "pgl", precision="bf16", edge_dtype=edge_dtype)
-        for size, edge_dtype in ((2, "bf16"), (1, "same"))
+    elsewhere: dict[str, Any] = dict(
+        recompute=row["recompute"],
+        queue_depth=row["depth"],
+        timetable=PARTS[row["parts"]].get("timetable", "1f1b"),
     )
-    assert results(rounded) == results(same)
+    size, heir = row["workers"]
+    check(tmp_path, told, size, heir, row["step"], **elsewhere)
 
 
-class Swings(nn.Module):
-    """Multiplies by a buffer that every forward of a training step moves in place."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.register_buffer("factor", torch.tensor(1.0))
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.training:
-            self.factor.mul_(1.1)
-        return x * self.factor.clone()
+@pytest.mark.slow
+@pytest.mark.parametrize(("size", "heir"), [(2, 1), (4, 3)])
+@pytest.mark.parametrize("name", KINDS)
+def test_no_bit_of_guidance_depends_on_the_workers(
+    name: str, size: int, heir: int, tmp_path: Path
+) -> None:
+    check(tmp_path, KINDS[name], size, heir, step=3)
 
 
-def stateful_mlp() -> list[Layer]:
-    """Layers whose forwards read buffers and change them."""
-
-    def normed(inputs: int, outputs: int) -> nn.Module:
-        return nn.utils.parametrizations.spectral_norm(nn.Linear(inputs, outputs))
-
-    return [
-        Layer(
-            "first",
-            lambda: nn.Sequential(
-                nn.InstanceNorm2d(3, track_running_stats=True, affine=True),
-                nn.Flatten(),
-                normed(192, 16),
-            ),
-        ),
-        Layer("second", lambda: nn.Sequential(nn.Tanh(), Swings(), normed(16, 16))),
-        Layer("third", lambda: nn.Sequential(nn.BatchNorm1d(16), Swings())),
-        Layer("fourth", lambda: nn.Sequential(nn.Tanh(), normed(16, 10))),
-    ]
+# -- every head and every loss --------------------------------------------------------
 
 
-@pytest.mark.parametrize("timetable", ["gpipe", "1f1b"])
-def test_recomputation_moves_buffers_once(timetable: str) -> None:
-    def trained(size: int, **options: Any) -> Trained:
-        return train(
-            size,
-            stateful_mlp(),
-            image_batches(8, 8, 8, 5),
-            guidance=ALWAYS,
-            balance="1,1,1,1",
-            microbatches=3,
-            timetable=timetable,
-            **options,
-        )
-
-    expected = trained(1)
-    for size in (1, 2):
-        got = trained(size, recompute=True)
-        assert same(got.body, expected.body)
-        assert results(got) == results(expected)
+def method(
+    head: str = "1c2f", loss: str = "ce", refresh_every: int = 20
+) -> dict[str, Any]:
+    """A local loss and a head, in steps of all kinds that ask the heads."""
+    local_loss = factories.local_loss(loss)
+    return dict(
+        guidance=Guidance(period=2),
+        **MIXED,
+        head=head,
+        local_loss=local_loss,
+        compare_every=1,
+        refresh_every=refresh_every,
+        microbatches=1 if local_loss.compares else 2,
+    )
 
 
-def test_a_memory_budget_is_met_alike_by_all(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.undo()  # what is kept must be predicted
-    expected = run(4, 4, "pgl", recompute=True, microbatches=2, local_microbatches=4)
-    kept = [w["peak_activation_bytes"] for w in expected.summary.workers]
-    got = run(4, 4, "pgl", memory_budget=max(max(by.values()) for by in kept))
-    assert results(got) == results(expected)
-    assert [w["peak_activation_bytes"] for w in got.summary.workers] == kept
+# Each head and each loss once; those that borrow are in the table above.
+TOGETHER = [
+    ("0c1f", "supcon"),
+    ("0c2f", "ce"),
+    ("1c1f", "infopro-contrast"),
+    ("1c3f", "ce"),
+    ("2c2f", "infopro"),
+    ("mlp", "ce"),
+    ("mlp-sr", "supcon"),
+    ("cnn", "predsim"),
+    ("pred", "sim"),
+    ("solo", "ce"),
+    ("auglocal-2", "infopro"),
+]
 
 
-def noisy_mlp() -> list[Layer]:
-    """Dropout at either side of every cut."""
-    return [
-        Layer("flatten", nn.Flatten),
-        Layer("first", lambda: nn.Sequential(nn.Linear(192, 16), nn.Dropout(0.5))),
-        Layer("second", lambda: nn.Sequential(nn.Dropout(0.2), nn.Linear(16, 16))),
-        Layer("third", lambda: nn.Sequential(nn.ReLU(), nn.Dropout(0.5))),
-        Layer("fourth", lambda: nn.Linear(16, 10)),
-    ]
+@cache
+def alone(head: str, loss: str) -> Trained:
+    return brief(1, head, loss)
 
 
-def noisy_head(shape: tuple[int, ...]) -> nn.Module:
-    """A head with dropout of its own."""
-    return nn.Sequential(nn.Dropout(0.3), nn.Linear(shape[0], 10))
+def brief(size: int, head: str, loss: str) -> Trained:
+    """Four steps in two epochs."""
+    told = method(head, loss, refresh_every=BORROWING.get(head, 20))
+    options: dict[str, Any] = dict(balance="1,2,1,1", queue_depth=1, epochs=2)
+    layers = small_resnet("resnet8")
+    return train(size, layers, BATCHES[2:], evaluate=BATCHES[3:], **options, **told)
 
 
-@pytest.mark.parametrize("guidance", GUIDANCE)
-def test_dropout_belongs_to_the_stage_and_the_step(guidance: str) -> None:
-    def noisy(size: int, **options: Any) -> tuple[Any, ...]:
-        return results(
-            train(
-                size,
-                noisy_mlp(),
-                image_batches(8, 8, 8, 8, 8, 3),
-                guidance=GUIDANCE[guidance],
-                head=noisy_head,
-                balance="2,1,1,1",
-                microbatches=2,
-                **options,
-            )
-        )
-
-    expected = noisy(1)
-    assert noisy(2) == noisy(4) == expected
-    assert noisy(1, recompute=True) == noisy(4, recompute=True) == expected
-    assert noisy(1, seed=1)[0] != expected[0]
+@pytest.mark.parametrize(("head", "loss"), TOGETHER)
+def test_no_bit_of_a_head_and_a_loss_depends_on_the_workers(
+    head: str, loss: str
+) -> None:
+    assert_same(brief(4, head, loss), alone(head, loss))
 
 
-class Sleeps(nn.Module):
-    """Delays its worker by 0 to 20 ms, forward and backward alike."""
-
-    def __init__(self, longest: float) -> None:
-        super().__init__()
-        self.longest = longest
-
-    def forward(self, x: Tensor) -> Tensor:
-        if x.device.type != "meta" and self.training:
-            time.sleep(random.uniform(0, self.longest))
-            if x.requires_grad:
-                x.register_hook(lambda _: time.sleep(random.uniform(0, self.longest)))  # type: ignore[no-untyped-call]
-        return x
+def test_no_two_heads_or_losses_are_the_same() -> None:
+    ends = [alone(*each) for each in TOGETHER]
+    assert len({end.summary.parameters_sha256 for end in ends}) == len(TOGETHER)
+    for end in ends:
+        assert all(torch.isfinite(tensor).all() for tensor in end.body.values())
+        assert math.isfinite(end.summary.test_loss or math.nan)
 
 
-@pytest.mark.parametrize("place", [2, 4], ids=["first worker", "last worker"])
-def test_a_slow_worker_changes_no_bit(place: int) -> None:
-    def digest(size: int, longest: float) -> str:
-        layers = small_resnet("resnet8")
-        layers.insert(place, Layer("sleeps", lambda: Sleeps(longest)))
-        return train(
-            size,
-            layers,
-            batches(train=True),
-            epochs=2,
-            guidance=GUIDANCE["pgl"],
-            balance="2,1,1,2",
-            queue_depth=1,
-            microbatches=2,
-        ).summary.parameters_sha256
-
-    assert digest(2, 0.02) == digest(1, 0.0)
+@pytest.mark.slow
+@pytest.mark.parametrize(("size", "heir"), [(2, 4), (4, 1)])
+@pytest.mark.parametrize("name", METHODS)
+def test_no_bit_of_a_method_depends_on_the_workers(
+    name: str, size: int, heir: int, tmp_path: Path
+) -> None:
+    check(tmp_path, method(**METHODS[name]), size, heir, step=3)
 
 
-def test_a_cut_by_time_can_be_repeated_by_its_sizes() -> None:
-    def work(world: World, balance: str) -> tuple[list[int], str]:
-        made = trainer(world, small_resnet("resnet8"), balance=balance)
-        sizes = made.prepare(batches(train=True)).balance
-        digest = made.fit(batches(train=True), epochs=1).parameters_sha256
-        made.close()
-        return sizes, digest
+@pytest.mark.slow
+def test_no_two_kinds_of_guidance_are_the_same() -> None:
+    kinds = {run(1, **KINDS[name]).summary.parameters_sha256 for name in KINDS}
+    # As others: compared, recomputed, windows of one stage, and stale without delay.
+    assert len(kinds) == len(KINDS) - 4
 
-    timed, other = on_every_rank(2, lambda world: work(world, "time"))
-    sizes, _ = timed
-    assert timed == other
-    assert len(sizes) == 4 and sum(sizes) == 5 and min(sizes) >= 1
-    assert work(World(), ",".join(map(str, sizes))) == timed
+
+@pytest.mark.filterwarnings("ignore:borrowed layers are never")
+@pytest.mark.parametrize("head", BORROWING)
+def test_heads_that_borrow_are_handed_layers_before_a_run_ends(head: str) -> None:
+    often, never = (
+        run(1, **method(head, refresh_every=every)) for every in (BORROWING[head], 20)
+    )
+    name = "ahead.copy" if head == "man" else "copy"
+    copies = [key for key in never.heads[0] if f"{name}." in key and "weight" in key]
+    assert copies
+    assert any(
+        not torch.equal(never.heads[0][key], often.heads[0][key]) for key in copies
+    )

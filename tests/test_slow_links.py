@@ -3,22 +3,16 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from rich.console import Console
 from testing.commands import draw_images, module, run, small_run, summary_of
 
 from benchmarks import slow_links
-from benchmarks.lineup import ROWS, SEARCHED
 from benchmarks.link import Link, Unavailable
-from benchmarks.slow_links_table import Job, goals, lines, markdown, rich_table
-
-ABOUT = "how"
+from benchmarks.slow_links_table import Job, goals, lines
 
 
 def job(**rates: float | None) -> Job:
@@ -66,26 +60,6 @@ def test_ratios_are_taken_within_a_round_and_to_its_best_schedule() -> None:
     assert found["loopback", "local"]["to_loopback"] == 1.0
 
 
-def test_a_row_that_does_not_run_says_why_and_spoils_no_other() -> None:
-    text = markdown(lines(JOBS), {"slow": "100 Mbit/s"}, ABOUT)
-    assert "| broken |  | does not run |" in text
-    assert "- broken does not run in round 2: RuntimeError: no" in text
-    assert "| local |  | 160 | 80-240 | 2.00 | 0.80 | 25 % |" in text
-    assert "**slow**: 100 Mbit/s." in text and "loopback**" not in text
-
-
-def test_a_round_that_lacks_one_of_the_two_is_left_out() -> None:
-    jobs = {
-        "loopback": [job(local=100, gpipe=50), job(local=100, gpipe=50)],
-        # Rounds of different speed: paired out of order, the ratio would be 1 or 4.
-        "slow": [job(local=None, gpipe=20), job(local=80, gpipe=40)],
-    }
-    found = {(line["place"], line["row"]): line for line in lines(jobs)}
-    local = found["slow", "local"]
-    assert (local["to_best_schedule"], local["to_loopback"]) == (2.0, 0.8)
-    assert local["rounds"] == [None, 80] and local["errors"] == {1: "RuntimeError: no"}
-
-
 def test_goals_are_met_missed_or_not_measured() -> None:
     rates = {"loopback": 0.0, "slow": 1e8}
     shown = [str(goal) for goal in goals(lines(JOBS), rates)]
@@ -97,49 +71,6 @@ def test_goals_are_met_missed_or_not_measured() -> None:
         "slow: pglpipe local / the same over loopback: 0.800, goal at least 0.95: missed",
     ]
     assert len(goals(lines(JOBS), {**rates, "slow": 1e3})) == 0
-
-
-def test_a_job_that_fails_is_told_and_settles_nothing(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    class NoLink:
-        def usage(self) -> Any:
-            return SimpleNamespace(cpu_seconds=0.0)
-
-    monkeypatch.setattr(slow_links, "FOLDER", tmp_path)
-    failing = subprocess.Popen([sys.executable, "-c", "raise SystemExit(1)"])
-    monkeypatch.setattr(slow_links, "start", lambda *_: [failing])
-    place = slow_links.PLACES[0]
-    failed = slow_links.race(NoLink(), place, {"rows": "local,gpipe"}, {})
-    assert [row["name"] for row in failed["rows"]] == ["local", "gpipe"]
-    jobs = {place.name: [failed]}
-    assert slow_links.settled(jobs, place) == {"cuts": None, "rows": []}
-    assert {one["samples_per_second"] for one in lines(jobs)} == {None}
-
-
-def test_without_a_schedule_nothing_is_compared_to_one() -> None:
-    alone = {"loopback": [job(local=300)]}
-    assert lines(alone)[0]["to_best_schedule"] is None
-    console = Console(width=120)
-    with console.capture() as capture:
-        console.print(rich_table(lines(alone), "loopback"))
-    assert "–" in capture.get()
-
-
-def test_cuts_come_from_the_first_job_and_microbatches_from_the_place() -> None:
-    slow = slow_links.Place("slow", 1e8, 0.005)
-    jobs: dict[str, list[Job]] = {"loopback": [], "slow": []}
-    assert slow_links.settled(jobs, slow) == {"cuts": None, "rows": []}
-    jobs["loopback"].append({**job(gpipe=1), "cuts": {"local": [1, 2]}})
-    assert slow_links.settled(jobs, slow)["cuts"] == {"local": [1, 2]}
-    assert slow_links.settled(jobs, slow)["rows"] == []
-    jobs["slow"].append({**job(pgl=1, gpipe=1), "cuts": {"local": [2, 1]}})
-    assert slow_links.settled(jobs, slow)["cuts"] == {"local": [1, 2]}
-    assert slow_links.settled(jobs, slow)["rows"] == jobs["slow"][0]["rows"]
-
-
-def test_the_rows_are_rows_of_the_race() -> None:
-    assert set(slow_links.ROWS) <= {*ROWS, *SEARCHED}
 
 
 def test_without_root_the_command_says_so_and_is_content(

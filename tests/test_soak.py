@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from testing.commands import module, run
 
 from benchmarks import soak
@@ -52,33 +50,3 @@ def test_two_thousand_steps_leave_everything_as_it_is(tmp_path: Path) -> None:
     folder = f"--folder={tmp_path / 'runs'}"
     command = module("benchmarks.soak", *options, output, folder)
     run(command, cwd=tmp_path, timeout=280).check()
-
-
-def test_too_few_looks_are_refused_in_one_line(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    folder = tmp_path / "runs"
-
-    def pretend(*_: Any, **__: Any) -> None:
-        (folder / "rank0.json").write_text(json.dumps({"looks": [{}] * 9}))
-
-    monkeypatch.setattr(soak.subprocess, "run", pretend)
-    with pytest.raises(SystemExit) as ended:
-        soak.soak(1, 10, 0.0, 2.0, tmp_path / "soak.json", folder)
-    assert ended.value.code == 2
-    (said,) = capsys.readouterr().err.splitlines()
-    assert "got 9" in said and "--interval" in said
-    assert not (tmp_path / "soak.json").exists()
-
-
-def test_the_ends_of_an_edge_are_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
-    def make(self: Any) -> None:
-        self._under_way = [([], torch.empty(0))]
-
-    monkeypatch.setattr(soak, "_ends", [])
-    monkeypatch.setattr(soak.Sender, "__init__", make)
-    monkeypatch.setattr(soak.Receiver, "__init__", soak.Receiver.__init__)
-    soak.remember_ends()
-    end = soak.Sender()  # type: ignore[call-arg]
-    assert soak.ends() == [end]
-    assert soak.queues([end]) == {"under_way": 1, "waiting": 0}

@@ -9,7 +9,6 @@ import torch
 from testing.worlds import (
     Trained,
     image_batches,
-    plan_quickly,
     same,
     sgd,
     small_resnet,
@@ -23,13 +22,10 @@ from pglpipe.heads import Site, build_head
 from pglpipe.models.layer import Layer, initialize
 from pglpipe.utils.seeding import derive, seeded
 
+pytestmark = pytest.mark.usefixtures("planned_quickly")
+
 STAGES = 4
 BATCHES = image_batches(8, 8, 5)
-
-
-@pytest.fixture(autouse=True)
-def planned_quickly(monkeypatch: pytest.MonkeyPatch) -> None:
-    plan_quickly(monkeypatch, predicts_memory=False)
 
 
 def guidance(window: int, delay: int = 1, period: int = 1, **more: Any) -> Guidance:
@@ -133,23 +129,23 @@ def reference(window: int, delay: int, period: int, steps: int) -> list[Tensor]:
     return [t for body in bodies for t in body.state_dict().values()]
 
 
-@pytest.mark.parametrize("period", [1, 3])
-@pytest.mark.parametrize("delay", [1, 2])
-@pytest.mark.parametrize("window", [1, 2, 3, 4])
+@pytest.mark.parametrize(
+    ("window", "delay", "period"),
+    [(1, 1, 1), (2, 1, 3), (2, 2, 1), (3, 1, 1), (3, 2, 3), (4, 1, 3), (4, 2, 1)],
+)
 def test_it_is_the_plain_loop(window: int, delay: int, period: int) -> None:
     steps = 14
     wanted = reference(window, delay, period, steps)
-    for size in (1, 2):
-        trained = train(
-            size,
-            plain_layers(),
-            vectors(steps),
-            head="0c1f",
-            balance="1,1,1,1",
-            guidance=guidance(window, delay, period),
-        )
-        for mine, theirs in zip(trained.body.values(), wanted, strict=True):
-            torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-6)
+    trained = train(
+        2,
+        plain_layers(),
+        vectors(steps),
+        head="0c1f",
+        balance="1,1,1,1",
+        guidance=guidance(window, delay, period),
+    )
+    for mine, theirs in zip(trained.body.values(), wanted, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-6)
 
 
 # -- corners ------------------------------------------------------------------------------
@@ -171,17 +167,10 @@ KINDS: dict[str, tuple[Guidance, dict[str, Any]]] = {
     "clipped": (guidance(3), {"clip_norm": 0.1}),
     "rounded edges": (guidance(2), {"edge_dtype": "int8"}),
 }
-# The others are slow.
-TELLING = "three stages, later", "until a global end", "rounded edges"
 
 
-@pytest.mark.parametrize(
-    "kind",
-    [
-        pytest.param(kind, marks=[] if kind in TELLING else pytest.mark.slow)
-        for kind in KINDS
-    ],
-)
+@pytest.mark.slow  # some always run in test_same_numbers.py
+@pytest.mark.parametrize("kind", KINDS)
 def test_workers_and_queues_change_no_bit(kind: str) -> None:
     when, options = KINDS[kind]
     alone, *others = (
@@ -194,8 +183,7 @@ def test_workers_and_queues_change_no_bit(kind: str) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:no stale gradient")
-@pytest.mark.parametrize("delay", [1, 2, 5])
-@pytest.mark.parametrize("steps", [1, 2, 7])
+@pytest.mark.parametrize(("steps", "delay"), [(1, 1), (2, 5), (7, 1), (7, 2)])
 def test_an_end_at_any_moment_leaves_nothing_on_the_edges(
     steps: int, delay: int
 ) -> None:
@@ -206,8 +194,8 @@ def test_an_end_at_any_moment_leaves_nothing_on_the_edges(
 
 
 def test_inputs_are_kept_until_the_farthest_gradient_has_come_and_no_longer() -> None:
-    short, long = (run(1, guidance(2), epochs=epochs) for epochs in (2, 6))
-    local = run(1, NEVER).summary.workers[0]["peak_activation_bytes"]["local"]
+    short, long = (run(1, guidance(2), epochs=epochs) for epochs in (1, 3))
+    local = run(1, NEVER, epochs=1).summary.workers[0]["peak_activation_bytes"]["local"]
     peaks = [
         trained.summary.workers[0]["peak_activation_bytes"]["local"]
         for trained in (short, long)
@@ -219,4 +207,4 @@ def test_without_a_step_between_stages_it_is_refused() -> None:
     with pytest.raises(
         ConfigError, match=r"Guidance\(delay=\) of at least 1 .*'stale-window'.*, got 0"
     ):
-        guidance(2, delay=0)
+        run(1, guidance(2, delay=0))

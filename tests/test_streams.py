@@ -11,6 +11,8 @@ import pytest
 
 from pglpipe.app.streams import Lasting, lasting
 
+pytestmark = pytest.mark.usefixtures("planned_quickly")
+
 
 def test_a_reader_that_has_left_is_told_of_once(
     capsys: pytest.CaptureFixture[str],

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from testing.worlds import image_batches, plan_quickly, train
+from testing.worlds import image_batches, train
 from torch import Tensor, nn
 
 from pglpipe import Guidance
@@ -16,10 +16,7 @@ from pglpipe.models.layer import Layer
 from pglpipe.schedules.windows import losses_passing
 from pglpipe.stage.backward import GuidedBackward
 
-
-@pytest.fixture(autouse=True)
-def planned_quickly(monkeypatch: pytest.MonkeyPatch) -> None:
-    plan_quickly(monkeypatch, predicts_memory=False)
+pytestmark = pytest.mark.usefixtures("planned_quickly")
 
 
 class Turns(nn.Module):

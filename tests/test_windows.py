@@ -5,13 +5,11 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 
-import pytest
-
 from pglpipe.schedules.windows import farthest_loss, losses_passing
 
 CASES = [
     (num_stages, window)
-    for num_stages in range(1, 9)
+    for num_stages in range(1, 8)
     for window in range(1, num_stages + 3)
 ]
 
@@ -29,36 +27,30 @@ def paths(window: int, num_stages: int) -> Iterator[tuple[int, int]]:
             yield stage, loss
 
 
-@pytest.mark.parametrize(("num_stages", "window"), CASES)
-def test_a_stage_learns_from_the_farthest_loss_that_reaches_it(
-    num_stages: int, window: int
-) -> None:
-    for stage in range(num_stages):
-        losses = reaching(stage, window, num_stages)
-        assert farthest_loss(stage, window, num_stages) == max(losses)
+def test_a_stage_learns_from_the_farthest_loss_that_reaches_it() -> None:
+    for num_stages, window in CASES:
+        for stage in range(num_stages):
+            losses = reaching(stage, window, num_stages)
+            assert farthest_loss(stage, window, num_stages) == max(losses)
 
 
-@pytest.mark.parametrize(("num_stages", "window"), CASES)
-def test_a_cut_is_crossed_by_what_is_used_below_it_and_by_nothing_else(
-    num_stages: int, window: int
-) -> None:
-    needed = set(paths(window, num_stages))
-    for stage in range(num_stages):
-        passing = losses_passing(stage, window, num_stages)
-        assert passing == sorted(loss for cut, loss in needed if cut == stage)
-        assert len(passing) <= max(0, window - 1)
+def test_a_cut_is_crossed_by_what_is_used_below_it_and_by_nothing_else() -> None:
+    for num_stages, window in CASES:
+        needed = set(paths(window, num_stages))
+        for stage in range(num_stages):
+            passing = losses_passing(stage, window, num_stages)
+            assert passing == sorted(loss for cut, loss in needed if cut == stage)
+            assert len(passing) <= max(0, window - 1)
 
 
-@pytest.mark.parametrize(("num_stages", "window"), CASES)
-def test_whatever_leaves_a_stage_is_its_own_or_has_come_to_it(
-    num_stages: int, window: int
-) -> None:
-    for stage in range(num_stages):
-        here = {stage}
-        if stage + 1 < num_stages:
-            here |= set(losses_passing(stage + 1, window, num_stages))
-        assert set(losses_passing(stage, window, num_stages)) <= here
-        assert farthest_loss(stage, window, num_stages) in here
+def test_whatever_leaves_a_stage_is_its_own_or_has_come_to_it() -> None:
+    for num_stages, window in CASES:
+        for stage in range(num_stages):
+            here = {stage}
+            if stage + 1 < num_stages:
+                here |= set(losses_passing(stage + 1, window, num_stages))
+            assert set(losses_passing(stage, window, num_stages)) <= here
+            assert farthest_loss(stage, window, num_stages) in here
 
 
 def test_a_window_of_one_stage_is_local_and_of_all_is_global() -> None:

@@ -7,26 +7,17 @@ from typing import Any
 import pytest
 import torch
 from testing import factories
+from testing.pairs import Row, pairwise
 from testing.worlds import Trained, image_batches, plan_quickly, small_resnet, train
 from torch import Tensor, nn
 
 from pglpipe import ALWAYS, NEVER, Guidance
 from pglpipe.errors import ConfigError, PartitionError, PglpipeWarning
-from pglpipe.losses import build_loss
 from pglpipe.models import build
 from pglpipe.models.layer import Layer
 from pglpipe.plan.memory import as_bytes
 
 BATCHES = image_batches(13, 13)
-SETTINGS: list[dict[str, Any]] = [
-    {},
-    {"recompute": True},
-    {"microbatches": 4},
-    {"microbatches": 5, "recompute": True},
-    {"microbatches": 5, "timetable": "gpipe"},
-    {"microbatches": 5, "timetable": "gpipe", "recompute": True},
-    {"local_microbatches": 3},
-]
 
 
 @pytest.fixture(autouse=True)
@@ -53,37 +44,13 @@ def mixed_layers() -> list[Layer]:
     return [Layer(f"part{index}", part) for index, part in enumerate(parts)]
 
 
-@pytest.mark.parametrize("settings", SETTINGS, ids=str)
-@pytest.mark.parametrize("size", [1, 3])
-def test_what_is_foretold_is_what_is_kept(size: int, settings: dict[str, Any]) -> None:
-    options = dict(stages=6, head="0c1f", guidance=Guidance(period=2), **settings)
-    trained = train(size, mixed_layers(), BATCHES, **options)
-    assert kept(trained) == kept(trained, "predicted")
-    assert min(min(by.values()) for by in kept(trained)) > 0
-
-
-ROUNDED = {"edge_dtype": "int8", "microbatches": 3}
-
-
-@pytest.mark.parametrize(
-    "settings",
-    [
-        *(SETTINGS[index] for index in (0, 3, 5, 6)),
-        ROUNDED,
-        {**ROUNDED, "recompute": True},
-    ],
-    ids=str,
-)
-def test_a_residual_network_keeps_what_is_foretold(settings: dict[str, Any]) -> None:
-    options = dict(guidance=Guidance(period=2), **settings)
-    trained = train(2, small_resnet("resnet8"), BATCHES, **options)
-    assert kept(trained) == kept(trained, "predicted")
-
-
 # Steps that run the heads as well: in some of them for their own sake, in others to compare.
 TRAINED: dict[str, Any] = dict(guided_heads="trained")
 WINDOW = Guidance(period=2, reach="window", window=3)
+OFTEN = Guidance(period=2)
 ASKING: dict[str, dict[str, Any]] = {
+    "nobody asked": {},
+    "nobody asked, the batch as a whole": {"microbatches": 1},
     "heads trained": TRAINED,
     "mixed": {"guided_local_weight": 0.5},
     "compared": {"compare_every": 1},
@@ -96,52 +63,56 @@ ASKING: dict[str, dict[str, Any]] = {
         )
     },
 }
-WAYS: list[dict[str, Any]] = [
-    {},
-    {"microbatches": 5, "recompute": True},
-    {"microbatches": 4, "timetable": "gpipe"},
-]
+ROWS = pairwise(
+    {
+        "asking": tuple(ASKING),
+        "parts": ((4, "1f1b"), (5, "gpipe")),
+        "recompute": (False, True),
+        "local_microbatches": (1, 3),
+        "edge_dtype": ("same", "int8"),
+        "size": (1, 3),
+    }
+)
 
 
-@pytest.mark.parametrize("way", WAYS, ids=str)
-@pytest.mark.parametrize("asking", ASKING)
-def test_heads_that_are_asked_in_guided_steps_keep_what_is_foretold(
-    asking: str, way: dict[str, Any]
+def keeps_what_is_foretold(
+    row: Row, layers: list[Layer], size: int, **options: Any
 ) -> None:
-    options = dict(guidance=Guidance(period=2)) | ASKING[asking] | way
-    options |= dict(stages=6, head="0c1f")
-    trained = train(3, mixed_layers(), BATCHES + BATCHES, **options)
+    microbatches, timetable = row["parts"]
+    options |= dict(microbatches=microbatches, timetable=timetable)
+    options |= {
+        key: row[key] for key in ("recompute", "local_microbatches", "edge_dtype")
+    }
+    options = dict(guidance=OFTEN) | options | ASKING[row["asking"]]
+    trained = train(size, layers, BATCHES + BATCHES, **options)
     assert kept(trained) == kept(trained, "predicted")
+    assert min(min(by.values()) for by in kept(trained)) > 0
 
 
-@pytest.mark.parametrize("asking", ["mixed", "window of three"])
-def test_residual_networks_that_ask_heads_keep_what_is_foretold(asking: str) -> None:
-    options = dict(guidance=Guidance(period=2)) | ASKING[asking]
-    trained = train(2, small_resnet("resnet8"), BATCHES, microbatches=3, **options)
-    assert kept(trained) == kept(trained, "predicted")
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: "-".join(map(str, row.values())))
+def test_what_is_foretold_is_what_is_kept(row: Row) -> None:
+    keeps_what_is_foretold(row, mixed_layers(), row["size"], stages=6, head="0c1f")
+
+
+@pytest.mark.parametrize(
+    "row", ROWS[::5], ids=lambda row: "-".join(map(str, row.values()))
+)
+def test_a_residual_network_keeps_what_is_foretold(row: Row) -> None:
+    keeps_what_is_foretold(row, small_resnet("resnet8"), 2)
 
 
 @pytest.mark.parametrize(
     "way",
     [
-        {},
-        *(
-            pytest.param(TRAINED | way, marks=[pytest.mark.slow] if way else [])
-            for way in WAYS
-        ),
+        {"guided_heads": "trained", "microbatches": 5, "recompute": True},
         {"local_microbatches": 3, "edge_dtype": "int8"},
     ],
     ids=str,
 )
 def test_images_that_travel_are_foretold_too(way: dict[str, Any]) -> None:
-    trained = train(
-        2,
-        small_resnet("resnet8"),
-        BATCHES,
-        guidance=Guidance(period=2),
-        local_loss=factories.local_loss("infopro"),
-        **way,
-    )
+    loss = factories.local_loss("infopro")
+    options: dict[str, Any] = dict(guidance=OFTEN, local_loss=loss, **way)
+    trained = train(2, small_resnet("resnet8"), BATCHES, **options)
     assert kept(trained) == kept(trained, "predicted")
 
 
@@ -153,24 +124,23 @@ def test_what_other_losses_keep_is_foretold(name: str) -> None:
         BATCHES,
         guidance=Guidance(period=2),
         **TRAINED,
-        local_loss=build_loss(name),
+        local_loss=factories.local_loss(name),
     )
     assert kept(trained) == kept(trained, "predicted")
 
 
 def test_stale_guidance_is_counted_at_its_fullest_and_not_foretold() -> None:
     def counted(delay: int, steps: int) -> list[dict[str, int]]:
-        guidance = Guidance(period=1, reach="stale", delay=delay)
-        trained = train(
-            1, small_resnet("resnet8"), image_batches(*[8] * steps), guidance=guidance
-        )
+        options: dict[str, Any] = dict(stages=6, head="0c1f")
+        options |= dict(guidance=Guidance(period=1, reach="stale", delay=delay))
+        trained = train(1, mixed_layers(), image_batches(*[8] * steps), **options)
         assert kept(trained, "predicted") == [None]
         return kept(trained)
 
-    peaks = [counted(delay, 9)[0]["local"] for delay in (0, 1, 2)]
+    peaks = [counted(delay, 13)[0]["local"] for delay in (0, 1, 2)]
     assert peaks == sorted(set(peaks)), "more inputs wait"
-    assert counted(1, 2)[0]["local"] < counted(1, 9)[0]["local"]
-    assert counted(1, 4) == counted(1, 9), "and no more than fit on the way"
+    assert counted(1, 2)[0]["local"] < counted(1, 13)[0]["local"]
+    assert counted(1, 6) == counted(1, 13), "and no more than fit on the way"
 
 
 @pytest.mark.slow
@@ -191,9 +161,8 @@ def test_the_published_networks_keep_what_is_foretold(name: str) -> None:
     assert kept(trained) == kept(trained, "predicted")
 
 
-@pytest.mark.parametrize("edge_dtype", ["same", "bf16", "int8"])
-def test_under_autocast_what_is_foretold_is_close(edge_dtype: str) -> None:
-    options: dict[str, Any] = dict(precision="bf16", edge_dtype=edge_dtype)
+def test_under_autocast_what_is_foretold_is_close() -> None:
+    options: dict[str, Any] = dict(precision="bf16", edge_dtype="int8")
     options |= dict(guidance=Guidance(period=2), microbatches=2)
     trained = train(2, small_resnet("resnet8"), BATCHES, **options)
     for counted, predicted in zip(kept(trained), kept(trained, "predicted")):

@@ -7,6 +7,7 @@
     edges             ends of edges that are seen through
     streams           lanes that need no GPU
     commands          the command line, inside this process or in processes of its own, to find and to kill
+    launch            a launcher of our own, which forks the workers
     kinds             every kind of guidance and every method, as options of a trainer
     reference_guided  guided training by its published words, in one loop
     ambush            a network that strikes itself

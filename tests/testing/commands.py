@@ -42,6 +42,7 @@ from PIL import Image
 from pglpipe import cli
 
 ROOT = Path(__file__).resolve().parents[2]
+LAUNCH = Path(__file__).with_name("launch.py")
 WATCHDOG = 100.0  # seconds, below pytest's own limit
 _MARK = "PGLPIPE_TEST"
 _LISTENING = "0A"  # the state of a socket in /proc/net/tcp
@@ -114,6 +115,11 @@ def torchrun(workers: int, *arguments: str) -> list[str]:
     """``torchrun --nproc_per_node=WORKERS`` at a free port."""
     options = ["--standalone", f"--nproc_per_node={workers}"]
     return [*module("torch.distributed.run", *options), *arguments]
+
+
+def forked(workers: int, *arguments: str) -> list[str]:
+    """The same by a launcher of our own, which imports PyTorch once for all of them."""
+    return [sys.executable, str(LAUNCH), str(workers), *arguments]
 
 
 def run(command: Sequence[str], *, cwd: Path, timeout: float = WATCHDOG) -> Ended:

@@ -326,3 +326,19 @@ def nothing_predicted(
 def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
     """Whether two states have the same names, in the same order, and the same bits."""
     return list(a) == list(b) and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def assert_same(got: Trained, whole: Trained, first: int = 0) -> None:
+    """``got`` is what ``whole`` did from step ``first`` on; NaN, where an exit has no loss, is itself."""
+    assert got.summary.parameters_sha256 == whole.summary.parameters_sha256
+    assert same(got.body, whole.body)
+    assert list(got.heads) == list(whole.heads)
+    assert all(same(got.heads[k], whole.heads[k]) for k in whole.heads)
+    for name in ("step", "epoch", "kind", "losses", "cosines"):
+        expected = [getattr(record, name) for record in whole.records.steps[first:]]
+        assert str([getattr(r, name) for r in got.records.steps]) == str(expected)
+    expected = [each for each in whole.records.evaluations if each.step >= first]
+    assert str(got.records.evaluations) == str(expected)
+    for name in ("steps", "global_steps", "exit_accuracy", "gradient_cosine"):
+        found = getattr(got.summary, name)
+        assert str(found) == str(getattr(whole.summary, name)), name
