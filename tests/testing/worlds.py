@@ -174,6 +174,8 @@ def trainer(world: World, layers: object, **options: Any) -> Trainer:
         # Tried by the tests of it; here it would cost every small run several steps.
         sanity_check=False,
     )
+    if "gradients" in options:
+        del defaults["compare_every"]
     return Trainer(layers, world=world, **grouped(defaults | options))
 
 
