@@ -176,7 +176,11 @@ def trainer(world: World, layers: object, **options: Any) -> Trainer:
     )
     if "gradients" in options:
         del defaults["compare_every"]
-    return Trainer(layers, world=world, **grouped(defaults | options))
+    weights = options.pop("weights", None)
+    made = Trainer(layers, world=world, **grouped(defaults | options))
+    if weights is not None:
+        made.load(weights)
+    return made
 
 
 def train(
