@@ -29,7 +29,7 @@ from functools import cache
 
 from pglpipe.guidance import Guidance
 from pglpipe.timetable import Action, clock, one_forward_one_backward
-from pglpipe.windows import crossing, farthest
+from pglpipe.windows import farthest_loss, losses_passing
 
 FORWARD = 1 / 3
 BACKWARD = 2 / 3
@@ -131,7 +131,7 @@ def kept_bytes(
         for stage, given in enumerate(inputs):
             source = len(inputs) - 1
             if guidance.reach == "stale-window":
-                source = farthest(stage, guidance.window, len(inputs))
+                source = farthest_loss(stage, guidance.window, len(inputs))
             under_way = guidance.delay * (source - stage)
             waiting = math.ceil(under_way * guidance.duration / max(1, guidance.period))
             most[stage] += given * waiting
@@ -194,14 +194,16 @@ class Line:
     def _risen(self, stage: int, step: int, ready: float) -> float:
         """When a stage is done that has had its own loss, and hears gradients that rise in windows."""
         body, window, stages = self.cut.body[stage], self.steps.window, len(self.free)
-        delay, last = self.steps.delay, farthest(stage, window, stages)
-        arriving = crossing(stage + 1, window, stages) if stage < self.last else []
+        delay, last = self.steps.delay, farthest_loss(stage, window, stages)
+        arriving = (
+            losses_passing(stage + 1, window, stages) if stage < self.last else []
+        )
         come = [j for j in arriving if step - delay * (j - stage) in self._guided]
         if come:
             ready = max(ready, self._done[step - delay][stage + 1])
         if last not in come:
             ready += BACKWARD * body  # from its own loss, which then passes at no cost
-        elif step in self._guided and stage in crossing(stage, window, stages):
+        elif step in self._guided and stage in losses_passing(stage, window, stages):
             ready += INPUT_GRADIENT * body
         for loss in come:
             ready += (FORWARD + (BACKWARD if loss == last else INPUT_GRADIENT)) * body
@@ -225,8 +227,8 @@ class Line:
             asks = self.steps.heads or self.steps.beside
             return BACKWARD * body + head * asks
         window, stages = self.steps.window, len(self.free)
-        own = farthest(stage, window, stages)
-        through = [c for c in crossing(stage, window, stages) if c != own]
+        own = farthest_loss(stage, window, stages)
+        through = [c for c in losses_passing(stage, window, stages) if c != own]
         return (BACKWARD + INPUT_GRADIENT * len(through)) * body + head
 
 

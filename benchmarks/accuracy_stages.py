@@ -1,4 +1,4 @@
-"""What the stages of a place take and keep: measured seconds, foretold bytes.
+"""What the stages of a place take and keep: measured seconds, predicted bytes.
 
 The seconds are those of this machine, so they are measured once, while it has nothing else to
 do, and kept in results/accuracy_SCALE_stages.json, from which the table is worked out. Scales with
@@ -119,7 +119,7 @@ def _kept(config: RunConfig, layers: list[Layer], x: Tensor) -> dict[str, list[i
 def _predicted(plan: Plan, kind: str) -> list[int]:
     """By stage."""
     workers = [worker for worker in plan.predicted if worker]
-    assert len(workers) == len(plan.balance), "these networks can be foretold"
+    assert len(workers) == len(plan.balance), "these networks can be predicted"
     return [worker[kind] for worker in workers]
 
 

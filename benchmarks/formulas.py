@@ -4,7 +4,7 @@ R ranks, M microbatches, a stage's batch takes F forward and B backward, t = F +
 t over the time per batch: 1 is a pipeline that is never idle. F : B = 1 : 2 below.
 
 Local steps
-    Nobody waits: 1, or t over the slowest rank's time, heads included.
+    NullOutbox waits: 1, or t over the slowest rank's time, heads included.
 GPipe, 1F1B
     A batch takes M microbatch slots of t/M and R - 1 more to fill and drain: M / (M + R - 1).
 Interleaved 1F1B, v stages a rank
@@ -24,7 +24,7 @@ PGL, D global steps in a period of P
 
     R = M = 8: 0.774 for P = 10, D = 1; 0.886 for P = 50, D = 5.
 Stale guidance, one guided step in P
-    Nobody waits. A stage runs a guided batch forward twice, and backward once, in place of another's
+    NullOutbox waits. A stage runs a guided batch forward twice, and backward once, in place of another's
     local backward: P t / (P t + F), 0.75 for P = 1 and 0.968 for P = 10.
 """
 

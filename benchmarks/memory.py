@@ -68,7 +68,7 @@ def result(row: Row, found: Sequence[Measured], whole: Measured) -> dict[str, An
     }
 
 
-COLUMNS = ("", "kept, MB", "x end to end", "by rank", "foretold", "RSS +MB", "x")
+COLUMNS = ("", "kept, MB", "x end to end", "by rank", "predicted", "RSS +MB", "x")
 
 
 def cells(line: dict[str, Any]) -> list[str]:

@@ -90,7 +90,7 @@ def batches() -> list[tuple[Tensor, Tensor]]:
     ]
 
 
-class Watch:
+class FiniteCheck:
     """Looks at its own process now and then, from a thread of its own."""
 
     def __init__(self, interval: float) -> None:
@@ -99,7 +99,7 @@ class Watch:
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._look, daemon=True)
 
-    def __enter__(self) -> Watch:
+    def __enter__(self) -> FiniteCheck:
         self._thread.start()
         return self
 
@@ -174,7 +174,7 @@ def work(folder: Path, steps: int, delay: float, interval: float) -> None:
         machine=pglpipe.Machine(device="cpu"),
         edges=pglpipe.Edges(queue_depth=DEPTH),
     )
-    with Watch(interval) as watch:
+    with FiniteCheck(interval) as watch:
         summary = trainer.fit(batches(), steps=steps, evaluate=batches()[:2])
     trainer.close()
     found = {"looks": watch.looks, "worker": summary.workers[rank]}

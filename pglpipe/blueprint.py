@@ -148,7 +148,7 @@ class Blueprint:
         return self.learning.image(x) if self.learning.image else None
 
     @property
-    def foretells(self) -> bool:
+    def predicts_memory(self) -> bool:
         """Whether what is kept for backward is worked out.
 
         It cannot be for compiled stages, nor where inputs wait for stale gradients.

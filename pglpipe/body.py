@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from pglpipe.buffers import Buffers, copies_of, holding, statistics_untold, unmoved
 from pglpipe.errors import ConfigError
 from pglpipe.losses.state import foreign_leaf, name_of, untrained
-from pglpipe.saved_bytes import Held
+from pglpipe.saved_bytes import CountedTensor
 from pglpipe.seeding import Draws, derive, seeded
 from pglpipe.transport import is_dense
 
@@ -47,17 +47,17 @@ class Kept(NamedTuple):
         buffers: copies from before the run, where there will be a second one.
     """
 
-    input: Held
-    output: Held | None
-    targets: Held
+    input: CountedTensor
+    output: CountedTensor | None
+    targets: CountedTensor
     step: int
     microbatch: int
     share: float
     buffers: Buffers
-    image: Held | None = None
+    image: CountedTensor | None = None
 
 
-class Body:
+class SavedForwards:
     """The layers of one stage, and the batches whose backward is to come, in their order.
 
     Attributes:
@@ -109,15 +109,15 @@ class Body:
             output, kept = self._run_without_graph(x, step, microbatch), None
         else:
             output = self._run(x, step, microbatch)
-            kept = Held(output)
+            kept = CountedTensor(output)
         if self.checks:
             if recompute or not self._compiled:
                 self._check_repeats(x, output, step, microbatch, again)
             if not recompute:
                 self._check_owners(output, x)
                 self._check_learns(output)
-        held = Held(x), kept, Held(targets)
-        seen = None if image is None else Held(image)
+        held = CountedTensor(x), kept, CountedTensor(targets)
+        seen = None if image is None else CountedTensor(image)
         self._kept.append(Kept(*held, step, microbatch, share, buffers, seen))
         return output.detach()
 
@@ -131,7 +131,7 @@ class Body:
         x = kept.input.tensor
         if kept.output is None:
             with statistics_untold(self._layers), holding(kept.buffers):
-                output = Held(self._run(x, kept.step, kept.microbatch))
+                output = CountedTensor(self._run(x, kept.step, kept.microbatch))
             kept = kept._replace(output=output)
         assert kept.output is not None
         with self._seeded_backward(kept.step, kept.microbatch):

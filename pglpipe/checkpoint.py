@@ -109,7 +109,9 @@ def commit(folder: Path, manifest: Mapping[str, Any], files: list[Written]) -> N
             raise OSError(
                 f"expected {file.nbytes} bytes in {folder / file.name}, found {size}"
             )
-    text = _spelled({**manifest, "format": FORMAT, "files": [asdict(f) for f in files]})
+    text = canonical_json(
+        {**manifest, "format": FORMAT, "files": [asdict(f) for f in files]}
+    )
     part = folder / f"{MANIFEST}.part"
     with part.open("w", encoding="utf-8") as stream:
         stream.write(text)
@@ -219,7 +221,7 @@ def read_manifest(folder: Path) -> Manifest:
         text = path.read_text(encoding="utf-8")
         manifest = json.loads(text)
         content = {k: v for k, v in manifest.items() if k != "sha256"}
-        if _spelled(content) != text:
+        if canonical_json(content) != text:
             raise ValueError
     except FileNotFoundError:
         if (folder / UNFINISHED).exists():
@@ -253,7 +255,7 @@ def _is_complete(manifest: Manifest) -> bool:
     )
 
 
-def _spelled(content: Mapping[str, Any]) -> str:
+def canonical_json(content: Mapping[str, Any]) -> str:
     """The one text that says this, its own SHA-256 included."""
     said = json.dumps(content, sort_keys=True)
     digest = hashlib.sha256(said.encode()).hexdigest()

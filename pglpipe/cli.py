@@ -186,14 +186,14 @@ def _main(arguments: Sequence[str] | None) -> None:
                 "expected torchrun, got python -m torch.distributed.launch, which passes --local-rank; start "
                 "workers with torchrun --nproc_per_node=N -m pglpipe.train"
             )
-        _complain(text, told=not _leads())
+        _complain(text, already_reported=not _leads())
         _leave(2)
     except UserError as error:
-        _complain(str(error), told=error.told)
+        _complain(str(error), already_reported=error.already_reported)
         _leave(2)
     except WorkerError as error:
         _show_cause(error)
-        _complain(str(error), told=error.told)
+        _complain(str(error), already_reported=error.already_reported)
         _leave(1)
     except Stopped as stopped:
         if _leads():
@@ -216,7 +216,7 @@ def _resolve(file: Path | None, options: dict[str, Any]) -> RunConfig:
     try:
         return resolve(file, given)
     except UserError as error:
-        error.told = not _leads()
+        error.already_reported = not _leads()
         raise
 
 
@@ -235,8 +235,8 @@ def _show_cause(error: WorkerError) -> None:
         traceback.print_exception(error.__cause__)
 
 
-def _complain(text: str, *, told: bool) -> None:
-    if told:
+def _complain(text: str, *, already_reported: bool) -> None:
+    if already_reported:
         # A launcher ends all workers with the first; the one who tells must come first.
         time.sleep(_GRACE_SECONDS)
     elif text:  # without any argument the help says it all

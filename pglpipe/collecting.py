@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from pglpipe.commands import Collect, Message, State
+from pglpipe.commands import Collect, Message, WeightChunk
 from pglpipe.errors import ProtocolError
 from pglpipe.stage import Stage
 from pglpipe.state import StateLayout, flatten, pieces
@@ -46,17 +46,17 @@ class Collecting:
         for stage in self._stages:
             flat = flatten(stage.tensors())
             for offset, piece in pieces(flat, self._piece_bytes):
-                self._hand_up(State(stage.index, offset), piece, links)
+                self._hand_up(WeightChunk(stage.index, offset), piece, links)
         below = self._layouts[self._stages[-1].index + 1 :]
         remaining = sum(layout.nbytes for layout in below)
         while remaining and links.gradients_in is not None:
             state, (piece,) = links.gradients_in.get()
-            if not isinstance(state, State):
+            if not isinstance(state, WeightChunk):
                 raise ProtocolError(f"expected a piece of the weights, got {state}")
             self._hand_up(state, piece.cpu(), links)
             remaining -= len(piece)
 
-    def _hand_up(self, state: State, piece: Tensor, links: Links) -> None:
+    def _hand_up(self, state: WeightChunk, piece: Tensor, links: Links) -> None:
         if self._rank > 0:
             links.gradients_out.put(Message(state, (piece,)))
             return

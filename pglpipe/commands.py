@@ -9,7 +9,7 @@ barrier. A command is a handful of whole numbers; the tensors beside it make a m
     Microbatch           activation, targets     and image, scales
     Clip                 total gradient norm
     Evaluate             activation, targets     and scales
-    Conclude             -                       the end of an evaluation
+    EndEvaluation             -                       the end of an evaluation
     Checkpoint           -                       every worker writes its stages to disk
     SanityCheck          -                       what follows is only tried, until the next one
     Collect              -                       every worker hands its weights up
@@ -70,7 +70,7 @@ class Evaluate:
 
 
 @dataclass(frozen=True, slots=True)
-class Conclude:
+class EndEvaluation:
     """An evaluation is over: report and forget its counts."""
 
     step: int
@@ -90,7 +90,7 @@ class Collect:
 
 
 @dataclass(frozen=True, slots=True)
-class State:
+class WeightChunk:
     """A piece of one stage's weights on its way up."""
 
     stage: int
@@ -98,7 +98,7 @@ class State:
 
 
 @dataclass(frozen=True, slots=True)
-class Weights:
+class BorrowedWeights:
     """What heads further up borrow, on its way to them."""
 
     number: int
@@ -121,11 +121,11 @@ Command = (
     | Microbatch
     | Clip
     | Evaluate
-    | Conclude
+    | EndEvaluation
     | Collect
-    | State
+    | WeightChunk
     | Stop
-    | Weights
+    | BorrowedWeights
     | Checkpoint
     | SanityCheck
 )
@@ -136,11 +136,11 @@ COMMANDS: tuple[type[Command], ...] = (
     Microbatch,
     Clip,
     Evaluate,
-    Conclude,
+    EndEvaluation,
     Collect,
-    State,
+    WeightChunk,
     Stop,
-    Weights,
+    BorrowedWeights,
     Checkpoint,
     SanityCheck,
 )
@@ -173,7 +173,7 @@ def noun_of(command: Command) -> str:
             return f"step {command.step}, {command.kind} step"
         case Evaluate():
             return f"the evaluation after {command.step} steps"
-        case Conclude():
+        case EndEvaluation():
             return f"the end of the evaluation after {command.step} steps"
         case Checkpoint():
             return f"the checkpoint after {command.step} steps"

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from pglpipe.commands import (
     Collect,
-    Conclude,
+    EndEvaluation,
     Evaluate,
     Message,
     Microbatch,
@@ -53,7 +53,7 @@ from pglpipe.reports import (
     StopRequest,
     TrainReport,
 )
-from pglpipe.saving import Ledger
+from pglpipe.saving import CheckpointCoordinator
 from pglpipe.seeding import generators, set_generators
 from pglpipe.source import Image, Position, Source, Span
 from pglpipe.steps import find_step
@@ -104,7 +104,7 @@ class Coordinator:
         self._num_stages = num_stages
         self._num_workers = num_workers
         self._guidance = guidance
-        self.cut(microbatches, 1)
+        self.set_microbatches(microbatches, 1)
         self._mailbox = mailbox
         self._observer = observer
         self._device = device
@@ -113,15 +113,15 @@ class Coordinator:
         self._finals: dict[int, FinalReport] = {}
         self._evaluation: EvaluationRecord | None = None
         self._at = Position()
-        self._ledger: Ledger | None = None
+        self._checkpoints: CheckpointCoordinator | None = None
         self._fits = self._stopping = self._breaks_off = self.ended_early = False
         self._check_seconds, self._checked = 0.0, set[int]()
         self._saving = False
-        self._is_told_of_length, self._resumed_epoch = False, -1
+        self._warned_of_length, self._resumed_epoch = False, -1
         self._room: Sequence[int] = ()
         self._began = time.perf_counter()
 
-    def cut(
+    def set_microbatches(
         self, microbatches: int, batch: int, shares: Shares = lambda targets: None
     ) -> None:
         """Says into how many parts a global step's batch of ``batch`` samples is cut.
@@ -133,7 +133,7 @@ class Coordinator:
         self._parts = partial(parts_of, most=microbatches, batch=batch)
         self._shares = shares
 
-    def limit(self, room: Sequence[int]) -> None:
+    def set_room(self, room: Sequence[int]) -> None:
         """Says how many bytes the inputs and the targets of a batch may have."""
         self._room = room
 
@@ -157,9 +157,9 @@ class Coordinator:
         check = self._check(reader, test) if checks else iter(())
         return self._source(itertools.chain(check, training))
 
-    def keep(self, ledger: Ledger) -> None:
-        """Has checkpoints made when the ledger says so."""
-        self._ledger = ledger
+    def use_checkpoints(self, checkpoints: CheckpointCoordinator) -> None:
+        """Has checkpoints made when these say so."""
+        self._checkpoints = checkpoints
 
     @property
     def position(self) -> Position:
@@ -171,8 +171,8 @@ class Coordinator:
         self._at = Position(**manifest["position"])
         self._resumed_epoch = self._at.epoch
         self._merger.resume(manifest["merged"])
-        if self._ledger:
-            self._ledger.resumed(self._at.step)
+        if self._checkpoints:
+            self._checkpoints.resumed(self._at.step)
 
     def evaluate(self, test: BatchReader) -> Source:
         """Evaluates once."""
@@ -207,7 +207,7 @@ class Coordinator:
                 yield from self._step_of("local", next(step), 0, *batches[0], False)
         if test is not None:
             yield Message(Evaluate(0, 0), test.first())
-            yield Message(Conclude(0, 0))
+            yield Message(EndEvaluation(0, 0))
         yield Message(SanityCheck(0))
         # Nothing is written or learned before all workers have come so far.
         self._await(lambda: self._checked, "end of the sanity check")
@@ -232,7 +232,7 @@ class Coordinator:
                     f"expected batches in epoch {epoch + 1}, got none after {self._at.step} steps; "
                     "pass a loader that begins anew each time it is looped over"
                 )
-            self._tell_of_length(reader, span)
+            self._warn_of_length(reader, span)
             # Counted in steps, for a loader without a length has as many epochs as it takes.
             is_last = self._at.step >= span.total_steps or (
                 epoch >= span.epochs - 1 and not span.in_steps
@@ -246,18 +246,18 @@ class Coordinator:
                 break
             self._at.batches = self._at.samples = 0
 
-    def _tell_of_length(self, reader: BatchReader, span: Span) -> None:
+    def _warn_of_length(self, reader: BatchReader, span: Span) -> None:
         """Tells once of a loader whose length is not that of its epochs."""
         if span.in_steps or self._at.epoch == self._resumed_epoch:
             return  # nothing depends on it, or some of it may have come in batches of another size
-        found, said = self._at.batches, reader.length
+        found, announced = self._at.batches, reader.length
         is_cut = self._at.step >= span.total_steps
-        if said is None or found == said or (is_cut and found < said):
+        if announced is None or found == announced or (is_cut and found < announced):
             return
-        if not self._is_told_of_length:
-            self._is_told_of_length = True
+        if not self._warned_of_length:
+            self._warned_of_length = True
             warn(
-                f"the training loader says that it has {said} batches, and an epoch had {found}: learning rate and "
+                f"the training loader says that it has {announced} batches, and an epoch had {found}: learning rate and "
                 f"guidance count on {span.total_steps} steps; say how many there are with steps instead of epochs"
             )
 
@@ -344,23 +344,25 @@ class Coordinator:
                 f"expected batches to evaluate after {self._at.step} steps, got none; pass a loader that begins anew "
                 "each time it is looped over"
             )
-        yield Message(Conclude(self._at.step, epoch))
+        yield Message(EndEvaluation(self._at.step, epoch))
 
     def _may_end(self) -> bool:
         """Whether the run is to end now: not while a checkpoint is written, for it makes a last one."""
-        waits = self._is_saving() and not (self._ledger and self._ledger.is_stuck)
+        waits = self._is_saving() and not (
+            self._checkpoints and self._checkpoints.is_stuck
+        )
         return self._fits and self._stopping and not waits
 
     def _checkpoint(self) -> Iterator[Message]:
         """Has one made if it is due, or if it is the last chance."""
-        ledger, step = self._ledger, self._at.step
+        checkpoints, step = self._checkpoints, self._at.step
         now = self.ended_early or self._saving
-        if ledger is None or not ledger.due(step, is_last=now):
+        if checkpoints is None or not checkpoints.due(step, is_last=now):
             return
         self._saving = False
         self._at.seconds = time.perf_counter() - self._began
         manifest = {"position": asdict(self._at), "num_stages": self._num_stages}
-        yield Message(ledger.begin(step, manifest))
+        yield Message(checkpoints.begin(step, manifest))
 
     def _source(self, messages: Iterator[Message]) -> Source:
         """The messages and a last one, for a run that will have last words of its own."""
@@ -400,7 +402,7 @@ class Coordinator:
             self._listen()
 
     def _is_saving(self) -> bool:
-        return self._ledger is not None and self._ledger.is_busy
+        return self._checkpoints is not None and self._checkpoints.is_busy
 
     def _listen(self) -> None:
         """Takes in the reports that have arrived; never waits.
@@ -422,17 +424,19 @@ class Coordinator:
                 case FinalReport():
                     self._finals[report.rank] = report
                 case SavedReport():
-                    assert self._ledger is not None, "nobody saves unasked"
+                    assert self._checkpoints is not None, "nobody saves unasked"
                     known_until = self._merger.until
-                    self._ledger.add(report, lambda step: {"merged": known_until(step)})
+                    self._checkpoints.add(
+                        report, lambda step: {"merged": known_until(step)}
+                    )
                 case CheckedReport():
                     self._checked.add(report.rank)
                 case StopRequest():
                     self._stopping = True
                 case SaveRequest():
                     self._saving = True
-        if self._ledger:
-            self._ledger.listen()
+        if self._checkpoints:
+            self._checkpoints.listen()
 
     def _summary(self) -> Summary:
         return summarize(

@@ -15,13 +15,13 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor, nn
 
-from pglpipe.body import Body, Kept
+from pglpipe.body import Kept, SavedForwards
 from pglpipe.buffers import unmoved
 from pglpipe.exit import Exit, weighted
 from pglpipe.learning import Learning
 
 
-class Crossing:
+class GuidedBackward:
     """One stage's part in guided steps; gradients are added to its parameters'.
 
     Args:
@@ -33,10 +33,15 @@ class Crossing:
     """
 
     def __init__(
-        self, layers: nn.Module, runs: Body, exit: Exit, learning: Learning, index: int
+        self,
+        layers: nn.Module,
+        runs: SavedForwards,
+        exit: Exit,
+        learning: Learning,
+        index: int,
     ) -> None:
         self._layers = layers
-        self._runs = runs
+        self._forwards = runs
         self._exit = exit
         self._gradients = learning.gradients
         self._index = index
@@ -54,7 +59,7 @@ class Crossing:
         Returns:
             The gradient for the stage before ``[B, ...]``, and the microbatch's part of the loss.
         """
-        with self._runs.taken() as (x, output, kept):
+        with self._forwards.taken() as (x, output, kept):
             loss = self._exit.loss(output, kept)
             weighted(loss, self._gradients.guided_weight).backward()  # type: ignore[no-untyped-call]
         return self._gradient_of(x), loss.detach()
@@ -65,18 +70,18 @@ class Crossing:
         """Backward of the oldest kept microbatch from the gradient of its output.
 
         A stage's own loss may count beside the true one; its gradient crosses no cut here either,
-        and is kept aside until :meth:`settle`.
+        and is kept aside until :meth:`finish`.
 
         Args:
             gradient: ``[B, ...]``, from the stage after.
-            compares: whether :meth:`settle` is to compare it with that of the local loss.
+            compares: whether :meth:`finish` is to compare it with that of the local loss.
 
         Returns:
             The gradient for the stage before ``[B, ...]``, None on the first stage; and the
             microbatch's part of the local loss, if the head was asked.
         """
         loss = None
-        with self._runs.taken() as (x, output, kept):
+        with self._forwards.taken() as (x, output, kept):
             if compares or self._gradients.asks_heads:
                 weight = self._exit.weight(kept.step)
                 # Times 0 a gradient has no direction to compare: it is found as it is, and dropped.
@@ -90,7 +95,7 @@ class Crossing:
                 output.backward(gradient)  # type: ignore[no-untyped-call]
         return self._gradient_of(x), loss
 
-    def settle(self, *, compares: bool) -> Tensor | None:
+    def finish(self, *, compares: bool) -> Tensor | None:
         """Adds what the local loss says to the gradients of a global step, by its weight.
 
         Returns:
@@ -157,7 +162,7 @@ class Crossing:
             Their gradients of this stage's input ``[B, ...]``, and the microbatch's part of this
             stage's own loss.
         """
-        with self._runs.taken() as (x, output, kept):
+        with self._forwards.taken() as (x, output, kept):
             weight = self._exit.weight(kept.step)
             if self._exit.head is None and guided:
                 weight = self._gradients.guided_weight
@@ -178,7 +183,7 @@ class Crossing:
 
     def blend(self) -> Tensor:
         """What the local loss of the last forward adds to a stale gradient; returns the loss."""
-        with self._runs.taken() as (_, output, kept):
+        with self._forwards.taken() as (_, output, kept):
             weight = self._exit.weight(kept.step)
             loss, own = self._local_gradient(
                 output, kept, self._gradients.guided_heads, weight
@@ -204,7 +209,7 @@ class Crossing:
         x = x.detach()
         if self._index > 0:
             x.requires_grad_()
-        with self._runs.replayed(x, step) as output:
+        with self._forwards.replayed(x, step) as output:
             if not learns:
                 return _through(output, x, gradient)
             if output.requires_grad:

@@ -34,10 +34,10 @@ class PglpipeError(Exception):
     """The root of everything that pglpipe raises on purpose.
 
     Attributes:
-        told: whether some worker has already shown the message to the user.
+        already_reported: whether some worker has already shown the message to the user.
     """
 
-    told = False
+    already_reported = False
 
     def __init__(self, text: str = "") -> None:
         super().__init__(_on_one_line(text))
@@ -112,13 +112,13 @@ class NonFinite(WorkerError):
     """A loss or a gradient is no finite number.
 
     Attributes:
-        place: orders what several workers find of one cause: the step, and the stages in the order
+        order: orders what several workers find of one cause: the step, and the stages in the order
             in which such a number travels.
     """
 
-    def __init__(self, message: str, place: tuple[int, int]) -> None:
+    def __init__(self, message: str, order: tuple[int, int]) -> None:
         super().__init__(message)
-        self.place = place
+        self.order = order
 
 
 class PglpipeWarning(UserWarning):

@@ -37,7 +37,7 @@ class Exit:
         head: its auxiliary module; None for the last stage.
         learning: how it learns.
         device: of the stage.
-        place: where the head stands among the heads, from 0 to 1.
+        depth_fraction: where the head stands among the heads, from 0 to 1.
 
     Attributes:
         total_steps: steps of the whole run, which the loss's weight depends on.
@@ -51,7 +51,7 @@ class Exit:
         head: nn.Module | None,
         learning: Learning,
         device: torch.device,
-        place: float,
+        depth_fraction: float,
     ) -> None:
         self.head = head
         self.total_steps = 1
@@ -60,7 +60,7 @@ class Exit:
         self._body = body
         self._learning = learning
         self._device = device
-        self._place = place
+        self._depth_fraction = depth_fraction
         self._run: Callable[[Tensor], Any] | None = None
         # What is minimized, what an evaluation reports, and what the latter is made of.
         self._loss: Callable[..., Tensor] = learning.loss
@@ -107,19 +107,19 @@ class Exit:
             self._learning.machine.seed, "head", self._index, kept.step, kept.microbatch
         )
         if not self.checks:
-            said, loss = self._compute(output, kept, seed)
+            head_output, loss = self._compute(output, kept, seed)
         else:
             with unmoved(self.head) if self.head else nullcontext():
                 _, first = self._compute(output, kept, seed)
             remembered = Remembered(self._learned_loss)
-            said, loss = self._compute(output, kept, seed)
+            head_output, loss = self._compute(output, kept, seed)
             remembered.check(setting(self._option))
             self._check_repeats(first, loss)
             self._check_owners(loss, output)
         share = kept.share
         if self._parts:
             if not self._shares:
-                shape = _first(said).shape[1:]
+                shape = _first(head_output).shape[1:]
                 self._shares = self._shares_of(self._parts, shape)
             share = self._shares[kept.microbatch]
         if share == 0:
@@ -133,7 +133,7 @@ class Exit:
         if self.head is None:
             return 1.0
         return self._learning.gradients.local_weight(
-            step, self.total_steps, self._place
+            step, self.total_steps, self._depth_fraction
         )
 
     # -- evaluation -------------------------------------------------------------------
@@ -161,7 +161,7 @@ class Exit:
             weight=None if weight is None else (known.weight or 0.0) + weight,
         )
 
-    def conclude(self) -> ExitCount:
+    def end_evaluation(self) -> ExitCount:
         """Returns the counts of the evaluation and forgets them."""
         counted, self._counted = self._counted, _NOTHING
         return counted
@@ -180,9 +180,11 @@ class Exit:
         with self._draws.seeded(seed), self._learning.autocast(self._device):
             if self._run is None:
                 return output, self._scalar(self._loss(output, targets))
-            said = self._run(output)
+            head_output = self._run(output)
             image = kept.image.tensor if kept.image is not None else None
-            return said, self._scalar(self._loss(said, targets, image, self._place))
+            return head_output, self._scalar(
+                self._loss(head_output, targets, image, self._depth_fraction)
+            )
 
     def _shares_of(self, parts: Sequence[Tensor], shape: Sequence[int]) -> list[float]:
         option = setting("local_microbatches")
@@ -235,9 +237,9 @@ def weighted(loss: Tensor, weight: float) -> Tensor:
     return loss if weight == 1 else loss * weight
 
 
-def _first(said: Any) -> Tensor:
+def _first(head_output: Any) -> Tensor:
     """The head's own output, which comes first where there are several."""
-    found: Tensor = said[0] if isinstance(said, tuple) else said
+    found: Tensor = head_output[0] if isinstance(head_output, tuple) else head_output
     return found
 
 

@@ -37,7 +37,7 @@ def declare(world: World, error: BaseException) -> str:
     A mistake of the user's is told by who raises it.
     """
     is_mistake = isinstance(error, UserError)
-    text = str(error) if is_mistake else accuse(world, error)
+    text = str(error) if is_mistake else failure_message(world, error)
     if world.size == 1:
         return text
     mailbox = world.mailbox
@@ -49,24 +49,24 @@ def declare(world: World, error: BaseException) -> str:
             print(f"pglpipe: {text}", file=sys.stderr, flush=True)
         return mailbox.failure() or text
     except RuntimeError as gone:
-        return world.pulse.lost_store(gone)
+        return world.heartbeat.lost_store(gone)
 
 
-def accuse(world: World, error: BaseException) -> str:
+def failure_message(world: World, error: BaseException) -> str:
     """One line: who, on which host, with which stages, at which step and operation."""
-    pulse, names, recent = world.pulse, world.names, world.recent
+    heartbeat, names, recent = world.heartbeat, world.names, world.recent
     me = names[world.rank]
     if not isinstance(error, WorkerError):
         reason = (str(error).splitlines() or [""])[0]
         return f"{me} failed {recent.doing}: {type(error).__name__}: {reason}"
     if isinstance(error, NonFinite):
         text = f"{error} (noticed by {me} {recent.doing})"
-        return world.mailbox.earliest(error.place, text)
+        return world.mailbox.earliest(error.order, text)
     text, rank = str(error), error.rank
-    if rank is not None and (heard := pulse.last_heard_of(rank)):
+    if rank is not None and (heard := heartbeat.last_heard_of(rank)):
         text = f"{text}, last heard of {heard}"
-        if (culprit := pulse.suspect(rank)) != rank:
-            at = pulse.last_heard_of(culprit)
+        if (culprit := heartbeat.suspect(rank)) != rank:
+            at = heartbeat.last_heard_of(culprit)
             text = f"{names[culprit]} keeps the others waiting {at}: {text}"
     text = f"{text} (noticed by {me} {recent.doing})"
     if isinstance(error, PeerLeft):

@@ -107,11 +107,11 @@ class Gradients(Section, title="Gradients"):
         """Whether a guided step runs the heads, too."""
         return self.guided_local_weight > 0 or self.guided_heads == "trained"
 
-    def local_weight(self, step: int, total_steps: int, place: float) -> float:
+    def local_weight(self, step: int, total_steps: int, depth_fraction: float) -> float:
         """The weight of a head's loss at a step, counted from 0.
 
         Args:
-            place: of the head, from 0 for the first to 1 for the last.
+            depth_fraction: of the head, from 0 for the first to 1 for the last.
 
         >>> gradients = Gradients(local_weight_end=0.5, local_weight_deepest=0.0)
         >>> gradients.local_weight(50, 101, 0.0), gradients.local_weight(0, 101, 0.5)
@@ -119,15 +119,15 @@ class Gradients(Section, title="Gradients"):
         """
         progress = step / max(1, total_steps - 1)
         over_time = 1 + (self.local_weight_end - 1) * progress
-        return over_time * (1 + (self.local_weight_deepest - 1) * place)
+        return over_time * (1 + (self.local_weight_deepest - 1) * depth_fraction)
 
 
-def place_of(stage: int, num_stages: int) -> float:
+def head_depth(stage: int, num_stages: int) -> float:
     """Where a head stands among the heads: from 0 for the first to 1 for the last.
 
     Source: InfoPro interpolates its weights so (Wang et al. 2021, arXiv 2101.10832).
 
-    >>> [place_of(stage, num_stages=4) for stage in range(3)]
+    >>> [head_depth(stage, num_stages=4) for stage in range(3)]
     [0.0, 0.5, 1.0]
     """
     return min(1.0, stage / (num_stages - 2)) if num_stages > 2 else 0.0

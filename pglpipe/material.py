@@ -47,7 +47,7 @@ def load(
     """
     if world.rank > 0:
         # Decoding or downloading takes as long as it takes.
-        shape, classes, steps, recipe = world.mailbox.share(timeout=math.inf)
+        shape, classes, steps, recipe = world.mailbox.broadcast(timeout=math.inf)
         names = tuple(classes)
         return Material((), (), tuple(shape), names, steps, Recipe(**recipe))
     device = devices.pick(config.machine.device, world.local_rank)
@@ -76,7 +76,7 @@ def load(
         for images in (found.train, found.test)
     )
     facts = (found.train.image_shape, found.train.classes, len(train))
-    world.mailbox.share([*facts, dataclasses.asdict(found.recipe)])
+    world.mailbox.broadcast([*facts, dataclasses.asdict(found.recipe)])
     return Material(train, test, *facts, found.recipe)
 
 

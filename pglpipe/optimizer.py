@@ -27,7 +27,7 @@ class StageOptimizer:
         device: of the stage.
 
     Attributes:
-        watch: looks at loss and gradients.
+        finite_check: looks at loss and gradients.
         total_steps: steps of the whole run, which the learning rate depends on.
         checks: whether steps are only tried: nothing is looked at, and no parameter moves.
     """
@@ -42,7 +42,9 @@ class StageOptimizer:
     ) -> None:
         self.total_steps = 1
         self.checks = False
-        self.watch = watch(index, body, head, learning.gradients.on_nonfinite, device)
+        self.finite_check = watch(
+            index, body, head, learning.gradients.on_nonfinite, device
+        )
         self._body, self._head = body, head
         modules = [body] if head is None else [body, head]
         self._parameters = [p for module in modules for p in module.parameters()]
@@ -59,7 +61,7 @@ class StageOptimizer:
     def begin(self, step: int) -> None:
         """Called before the first forward of a step."""
         if not self.checks:
-            self.watch.begin(step)
+            self.finite_check.begin(step)
 
     def zero_grad(self) -> None:
         """Forgets the gradients of the last step."""
@@ -80,8 +82,8 @@ class StageOptimizer:
     def is_finite(
         self, step: int, loss: Tensor | None, *, upstream: bool = False
     ) -> bool:
-        """Whether loss and gradients are, see :meth:`~pglpipe.watch.Watch.passes`."""
-        return self.checks or self.watch.passes(step, loss, rising=upstream)
+        """Whether loss and gradients are, see :meth:`~pglpipe.watch.FiniteCheck.check`."""
+        return self.checks or self.finite_check.check(step, loss, upstream=upstream)
 
     def apply(
         self, step: int, *, guided: bool = False, total_norm: Tensor | None = None
@@ -97,7 +99,7 @@ class StageOptimizer:
     def skip(self) -> None:
         """Leaves the stage as it was before the step; its parameters have not moved yet."""
         if not self.checks:
-            self.watch.skip()
+            self.finite_check.skip()
 
     # -- its parts --------------------------------------------------------------------
 

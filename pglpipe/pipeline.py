@@ -14,7 +14,7 @@ from pglpipe import state
 from pglpipe.blueprint import Blueprint, Sample
 from pglpipe.checkpoint import Manifest, read_stage
 from pglpipe.errors import ConfigError, DataError, WorkerError, warn
-from pglpipe.guided import place_of
+from pglpipe.guided import head_depth
 from pglpipe.layer import initialize
 from pglpipe.partition import slices
 from pglpipe.plan import Plan
@@ -71,7 +71,7 @@ class Pipeline:
             post,
             layouts=plan.layouts,
             piece_bytes=min(edge_plan.up_bytes, default=1 << 20),
-            loans=plan.loans,
+            borrow_plan=plan.borrow_plan,
             recent=world.recent,
         )
         self._open = partial(
@@ -149,7 +149,7 @@ def _stage(index: int, blueprint: Blueprint, plan: Plan, batch: int) -> Stage:
         head.to(blueprint.device) if head else None,
         learning,
         partial(parts_of, most=plan.memory.local_microbatches, batch=batch),
-        place_of(index, len(plan.balance)),
+        head_depth(index, len(plan.balance)),
     )
 
 
@@ -202,7 +202,7 @@ def _edge_plan(
     blueprint: Blueprint, plan: Plan, sample: Sample, world: World, wire: Wire
 ) -> EdgePlan:
     ends = [stages[-1] for stages in plan.stages_of[:-1]]
-    crossings = [plan.activations[end] for end in ends]
+    boundaries = [plan.activations[end] for end in ends]
     image = blueprint.image(sample.x)
     beside = [sample.targets] if image is None else [sample.targets, image]
     # Beside gradients, the norms of all parameters travel up.
@@ -219,8 +219,8 @@ def _edge_plan(
         max(s.gradients_together(end + 1, guidance, num_stages) for s in steps)
         for end in ends
     ]
-    loans = [
-        torch.empty(plan.loans.nbytes(end + 1), dtype=torch.uint8, device="meta")
+    borrow_plan = [
+        torch.empty(plan.borrow_plan.nbytes(end + 1), dtype=torch.uint8, device="meta")
         for end in ends
     ]
     return EdgePlan(
@@ -230,7 +230,7 @@ def _edge_plan(
                 payload_bytes([*wire.pack(activation), *beside]),
                 payload_bytes([shares]),
             )
-            for activation in crossings
+            for activation in boundaries
         ],
         up_bytes=[
             max(
@@ -238,7 +238,9 @@ def _edge_plan(
                 payload_bytes([norms]),
                 payload_bytes([loan]),
             )
-            for number, activation, loan in zip(together, crossings, loans, strict=True)
+            for number, activation, loan in zip(
+                together, boundaries, borrow_plan, strict=True
+            )
         ],
         depth=max(
             blueprint.edges.queue_depth, *(s.waiting_messages(guidance) for s in steps)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from pglpipe.blueprint import Blueprint, Sample
 from pglpipe.errors import PartitionError, setting
-from pglpipe.guided import place_of
+from pglpipe.guided import head_depth
 from pglpipe.heads import Site, build_head
 from pglpipe.layer import Layer
 from pglpipe.partition import HeadBuilder, check_heads, slices
@@ -39,8 +39,8 @@ def head_builder(
             f"head {named!r} classifies like a network with outputs [B, classes], got outputs of "
             f"shape {tuple(output.shape)}; give a function from shape to module as {setting('head')}"
         )
-    places = {
-        part.stop - 1: place_of(stage, len(balance))
+    depths = {
+        part.stop - 1: head_depth(stage, len(balance))
         for stage, part in enumerate(slices(balance))
     }
 
@@ -48,10 +48,10 @@ def head_builder(
         if callable(named):
             head = named(shape)
         else:
-            place = places.get(position, place_of(position, len(layers)))
+            depth_fraction = depths.get(position, head_depth(position, len(layers)))
             num_outputs = local_loss.outputs(output.shape[-1])
             seed = blueprint.learning.machine.seed
-            site = Site(shape, num_outputs, position, layers, place, seed)
+            site = Site(shape, num_outputs, position, layers, depth_fraction, seed)
             head = build_head(named, site)
         return local_loss.auxiliary(head, shape, tuple(sample.x.shape[1:]))
 

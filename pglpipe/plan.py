@@ -26,7 +26,7 @@ from pglpipe.errors import ConfigError, setting, warn
 from pglpipe.guidance import Guidance
 from pglpipe.heads import borrowed
 from pglpipe.layer import Layer
-from pglpipe.memory import Forecast, ForecastError, Memory, fit
+from pglpipe.memory import Memory, MemoryPrediction, PredictionError, fit
 from pglpipe.partition import (
     Costs,
     HeadBuilder,
@@ -45,7 +45,7 @@ from pglpipe.partition import (
 from pglpipe.placing import alike, check_apart, head_builder, head_skeletons
 from pglpipe.state import StateLayout
 from pglpipe.steps import find_steps
-from pglpipe.steps.borrow import Loans
+from pglpipe.steps.borrow import BorrowPlan
 from pglpipe.timetable import TIMETABLES
 from pglpipe.transport import World
 from pglpipe.wire import Wire
@@ -67,9 +67,9 @@ class Plan:
         layouts: the weights of each stage.
         head: makes the auxiliary module for an activation's shape, after a layer.
         memory: what is done to keep less for backward.
-        loans: what heads borrow from later stages.
+        borrow_plan: what heads borrow from later stages.
         predicted: bytes kept for backward at their peak, by rank and kind of step; 0 for a
-            kind that no step will have, None where it is not foretold.
+            kind that no step will have, None where it is not predicted.
     """
 
     balance: list[int]
@@ -78,7 +78,7 @@ class Plan:
     activations: list[Tensor]
     layouts: list[StateLayout]
     head: HeadBuilder
-    loans: Loans = Loans()
+    borrow_plan: BorrowPlan = BorrowPlan()
     memory: Memory = Memory()
     predicted: Sequence[dict[str, int] | None] = ()
 
@@ -141,19 +141,19 @@ def draft(
     ends = slices(group(loads, world.size))
     stages_of = [range(part.start, part.stop) for part in ends]
     skeletons = _skeletons(layers, balance, heads)
-    crossing = [outputs[part.stop - 1] for part in slices(balance)]
-    wire = blueprint.wire(crossing[0])
+    boundaries = [outputs[part.stop - 1] for part in slices(balance)]
+    wire = blueprint.wire(boundaries[0])
     memory, predicted = agree(
-        lambda: _foretold(blueprint, sample, skeletons, stages_of, wire)
+        lambda: _predict_memory(blueprint, sample, skeletons, stages_of, wire)
     )
     return Plan(
         balance=balance,
         rows=rows,
         stages_of=stages_of,
-        activations=crossing,
+        activations=boundaries,
         layouts=[StateLayout.of(*skeleton) for skeleton in skeletons],
         head=head,
-        loans=_loans(blueprint, balance, skeletons),
+        borrow_plan=_borrow_plan(blueprint, balance, skeletons),
         memory=Memory(**memory),
         predicted=predicted,
     )
@@ -178,9 +178,9 @@ def _skeletons(
     return list(zip(bodies, [*heads, None], strict=True))
 
 
-def _loans(
+def _borrow_plan(
     blueprint: Blueprint, balance: Sequence[int], skeletons: Sequence[Skeleton]
-) -> Loans:
+) -> BorrowPlan:
     borrowing = [
         {c.position for c in borrowed(head) if list(c.parameters())}
         for _, head in skeletons
@@ -190,7 +190,7 @@ def _loans(
             f"expected {setting('overlap_stages', True)} or the head {blueprint.cut.head!r}, whose borrowed layers are "
             "renewed between steps, got both; drop one"
         )
-    return Loans(
+    return BorrowPlan(
         starts=[part.start for part in slices(balance)],
         borrowing=borrowing,
         shapes={
@@ -201,7 +201,7 @@ def _loans(
     )
 
 
-def _foretold(
+def _predict_memory(
     blueprint: Blueprint,
     sample: Sample,
     skeletons: Sequence[Skeleton],
@@ -209,18 +209,18 @@ def _foretold(
     wire: Wire,
 ) -> tuple[dict[str, Any], Sequence[dict[str, int] | None]]:
     """What is done to keep less for backward, and what is kept, by rank; JSON can hold both."""
-    if blueprint.foretells:
+    if blueprint.predicts_memory:
         try:
             return _weigh(blueprint, sample, skeletons, stages_of, wire)
-        except ForecastError as error:
+        except PredictionError as error:
             if blueprint.memory.budget is not None:
                 raise ConfigError(
-                    f"expected a network whose memory can be foretold for {setting('memory_budget')}, but "
+                    f"expected a network whose memory can be predicted for {setting('memory_budget')}, but "
                     f"{error}; drop it, and set {setting('recompute')}, {setting('microbatches')} and "
                     f"{setting('local_microbatches')} yourself"
                 ) from error
             warn(
-                f"what stages keep for backward is not foretold, since without values {error}"
+                f"what stages keep for backward is not predicted, since without values {error}"
             )
     return asdict(blueprint.memory), [None] * len(stages_of)
 
@@ -236,7 +236,7 @@ def _weigh(
         if module is not None:
             module.train()
     x, targets = (t[: sample.trained].clone() for t in (sample.x, sample.targets))
-    forecast = Forecast(
+    forecast = MemoryPrediction(
         skeletons,
         (blueprint.learning.loss, blueprint.learning.local_loss),
         x,

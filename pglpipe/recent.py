@@ -88,7 +88,7 @@ class Recent:
         return self._is_outside or (self._pauses and self._rank == 0)
 
     @property
-    def is_settled(self) -> bool:
+    def is_warmed_up(self) -> bool:
         """Whether it does only what it has done before."""
         return not self._is_first
 

@@ -175,7 +175,7 @@ def _start(asked: RunConfig, world: World) -> tuple[Start, RunDirectory | None]:
     """How the run begins, as worker 0 finds it, and its folder there."""
     if world.rank > 0:
         # All files of a checkpoint are read for it.
-        return Start.from_json(world.mailbox.share(timeout=math.inf)), None
+        return Start.from_json(world.mailbox.broadcast(timeout=math.inf)), None
     # An attempt that the launcher has restarted goes on in the folder of the first.
     path = asked.output.run_dir or world.first_said("run_dir", str(default_path()))
     mine = secrets.token_hex()
@@ -183,7 +183,7 @@ def _start(asked: RunConfig, world: World) -> tuple[Start, RunDirectory | None]:
     folder = RunDirectory(Path(path))
     folder.claim()
     found = start_of(asked, folder.path, restarted=restarted)
-    world.mailbox.share(found.to_json())
+    world.mailbox.broadcast(found.to_json())
     return found, folder
 
 
@@ -251,7 +251,7 @@ def _failing_together(world: World) -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        error.told = not world.mailbox.fail(str(error))
+        error.already_reported = not world.mailbox.fail(str(error))
         raise
     except (WorkerError, Stopped):
         raise
@@ -262,7 +262,7 @@ def _failing_together(world: World) -> Iterator[None]:
             fail(world, error)
             raise
         failure = WorkerError(fail(world, error))
-        failure.told = True
+        failure.already_reported = True
         raise failure from error
 
 

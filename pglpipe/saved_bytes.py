@@ -2,7 +2,7 @@
 
 Counted exactly, by hooks on every tensor that an operation saves: each storage once, while
 it is held, parameters and buffers left out. What is kept beside the graph, such as the input
-of a stage that is computed again, is counted where it is :class:`Held`. It works on the meta
+of a stage that is computed again, is counted where it is :class:`CountedTensor`. It works on the meta
 device too, where nothing is computed and nothing allocated.
 """
 
@@ -38,7 +38,7 @@ class SavedBytes:
         self.peak = 0
         self._current = 0
         self._holders: Counter[int] = Counter()
-        # Held, so that no other storage can get the same identity while this counts.
+        # CountedTensor, so that no other storage can get the same identity while this counts.
         self._excluded = {_identity(tensor): tensor for tensor in excluded}
         self._hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, _unpack)
 
@@ -56,10 +56,10 @@ class SavedBytes:
         _on_this_thread.counter = self._outer
         self._hooks.__exit__(kind, error, traceback)
 
-    def _pack(self, tensor: Tensor) -> Tensor | Held:
+    def _pack(self, tensor: Tensor) -> Tensor | CountedTensor:
         if _identity(tensor) in self._excluded:
             return tensor
-        return Held(tensor.detach(), self)
+        return CountedTensor(tensor.detach(), self)
 
     def hold(self, tensor: Tensor) -> None:
         """One more holder of the tensor's storage."""
@@ -77,7 +77,7 @@ class SavedBytes:
             self._current -= tensor.untyped_storage().nbytes()
 
 
-class Held:
+class CountedTensor:
     """A tensor that is kept for backward, counted as long as this lives.
 
     Autograd holds one in place of each tensor that it saves; it dies with the graph.
@@ -107,8 +107,8 @@ def _counter() -> SavedBytes | None:
     return counter
 
 
-def _unpack(kept: Tensor | Held) -> Tensor:
-    return kept.tensor if isinstance(kept, Held) else kept
+def _unpack(kept: Tensor | CountedTensor) -> Tensor:
+    return kept.tensor if isinstance(kept, CountedTensor) else kept
 
 
 def _identity(tensor: Tensor) -> int:

@@ -73,7 +73,7 @@ class Checkpoints(Section, title="Checkpoints"):
         self._set(folder=path()(setting("folder"), self.folder))
 
 
-def chosen(told: Checkpoints | None, resume: Path | str | None) -> Path | None:
+def chosen(policy: Checkpoints | None, resume: Path | str | None) -> Path | None:
     """The checkpoint to go on from; one that is not as it was written is told and left aside.
 
     Args:
@@ -84,10 +84,10 @@ def chosen(told: Checkpoints | None, resume: Path | str | None) -> Path | None:
         ConfigError: the folder holds checkpoints that the run does not go on from.
     """
     one = Path(resume) if resume is not None and resume != "auto" else None
-    found, errors = checkpoint.newest(told.folder) if told else (None, [])
+    found, errors = checkpoint.newest(policy.folder) if policy else (None, [])
     if one and not _same(found, one):  # else it has just been read
         checkpoint.examine(one)
-    if told is None:
+    if policy is None:
         return one
     if resume != "auto":
         _check_nothing_newer(found, one)
@@ -97,7 +97,7 @@ def chosen(told: Checkpoints | None, resume: Path | str | None) -> Path | None:
         unreadable = any(isinstance(e, checkpoint.Unreadable) for e in damaged)
         remedy = "make it readable" if unreadable else "begin anew in another folder"
         raise DataError(
-            f"expected a checkpoint in {told.folder} that is whole, got none: "
+            f"expected a checkpoint in {policy.folder} that is whole, got none: "
             f"{'; '.join(map(str, damaged))}; {remedy}"
         )
     for error in errors:
@@ -161,16 +161,16 @@ class Writer:
         self._post(SavedReport(self._rank, step, written, numbers, error))
 
 
-class Ledger:
+class CheckpointCoordinator:
     """Says when a checkpoint is due, and makes it when all have written their part.
 
     Args:
-        told: where, when and how many.
+        policy: where, when and how many.
         num_workers: who are to report.
     """
 
-    def __init__(self, told: Checkpoints, num_workers: int) -> None:
-        self._told = told
+    def __init__(self, policy: Checkpoints, num_workers: int) -> None:
+        self._policy = policy
         self._num_workers = num_workers
         self._last_step = 0
         self._last_time = time.monotonic()
@@ -192,13 +192,15 @@ class Ledger:
         Args:
             is_last: whether one is asked for at once, as where the run ends with this step.
         """
-        told = self._told
+        policy = self._policy
         if self.is_busy or self.has(step):
             return False
-        counted = told.every and step // told.every > self._last_step // told.every
+        counted = (
+            policy.every and step // policy.every > self._last_step // policy.every
+        )
         passed = time.monotonic() - self._last_time
         return bool(
-            is_last or counted or (told.minutes and passed >= 60 * told.minutes)
+            is_last or counted or (policy.minutes and passed >= 60 * policy.minutes)
         )
 
     @property
@@ -217,8 +219,8 @@ class Ledger:
 
     def begin(self, step: int, manifest: Manifest) -> Checkpoint:
         """The command that has all workers write their part; the manifest lacks theirs."""
-        checkpoint.discard(folder_of(self._told.folder, step))
-        self._pending = {**self._told.about, **manifest}
+        checkpoint.discard(folder_of(self._policy.folder, step))
+        self._pending = {**self._policy.about, **manifest}
         self._last_step, self._last_time = step, time.monotonic()
         self._complaint, self._is_told_of = "", False
         self._made.clear()
@@ -252,7 +254,7 @@ class Ledger:
     def _make(
         self, step: int, manifest: Manifest, reports: Sequence[SavedReport]
     ) -> None:
-        folder = folder_of(self._told.folder, step)
+        folder = folder_of(self._policy.folder, step)
         try:
             if errors := [r.error for r in reports if r.error]:
                 raise OSError(errors[0])
@@ -272,7 +274,7 @@ class Ledger:
 
     def _prune(self, newest: Path) -> None:
         try:
-            checkpoint.prune(self._told.folder, self._told.keep, newest)
+            checkpoint.prune(self._policy.folder, self._policy.keep, newest)
         except OSError as error:
             self._complaint = f"older checkpoints than {newest} stay: {error}"
 

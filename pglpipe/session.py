@@ -25,7 +25,7 @@ from pglpipe.metrics import Summary
 from pglpipe.observers import Observer
 from pglpipe.pipeline import Pipeline
 from pglpipe.plan import Plan, draft, enlarged
-from pglpipe.saving import Checkpoints, Ledger, chosen
+from pglpipe.saving import CheckpointCoordinator, Checkpoints, chosen
 from pglpipe.source import Position, Source
 from pglpipe.transport import FIRST_SECONDS, World, pick_backend
 
@@ -73,14 +73,14 @@ class Session:
             timeout: seconds that the others wait for it; the mailbox's own if None.
         """
         if not self.leads:
-            return self._mailbox.share(timeout=timeout)
+            return self._mailbox.broadcast(timeout=timeout)
         try:
             value = compute()
         except Exception as error:
             # The others wait for the value; they shall not wait in vain.
             fail(self._world, error)
             raise
-        return self._mailbox.share(value)
+        return self._mailbox.broadcast(value)
 
     def plan(self, largest_batch: Callable[[], Sample], *, trains: bool = True) -> Plan:
         """Works out who holds what, and again where more is asked for than before.
@@ -130,7 +130,7 @@ class Session:
         world.name_stages([plan.name(rank) for rank in range(world.size)])
         if self._coordinator is not None:
             shape = plan.activations[-1].shape[1:]
-            self._coordinator.cut(
+            self._coordinator.set_microbatches(
                 plan.memory.microbatches,
                 sample.trained,
                 partial(blueprint.learning.shares, shape=shape),
@@ -140,7 +140,7 @@ class Session:
 
     def _limit(self, sample: Sample) -> None:
         if self._coordinator is not None and self._world.size > 1:
-            self._coordinator.limit([t.nbytes for t in (sample.x, sample.targets)])
+            self._coordinator.set_room([t.nbytes for t in (sample.x, sample.targets)])
 
     def _grow(self, sample: Sample) -> None:
         """Opens the edges anew, for larger batches."""
@@ -154,9 +154,9 @@ class Session:
         """Builds this worker's stages and opens its edges, once."""
         assert self._plan is not None and self._sample is not None, "plan comes first"
         if self.pipeline is None:
-            self._world.pulse.start()
+            self._world.heartbeat.start()
             self._world.recent.begin("building its stages")
-            with self._naming_the_culprit():
+            with self._reporting_failures():
                 self.pipeline = Pipeline(
                     self._blueprint,
                     self._plan,
@@ -173,7 +173,7 @@ class Session:
         return self.pipeline
 
     def choose(
-        self, told: Checkpoints | None, resume: Path | str | None
+        self, policy: Checkpoints | None, resume: Path | str | None
     ) -> tuple[Path | None, Path | None, Position]:
         """Where checkpoints go, and which one the run goes on from, as worker 0 says.
 
@@ -188,9 +188,9 @@ class Session:
         """
 
         def choice() -> tuple[str, str, dict[str, Any]]:
-            found = chosen(told, resume)
+            found = chosen(policy, resume)
             at = checkpoint.read_manifest(found)["position"] if found else {}
-            return str(told.folder) if told else "", str(found or ""), at
+            return str(policy.folder) if policy else "", str(found or ""), at
 
         # All files are read for it.
         folder, found, at = self.agree(choice, timeout=math.inf)
@@ -200,16 +200,20 @@ class Session:
             Position(**at),
         )
 
-    def keep(self, told: Checkpoints | None, folder: Path | None) -> None:
+    def configure_checkpoints(
+        self, policy: Checkpoints | None, folder: Path | None
+    ) -> None:
         """Has checkpoints made; ``folder`` is that of all, as worker 0 says."""
         assert self.pipeline is not None, "build comes first"
         if folder:
             self.pipeline.worker.write_to(folder)
             self._world.recent.keep_in(folder)
-        if told and self._coordinator:
-            about = {**told.about, "balance": self.pipeline.plan.balance}
-            told = dataclasses.replace(told, about=about)
-            self._coordinator.keep(Ledger(told, self._world.size))
+        if policy and self._coordinator:
+            about = {**policy.about, "balance": self.pipeline.plan.balance}
+            policy = dataclasses.replace(policy, about=about)
+            self._coordinator.use_checkpoints(
+                CheckpointCoordinator(policy, self._world.size)
+            )
 
     def resume(self, path: Path) -> None:
         """Goes on from a checkpoint.
@@ -218,7 +222,7 @@ class Session:
             DataError: it is of another network.
         """
         assert self.pipeline is not None, "build comes first"
-        with self._naming_the_culprit():
+        with self._reporting_failures():
             manifest = checkpoint.read_manifest(path)
             exact = self.pipeline.load(path, manifest)
         if self._coordinator:
@@ -289,7 +293,7 @@ class Session:
     def _run(self, command: Callable[[Coordinator], Source]) -> tuple[bool, Any]:
         """A run to ``Stop``; whether it was asked to end early, and the fields of its summary."""
         assert self.pipeline is not None, "build comes first"
-        with self._naming_the_culprit():
+        with self._reporting_failures():
             source = command(self._coordinator) if self._coordinator else None
             self.pipeline.worker.run(self.pipeline.edges.links(source))
             # Which comes when the last checkpoint is there.
@@ -331,7 +335,7 @@ class Session:
         return backend
 
     @contextmanager
-    def _naming_the_culprit(self) -> Iterator[None]:
+    def _reporting_failures(self) -> Iterator[None]:
         try:
             yield
         except BaseException as error:  # sys.exit, too, takes a worker from the others
@@ -343,7 +347,7 @@ class Session:
             if isinstance(error, UserError) or not isinstance(error, Exception):
                 raise
             failure = WorkerError(text)
-            failure.told = self._world.size > 1
+            failure.already_reported = self._world.size > 1
             raise failure from error
 
     def _forget_pipeline(self) -> None:

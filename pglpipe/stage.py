@@ -26,9 +26,9 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from pglpipe.body import Body, dense
+from pglpipe.body import SavedForwards, dense
 from pglpipe.buffers import Attributes
-from pglpipe.crossing import Crossing
+from pglpipe.crossing import GuidedBackward
 from pglpipe.exit import Exit, weighted
 from pglpipe.in_place import KeepsInputs
 from pglpipe.learning import Learning, compiled
@@ -46,11 +46,11 @@ class Stage:
         head: its auxiliary module; None for the last stage.
         learning: how it learns.
         parts: into how many parts a local step's batch of so many samples is cut.
-        place: where its head stands among the heads, from 0 to 1.
+        depth_fraction: where its head stands among the heads, from 0 to 1.
 
     Attributes:
         learning: how it learns.
-        crossing: what it does with gradients from elsewhere.
+        input_gradient: what it does with gradients from elsewhere.
         optimizer: turns its gradients into a change of its weights.
         attributes: what the body's modules remember beside parameters and buffers.
     """
@@ -62,7 +62,7 @@ class Stage:
         head: nn.Module | None,
         learning: Learning,
         parts: Callable[[int], int] = lambda samples: 1,
-        place: float = 0.0,
+        depth_fraction: float = 0.0,
     ) -> None:
         self.index = index
         self.body = body
@@ -86,11 +86,13 @@ class Stage:
             body,
             uncompiled=partial(self._in_precision, body),
         )
-        self._runs = Body(
+        self._forwards = SavedForwards(
             body, run, index, learning.machine.seed, compiled=learning.machine.compile
         )
-        self._exit = Exit(index, body, head, learning, self._device, place)
-        self.crossing = Crossing(body, self._runs, self._exit, learning, index)
+        self._exit = Exit(index, body, head, learning, self._device, depth_fraction)
+        self.guided_backward = GuidedBackward(
+            body, self._forwards, self._exit, learning, index
+        )
         self.attributes, self._head_attributes = Attributes(body), Attributes(head)
         self._learned: list[Tensor] = []
 
@@ -101,7 +103,7 @@ class Stage:
 
     @checks.setter
     def checks(self, value: bool) -> None:
-        self._exit.checks = self._runs.checks = self.optimizer.checks = value
+        self._exit.checks = self._forwards.checks = self.optimizer.checks = value
         if value:
             self.optimizer.check()
 
@@ -156,7 +158,7 @@ class Stage:
         image: Tensor | None = None,
         microbatch: int = 0,
         share: float = 1.0,
-        crossing: bool = False,
+        input_gradient: bool = False,
         recompute: bool = False,
     ) -> Tensor:
         """Runs the body and keeps its graph for the backward that follows.
@@ -167,7 +169,7 @@ class Stage:
             step: number of the step; with ``microbatch`` it keys what is random here.
             image: ``[B, ...]``, the network's input as the local loss wants it.
             share: what its loss counts for in that of the step's batch.
-            crossing: whether a gradient is to flow back to ``x``.
+            input_gradient: whether a gradient is to flow back to ``x``.
             recompute: whether to keep ``x`` instead of the graph; backward runs the body again.
 
         Returns:
@@ -175,13 +177,15 @@ class Stage:
         """
         self.optimizer.begin(step)
         x = x.detach()
-        if crossing and self.index > 0:
+        if input_gradient and self.index > 0:
             x.requires_grad_()
-        parts = 1 if crossing else self._parts(len(targets))
+        parts = 1 if input_gradient else self._parts(len(targets))
         if parts > 1:
             return self._in_parts(x, targets, image, step, parts)
         batch = x, targets, step, microbatch
-        y = self._runs.forward(*batch, recompute=recompute, share=share, image=image)
+        y = self._forwards.forward(
+            *batch, recompute=recompute, share=share, image=image
+        )
         return dense(y)
 
     # -- local step -------------------------------------------------------------------
@@ -205,7 +209,7 @@ class Stage:
             if outputs:
                 self._learned.append(self._learn_part())
             batch = x, part, step, index
-            outputs.append(self._runs.forward(*batch, image=seen))
+            outputs.append(self._forwards.forward(*batch, image=seen))
         return dense(torch.cat(outputs))
 
     def learn(self, step: int) -> Tensor:
@@ -229,7 +233,7 @@ class Stage:
 
     def _learn_part(self) -> Tensor:
         """Adds the gradient of what was kept first; returns its share of the local loss."""
-        with self._runs.taken() as (_, output, kept):
+        with self._forwards.taken() as (_, output, kept):
             loss = self._exit.loss(output, kept)
             if (
                 loss.requires_grad
@@ -241,7 +245,7 @@ class Stage:
     def pass_on(self, x: Tensor, step: int) -> Tensor:
         """Runs the body without learning from this batch; ``[B, ...]`` for the next stage."""
         self.optimizer.begin(step)
-        return dense(self._runs.pass_on(x.detach(), step))
+        return dense(self._forwards.pass_on(x.detach(), step))
 
     # -- checkpoints ------------------------------------------------------------------
 
@@ -275,14 +279,14 @@ class Stage:
         Returns:
             The activation ``[B, ...]`` for the next stage.
         """
-        output = self._runs.evaluate(x)
+        output = self._forwards.evaluate(x)
         with torch.no_grad():
             self._exit.count(output, targets)
         return dense(output)
 
-    def conclude(self) -> ExitCount:
+    def end_evaluation(self) -> ExitCount:
         """Returns the counts of the evaluation and forgets them."""
-        return self._exit.conclude()
+        return self._exit.end_evaluation()
 
     # -- private ----------------------------------------------------------------------
 

@@ -115,7 +115,7 @@ class _DeviceTiming(Timing):
         began: torch.cuda.Event,
         before: torch.cuda.Event | None,
     ) -> None:
-        # Held until they have passed, so that no stream reuses their memory too early.
+        # CountedTensor until they have passed, so that no stream reuses their memory too early.
         super().__init__(step, figures)
         parts = [figure.reshape(-1) for figure in figures.values()]
         joined = torch.cat(parts) if parts else torch.empty(0)

@@ -102,10 +102,10 @@ def show_exits(plan: Plan, summary: Summary, folder: Path | None = None) -> None
 
 
 def _memory(plan: Plan, workers: Sequence[dict[str, Any]]) -> Table:
-    """Bytes kept for backward at their peak: foretold, and counted by the workers that ran."""
+    """Bytes kept for backward at their peak: predicted, and counted by the workers that ran."""
     table = Table("worker", "stages", box=SIMPLE_HEAD)
     for kind in KINDS:
-        table.add_column(f"{kind} step keeps: foretold", justify="right")
+        table.add_column(f"{kind} step keeps: predicted", justify="right")
         if workers:
             table.add_column("counted", justify="right")
     for rank, predicted in enumerate(plan.predicted):

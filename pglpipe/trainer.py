@@ -65,7 +65,7 @@ class Trainer:
         memory: microbatches, and what is done so that less is kept for backward.
         machine: where and how it is computed.
         edges: what workers talk over.
-        observer: told of every step and evaluation, on worker 0.
+        observer: asked of every step and evaluation, on worker 0.
         world: who takes part; what torchrun's environment says if None.
 
     Raises:
@@ -207,12 +207,12 @@ class Trainer:
 
         span = Span(*self._session.agree(span_or_error))
         if self._session.leads:
-            borrowing = plan.loans.borrowing
-            told = self._asked, self._compare_every, span.total_steps, span.epochs
-            for text in idle(*told, borrowing):
+            borrowing = plan.borrow_plan.borrowing
+            asked = self._asked, self._compare_every, span.total_steps, span.epochs
+            for text in idle(*asked, borrowing):
                 warn(text)
         self._session.build().set_total_steps(span.total_steps)
-        self._session.keep(checkpoints, folder)
+        self._session.configure_checkpoints(checkpoints, folder)
         if found:
             self._session.resume(found)
         self._fitted = True

@@ -57,7 +57,7 @@ def _weights(value: Any) -> Path:
     return Path(value)
 
 
-def _hears(value: Any) -> bool:
+def _is_observer(value: Any) -> bool:
     methods = (getattr(value, name, None) for name in ("on_step", "on_evaluation"))
     return not isinstance(value, type) and all(map(callable, methods))
 
@@ -82,7 +82,7 @@ TRAINER: dict[str, Rule] = {
     "machine": instance(Machine, 'Machine(device="cpu")'),
     "edges": instance(Edges, 'Edges(dtype="bf16")'),
     "observer": optional(
-        that("an object with the methods on_step and on_evaluation", _hears)
+        that("an object with the methods on_step and on_evaluation", _is_observer)
     ),
     "world": optional(instance(World, "None, which asks torchrun's environment")),
 }

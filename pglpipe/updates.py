@@ -149,11 +149,11 @@ class Updates:
             known = [
                 snapshot.numbers[f"{number}.{what}"] for what in ("groups", "asked")
             ]
-            told = snapshot.numbers[f"{number}.kind"], len(known[0])
+            saved_as = snapshot.numbers[f"{number}.kind"], len(known[0])
             mine = type(optimizer).__qualname__, len(optimizer.param_groups)
-            if told != mine:
+            if saved_as != mine:
                 raise DataError(
-                    f"expected {setting('optimizer')} to make what the checkpoint was made with, {_described(*told)}, "
+                    f"expected {setting('optimizer')} to make what the checkpoint was made with, {_described(*saved_as)}, "
                     f"got {_described(*mine)}; resume with the former, or begin anew"
                 )
             now = json.loads(

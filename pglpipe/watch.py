@@ -32,7 +32,7 @@ from pglpipe.reports import StepReport
 NORMS, SKIPPED = "norms", "skipped"  # names among a step's figures
 
 
-class Watch:
+class FiniteCheck:
     """Looks at the loss and the gradients of one stage.
 
     Args:
@@ -89,18 +89,18 @@ class Watch:
 
     # -- between backward and update --------------------------------------------------
 
-    def passes(self, step: int, loss: Tensor | None, *, rising: bool = False) -> bool:
+    def check(self, step: int, loss: Tensor | None, *, upstream: bool = False) -> bool:
         """Whether the stage may learn from its gradients; true where that is known only later.
 
         Args:
             loss: the stage's own, if it took one.
-            rising: whether what is not finite comes up with gradients, not down with activations.
+            upstream: whether what is not finite comes up with gradients, not down with activations.
 
         Raises:
             NonFinite: it may not, and the run is to end.
         """
-        if (told := self.look()) is not None:
-            self._figures[NORMS, self._index] = told
+        if (norms := self.look()) is not None:
+            self._figures[NORMS, self._index] = norms
             return True
         lost = loss is not None and not math.isfinite(loss)
         finite = not lost and self._are_finite()
@@ -110,7 +110,7 @@ class Watch:
                 self.skip()
             return finite
         if not finite:
-            raise self._error(step, list(map(float, self._norms())), lost, rising)
+            raise self._error(step, list(map(float, self._norms())), lost, upstream)
         return True
 
     @torch.no_grad()
@@ -205,18 +205,18 @@ class Watch:
         return bool((before.isfinite() & ~now.isfinite()).any())
 
     def _error(
-        self, step: int, norms: Sequence[float], lost: bool, rising: bool
+        self, step: int, norms: Sequence[float], lost: bool, upstream: bool
     ) -> NonFinite:
         what = f"the {self._loss}"
         if not lost:
             named = zip(self._named, norms, strict=True)
             name = next(name for (name, _), norm in named if not math.isfinite(norm))
             what = f"the gradient of {name}"
-        place = (step, -self._index if rising else self._index)
+        order = (step, -self._index if upstream else self._index)
         return NonFinite(
             f"{what} is not finite in stage {self._index} at step {step}; lower {setting('lr')}, set "
             f"{setting('clip_norm')}, or leave such steps out with {setting('on_nonfinite', 'skip')}",
-            place,
+            order,
         )
 
 
@@ -226,11 +226,11 @@ def watch(
     head: nn.Module | None,
     policy: str,
     device: torch.device,
-) -> Watch:
+) -> FiniteCheck:
     """The watch of a stage; ``policy`` is ``"stop"`` or ``"skip"``."""
     skips = policy == "skip"
     defers = not skips and device.type != "cpu"
-    return Watch(index, body, head, device, skips=skips, defers=defers)
+    return FiniteCheck(index, body, head, device, skips=skips, defers=defers)
 
 
 def _numbers(gradient: Tensor) -> Tensor:
@@ -241,7 +241,7 @@ def _numbers(gradient: Tensor) -> Tensor:
 
 
 def judge(
-    watches: Iterable[Watch],
+    watches: Iterable[FiniteCheck],
     report: StepReport,
     norms: Mapping[int, Sequence[float]],
     *,
@@ -258,4 +258,4 @@ def judge(
         error for watch in watches for error in watch.judge(report, norms, upstream)
     ]
     if found:
-        raise min(found, key=lambda error: error.place)
+        raise min(found, key=lambda error: error.order)

@@ -16,23 +16,23 @@ Source: Gomez et al. 2022, "Interlocking Backpropagation", JMLR 23(171), arXiv 2
 from __future__ import annotations
 
 
-def farthest(stage: int, window: int, num_stages: int) -> int:
+def farthest_loss(stage: int, window: int, num_stages: int) -> int:
     """The loss that a stage's body learns from."""
     return min(stage + window - 1, num_stages - 1)
 
 
-def crossing(stage: int, window: int, num_stages: int) -> list[int]:
+def losses_passing(stage: int, window: int, num_stages: int) -> list[int]:
     """The losses whose gradients pass from a stage to the one before it, in ascending order.
 
-    >>> crossing(1, window=2, num_stages=4), crossing(3, window=2, num_stages=4)
+    >>> losses_passing(1, window=2, num_stages=4), losses_passing(3, window=2, num_stages=4)
     ([1], [3])
-    >>> crossing(1, window=4, num_stages=4)
+    >>> losses_passing(1, window=4, num_stages=4)
     [3]
     """
     if stage == 0:
         return []
     used_below = {
-        farthest(below, window, num_stages)
+        farthest_loss(below, window, num_stages)
         for below in range(max(0, stage - window + 1), stage)
     }
     return [loss for loss in sorted(used_below) if loss >= stage]

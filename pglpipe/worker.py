@@ -26,7 +26,7 @@ from pglpipe.collecting import Collecting
 from pglpipe.commands import (
     Checkpoint,
     Collect,
-    Conclude,
+    EndEvaluation,
     Evaluate,
     Message,
     SanityCheck,
@@ -43,7 +43,7 @@ from pglpipe.saving import Writer
 from pglpipe.stage import Stage
 from pglpipe.state import StateLayout, digests
 from pglpipe.steps import Step, StepSettings, make_steps
-from pglpipe.steps.borrow import Loans, Refresh, Sorted
+from pglpipe.steps.borrow import Borrowing, BorrowPlan, DemuxInbox
 from pglpipe.steps.sweep import Sweep
 from pglpipe.stopwatch import Figures, Stopwatch
 from pglpipe.transport import Links
@@ -60,7 +60,7 @@ class Worker:
         post: sends a report on its way without waiting for anyone.
         layouts: the weights of every stage of the network, to relay those of others.
         piece_bytes: the most bytes of weights in one message up.
-        loans: whose weights go to whose heads.
+        borrow_plan: whose weights go to whose heads.
     """
 
     def __init__(
@@ -71,7 +71,7 @@ class Worker:
         *,
         layouts: Sequence[StateLayout],
         piece_bytes: int,
-        loans: Loans = Loans(),
+        borrow_plan: BorrowPlan = BorrowPlan(),
         recent: Recent | None = None,
     ) -> None:
         rank, device = settings.rank, settings.device
@@ -89,10 +89,10 @@ class Worker:
         self._trial: Trial | None = None
         self._tried_bytes = 0, 0
         self._collecting = Collecting(rank, stages, layouts, piece_bytes)
-        self._refresh = Refresh(stages, loans)
+        self._borrowing = Borrowing(stages, borrow_plan)
         self._steps = make_steps(settings.guidance.kinds, stages, settings)
         self._step: Step | None = None  # that took the last one
-        self.state = WorkerState(stages, self._steps, self._refresh)
+        self.state = WorkerState(stages, self._steps, self._borrowing)
 
     @property
     def collected(self) -> dict[int, Tensor]:
@@ -106,7 +106,7 @@ class Worker:
     def run(self, links: Links) -> None:
         """Obeys until told to stop."""
         if links.gradients_in is not None:
-            links = replace(links, gradients_in=Sorted(links.gradients_in))
+            links = replace(links, gradients_in=DemuxInbox(links.gradients_in))
         self._links = links
         # Whoever has the stages may have switched them since the last run.
         self._training = None
@@ -143,8 +143,8 @@ class Worker:
         match command:
             case Evaluate():
                 self._evaluate(command, tensors)
-            case Conclude():
-                self._conclude(command)
+            case EndEvaluation():
+                self._end_evaluation(command)
             case Checkpoint():
                 self._save(command)
             case Collect():
@@ -201,9 +201,9 @@ class Worker:
                 command, tensors, self._links
             )
         for stage in self._stages:
-            if found := stage.optimizer.watch.take_figures():
+            if found := stage.optimizer.finite_check.take_figures():
                 figures = {**figures, **found}
-        self._refresh.after(command.step, self._links)
+        self._borrowing.after(command.step, self._links)
         return figures
 
     def _finish_steps(self, *, but: Step | None = None) -> None:
@@ -222,9 +222,9 @@ class Worker:
         for visit in Sweep(self._stages, packet, wire, command, outbox):
             visit.pass_on(visit.stage.evaluate(visit.x, visit.targets))
 
-    def _conclude(self, command: Conclude) -> None:
+    def _end_evaluation(self, command: EndEvaluation) -> None:
         self._links.outbox.put(Message(command))
-        exits = {stage.index: stage.conclude() for stage in self._stages}
+        exits = {stage.index: stage.end_evaluation() for stage in self._stages}
         if self._trial:
             return
         self._reporter.evaluated(command.step, command.epoch, exits)
@@ -246,7 +246,7 @@ class Worker:
 
     def _stop(self, command: Stop) -> None:
         self._finish_steps()
-        self._refresh.forget(self._links)
+        self._borrowing.forget(self._links)
         self._links.outbox.put(Message(command))
         peaks = {kind: saved.peak for kind, saved in self._saved.items()}
         for step in self._steps.values():
@@ -266,7 +266,7 @@ class Worker:
 
     def _judge(self, report: StepReport, norms: Mapping[int, list[float]]) -> None:
         """Raises for a step that a GPU has done, if something was wrong in it."""
-        watches = [stage.optimizer.watch for stage in self._stages]
+        watches = [stage.optimizer.finite_check for stage in self._stages]
         upstream = self._steps[report.kind].in_microbatches
         judge(watches, report, norms, upstream=upstream)
 

@@ -12,7 +12,7 @@ from typing import Protocol
 from pglpipe.snapshot import Snapshot
 from pglpipe.stage import Stage
 from pglpipe.steps import Step
-from pglpipe.steps.borrow import Refresh
+from pglpipe.steps.borrow import Borrowing
 from pglpipe.transport import Links
 
 
@@ -36,11 +36,11 @@ class WorkerState:
     """
 
     def __init__(
-        self, stages: Sequence[Stage], steps: Mapping[str, Step], refresh: Refresh
+        self, stages: Sequence[Stage], steps: Mapping[str, Step], refresh: Borrowing
     ) -> None:
         self._stages = stages
         self._steps = steps
-        self._refresh = refresh
+        self._borrowing = refresh
         self._loaded: Mapping[int, Snapshot] = {}
 
     def copies(self) -> dict[int, Snapshot]:
@@ -75,4 +75,4 @@ class WorkerState:
     def _holders(self) -> Iterator[tuple[str, Holder]]:
         for step, kind in {step: kind for kind, step in self._steps.items()}.items():
             yield f"{kind}-step", step
-        yield "loans", self._refresh
+        yield "loans", self._borrowing

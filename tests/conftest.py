@@ -84,7 +84,7 @@ def planned_quickly(monkeypatch: pytest.MonkeyPatch) -> None:
     """Spares many small runs the plan, which takes longer than their training; nothing is foretold."""
     from testing.worlds import plan_quickly  # where variables are set already
 
-    plan_quickly(monkeypatch, foretells=False)
+    plan_quickly(monkeypatch, predicts_memory=False)
 
 
 def environment_now() -> dict[str, str]:

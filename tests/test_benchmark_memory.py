@@ -1,4 +1,4 @@
-"""The table of memory: its rows are what they say, and its figures are counted and foretold alike."""
+"""The table of memory: its rows are what they say, and its figures are counted and predicted alike."""
 
 from __future__ import annotations
 

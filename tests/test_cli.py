@@ -126,7 +126,7 @@ def test_a_failure_is_one_line_and_its_status(
 def test_what_another_worker_has_told_is_not_told_again(
     error: PglpipeError, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    error.told = True
+    error.already_reported = True
     monkeypatch.setattr(run, "train", failing(error))
     ended = call("train", cwd=tmp_path)
     assert ended.status > 0 and ended.err == ""

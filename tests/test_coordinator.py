@@ -14,7 +14,7 @@ from torch.distributed import HashStore
 from pglpipe import NEVER, Guidance
 from pglpipe.commands import (
     Collect,
-    Conclude,
+    EndEvaluation,
     Evaluate,
     Message,
     Microbatch,
@@ -113,18 +113,18 @@ def test_after_every_epoch_all_exits_are_evaluated() -> None:
         TrainStep("local", 0, 0, 8),
         Evaluate(1, 0),
         Evaluate(1, 0),
-        Conclude(1, 0),
+        EndEvaluation(1, 0),
         TrainStep("local", 1, 1, 8),
         Evaluate(2, 1),
         Evaluate(2, 1),
-        Conclude(2, 1),
+        EndEvaluation(2, 1),
         Stop(),
     ]
 
 
 def test_evaluations_may_be_seldom_and_the_last_is_always_there() -> None:
     got = commands(fit(Office(), image_batches(8), (5, 5), image_batches(4), every=2))
-    assert [c.epoch for c in got if isinstance(c, Conclude)] == [1, 3, 4]
+    assert [c.epoch for c in got if isinstance(c, EndEvaluation)] == [1, 3, 4]
 
 
 def test_a_span_ends_in_the_middle_of_an_epoch() -> None:
@@ -135,7 +135,7 @@ def test_a_span_ends_in_the_middle_of_an_epoch() -> None:
         (2, 0),
         (3, 1),
     ]
-    assert got[-2:] == [Conclude(4, 1), Stop()]
+    assert got[-2:] == [EndEvaluation(4, 1), Stop()]
 
 
 def test_nothing_is_read_before_it_is_asked_for() -> None:
@@ -159,7 +159,7 @@ def test_evaluating_and_collecting_are_short_runs() -> None:
         coordinator.evaluate(BatchReader(image_batches(4), "evaluation"))
     ) == [
         Evaluate(0, 0),
-        Conclude(0, 0),
+        EndEvaluation(0, 0),
         Stop(),
     ]
     assert commands(coordinator.collect()) == [Collect(), Stop()]

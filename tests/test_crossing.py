@@ -12,7 +12,7 @@ from testing import factories
 from torch import Tensor, nn
 
 from pglpipe.stage import Stage
-from pglpipe.windows import crossing, farthest
+from pglpipe.windows import farthest_loss, losses_passing
 
 CE = nn.CrossEntropyLoss()
 X = torch.randn(6, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
@@ -76,16 +76,16 @@ def test_in_a_global_step_a_local_loss_counts_for_its_own_stage_alone(
             step=2,
             microbatch=index,
             share=len(x) / 6,
-            crossing=True,
+            input_gradient=True,
             recompute=recompute,
         )
     losses = []
     for gradient in FROM_ABOVE.split(sizes):
-        back, loss = made.crossing.backward(gradient, compares=True)
+        back, loss = made.guided_backward.backward(gradient, compares=True)
         assert back is not None and loss is not None
         returned.append(back)
         losses.append(loss)
-    cosine = made.crossing.settle(compares=True)
+    cosine = made.guided_backward.finish(compares=True)
 
     assert made.head is not None
     x = X.clone().requires_grad_()
@@ -104,14 +104,14 @@ def test_in_a_global_step_a_local_loss_counts_for_its_own_stage_alone(
         assert close(grads(made.head), of(weight * local, made.head))
     else:
         assert grads(made.head) == [None, None]
-    assert made.crossing.settle(compares=True) is None, "and is then forgotten"
+    assert made.guided_backward.finish(compares=True) is None, "and is then forgotten"
 
 
 def test_the_true_loss_of_the_last_stage_counts_by_its_weight() -> None:
     made = stage(body(), last=True, guided_weight=0.25)
     made.optimizer.zero_grad()
-    made.forward(X, TARGETS, 0, crossing=True)
-    gradient, loss = made.crossing.backward_from_loss()
+    made.forward(X, TARGETS, 0, input_gradient=True)
+    gradient, loss = made.guided_backward.backward_from_loss()
     x = X.clone().requires_grad_()
     true = CE(made.body(x), TARGETS)
     (at_x,) = torch.autograd.grad(0.25 * true, x, retain_graph=True)
@@ -132,9 +132,9 @@ def test_a_parameter_that_nothing_depends_on_is_compared_with_nothing() -> None:
 
     made = stage(Spare(), guided_local_weight=0.5)
     made.optimizer.zero_grad()
-    made.forward(X, TARGETS, 0, crossing=True)
-    made.crossing.backward(FROM_ABOVE, compares=True)
-    cosine = made.crossing.settle(compares=True)
+    made.forward(X, TARGETS, 0, input_gradient=True)
+    made.guided_backward.backward(FROM_ABOVE, compares=True)
+    cosine = made.guided_backward.finish(compares=True)
     assert cosine is not None and -1 < float(cosine) < 1
     assert [g is None for g in grads(made.body)] == [False, False, True, True]
 
@@ -142,9 +142,9 @@ def test_a_parameter_that_nothing_depends_on_is_compared_with_nothing() -> None:
 def test_gradients_of_zero_have_no_direction() -> None:
     made = stage(body())
     made.optimizer.zero_grad()
-    made.forward(X, TARGETS, 0, crossing=True)
-    made.crossing.backward(torch.zeros_like(FROM_ABOVE), compares=True)
-    cosine = made.crossing.settle(compares=True)
+    made.forward(X, TARGETS, 0, input_gradient=True)
+    made.guided_backward.backward(torch.zeros_like(FROM_ABOVE), compares=True)
+    cosine = made.guided_backward.finish(compares=True)
     assert cosine is not None and math.isnan(float(cosine))
 
 
@@ -158,13 +158,13 @@ def test_in_a_windowed_step_the_farthest_loss_moves_the_body_and_all_pass(
 ) -> None:
     made = stage(body(), index=index, last=index == 3)
     made.optimizer.zero_grad()
-    y = made.forward(X, TARGETS, 0, crossing=True)
+    y = made.forward(X, TARGETS, 0, input_gradient=True)
     arriving = {
         loss: torch.randn_like(y)
-        for loss in (crossing(index + 1, window, 4) if index < 3 else [])
+        for loss in (losses_passing(index + 1, window, 4) if index < 3 else [])
     }
-    uses, passing = farthest(index, window, 4), crossing(index, window, 4)
-    leaving, loss = made.crossing.backward_window(arriving, uses, passing)
+    uses, passing = farthest_loss(index, window, 4), losses_passing(index, window, 4)
+    leaving, loss = made.guided_backward.backward_window(arriving, uses, passing)
 
     x = X.clone().requires_grad_()
     output = made.body(x)
@@ -199,8 +199,8 @@ def test_a_stale_gradient_joins_the_local_one_of_another_batch(
     assert told is not None
     told = told.clone()
     made.optimizer.zero_grad()
-    made.crossing.blend()
-    passed = made.crossing.replay(old, 3, FROM_ABOVE)
+    made.guided_backward.blend()
+    passed = made.guided_backward.replay(old, 3, FROM_ABOVE)
     assert norm.running_mean is not None and torch.equal(norm.running_mean, told)
 
     assert made.head is not None
@@ -217,15 +217,15 @@ def test_a_stale_gradient_joins_the_local_one_of_another_batch(
 
 def test_the_first_stage_passes_no_stale_gradient_on() -> None:
     made = stage(body(), index=0)
-    assert made.crossing.replay(X, 3, FROM_ABOVE) is None
+    assert made.guided_backward.replay(X, 3, FROM_ABOVE) is None
 
 
 def test_a_replay_draws_what_its_own_step_drew() -> None:
     made = stage(nn.Sequential(nn.Linear(4, 3), nn.Dropout(0.5)))
-    made.forward(X, TARGETS, step=3, crossing=True)
-    expected, _ = made.crossing.backward(FROM_ABOVE)
+    made.forward(X, TARGETS, step=3, input_gradient=True)
+    expected, _ = made.guided_backward.backward(FROM_ABOVE)
     assert expected is not None
-    again = made.crossing.replay(X, 3, FROM_ABOVE)
-    other = made.crossing.replay(X, 4, FROM_ABOVE)
+    again = made.guided_backward.replay(X, 3, FROM_ABOVE)
+    other = made.guided_backward.replay(X, 4, FROM_ABOVE)
     assert again is not None and torch.equal(again, expected)
     assert other is not None and not torch.equal(other, expected)

@@ -24,7 +24,7 @@ from pglpipe.losses import (
 from pglpipe.reports import (
     ExitCount,
 )
-from pglpipe.saved_bytes import Held
+from pglpipe.saved_bytes import CountedTensor
 
 CE = nn.CrossEntropyLoss()
 OUTPUT = torch.randn(6, 4, generator=torch.Generator().manual_seed(1))
@@ -32,8 +32,8 @@ TARGETS = torch.tensor([0, 1, 2, 0, 1, 2])
 
 
 def kept(image: Tensor | None = None, step: int = 0, microbatch: int = 0) -> Kept:
-    held = Held(OUTPUT), None, Held(TARGETS)
-    seen = None if image is None else Held(image)
+    held = CountedTensor(OUTPUT), None, CountedTensor(TARGETS)
+    seen = None if image is None else CountedTensor(image)
     return Kept(*held, step, microbatch, 1.0, [], seen)
 
 
@@ -71,7 +71,7 @@ def test_a_loss_is_told_image_and_place() -> None:
             return CE(said, targets)
 
     image = torch.zeros(6, 3, 2, 2, dtype=torch.uint8)
-    exit = made(nn.Linear(4, 3), Curious(), place=0.25)
+    exit = made(nn.Linear(4, 3), Curious(), depth_fraction=0.25)
     exit.loss(OUTPUT, kept(image))
     exit.loss(OUTPUT, kept())
     # The first time on copies, too, to see whether it changes them.
@@ -83,7 +83,7 @@ def test_a_loss_is_told_image_and_place() -> None:
 def test_weights_are_for_heads_and_depend_on_step_and_place() -> None:
     weights = LocalWeight(end=0.0, deepest=0.5)
     hidden, last = (
-        made(head, place=place, local_weight=weights)
+        made(head, depth_fraction=place, local_weight=weights)
         for head, place in ((nn.Linear(4, 3), 0.5), (None, 1.0))
     )
     for exit in (hidden, last):
@@ -123,14 +123,14 @@ def test_counts_are_those_of_all_samples_however_they_come(parts: list[int]) -> 
     for output, targets in zip(OUTPUT.split(parts), TARGETS.split(parts), strict=True):
         with torch.no_grad():
             exit.count(output, targets)
-    found = exit.conclude()
+    found = exit.end_evaluation()
     logits = head(OUTPUT)
     assert (found.classified, found.correct) == (
         6,
         int((logits.argmax(1) == TARGETS).sum()),
     )
     assert found.loss_sum / 6 == pytest.approx(float(CE(logits, TARGETS).detach()))
-    assert exit.conclude() == ExitCount(0, 0, 0.0, 0.0)
+    assert exit.end_evaluation() == ExitCount(0, 0, 0.0, 0.0)
 
 
 def test_samples_that_a_function_ignores_count_nothing_in_the_mean_of_batches() -> None:
@@ -140,7 +140,7 @@ def test_samples_that_a_function_ignores_count_nothing_in_the_mean_of_batches() 
     exit = made(None, loss=ignoring)
     for output, targets in zip(OUTPUT.split(4), TARGETS.split(4), strict=True):
         exit.count(output, targets)
-    found = exit.conclude()
+    found = exit.end_evaluation()
     assert found.weight == found.classified == 4
     whole = float(ignoring(OUTPUT, TARGETS))
     assert found.loss_sum / found.weight == pytest.approx(whole)
@@ -171,7 +171,7 @@ def test_only_what_classifies_has_an_accuracy(
     exit = made(whole, loss)
     with torch.no_grad():
         exit.count(maps, TARGETS)
-    found = exit.conclude()
+    found = exit.end_evaluation()
     logits = head(maps)
     if classifies:
         assert found.correct == int((logits.argmax(1) == TARGETS).sum())

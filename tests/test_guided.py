@@ -1,4 +1,4 @@
-"""Weights of gradients: pure functions of step and place, and what of them is refused."""
+"""Weights of gradients: pure functions of step and depth_fraction, and what of them is refused."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from pglpipe.errors import ConfigError
-from pglpipe.guided import HEADS, Gradients, place_of
+from pglpipe.guided import HEADS, Gradients, head_depth
 
 
 def test_by_default_a_guided_step_is_back_propagation_alone() -> None:
@@ -72,8 +72,8 @@ def test_no_limit_on_the_norm_is_0_or_infinity() -> None:
 
 
 def test_without_settings_every_head_counts_once() -> None:
-    for step, place in itertools.product(range(7), (0.0, 0.3, 1.0)):
-        assert Gradients().local_weight(step, 7, place) == 1.0
+    for step, depth_fraction in itertools.product(range(7), (0.0, 0.3, 1.0)):
+        assert Gradients().local_weight(step, 7, depth_fraction) == 1.0
 
 
 @pytest.mark.parametrize("end", [0.0, 0.25, 1.0, 3.0])
@@ -93,7 +93,7 @@ def test_over_the_depth_it_moves_in_a_line_from_1_to_the_deepest(
     deepest: float,
 ) -> None:
     weight, num_stages = Gradients(local_weight_deepest=deepest).local_weight, 6
-    line = [weight(3, 9, place_of(k, num_stages)) for k in range(num_stages - 1)]
+    line = [weight(3, 9, head_depth(k, num_stages)) for k in range(num_stages - 1)]
     assert (line[0], line[-1]) == (1.0, pytest.approx(deepest))
     moves = {round(b - a, 12) for a, b in itertools.pairwise(line)}
     assert len(moves) == 1
@@ -101,10 +101,12 @@ def test_over_the_depth_it_moves_in_a_line_from_1_to_the_deepest(
 
 def test_time_and_depth_multiply() -> None:
     both = Gradients(local_weight_end=0.5, local_weight_deepest=0.25)
-    for step, place in itertools.product(range(5), (0.0, 0.5, 1.0)):
-        alone = Gradients(local_weight_end=0.5).local_weight(step, 5, place)
-        alone *= Gradients(local_weight_deepest=0.25).local_weight(step, 5, place)
-        assert both.local_weight(step, 5, place) == pytest.approx(alone)
+    for step, depth_fraction in itertools.product(range(5), (0.0, 0.5, 1.0)):
+        alone = Gradients(local_weight_end=0.5).local_weight(step, 5, depth_fraction)
+        alone *= Gradients(local_weight_deepest=0.25).local_weight(
+            step, 5, depth_fraction
+        )
+        assert both.local_weight(step, 5, depth_fraction) == pytest.approx(alone)
 
 
 def test_a_run_of_one_step_is_at_its_beginning() -> None:
@@ -114,13 +116,13 @@ def test_a_run_of_one_step_is_at_its_beginning() -> None:
 def test_heads_stand_in_even_steps_from_the_first_to_the_last() -> None:
     for num_stages in range(3, 12):
         heads = num_stages - 1
-        places = [place_of(stage, num_stages) for stage in range(heads)]
+        places = [head_depth(stage, num_stages) for stage in range(heads)]
         assert places == pytest.approx([k / (heads - 1) for k in range(heads)])
-        assert place_of(num_stages - 1, num_stages) == 1.0, "the network's own end"
+        assert head_depth(num_stages - 1, num_stages) == 1.0, "the network's own end"
 
 
 @pytest.mark.parametrize("num_stages", [1, 2])
 def test_an_only_head_is_the_first(num_stages: int) -> None:
-    assert [place_of(stage, num_stages) for stage in range(num_stages)] == [
+    assert [head_depth(stage, num_stages) for stage in range(num_stages)] == [
         0.0
     ] * num_stages

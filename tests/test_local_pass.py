@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from pglpipe.commands import (
     Command,
-    Conclude,
+    EndEvaluation,
     Evaluate,
     Message,
     Microbatch,
@@ -104,7 +104,7 @@ def steps(kinds: str) -> list[Command]:
         if kind == "G":
             commands += [TrainStep("global", step, 0, 6, 1), Microbatch(step, 0)]
         elif kind == "E":
-            commands += [Evaluate(step, 0), Conclude(step, 0)]
+            commands += [Evaluate(step, 0), EndEvaluation(step, 0)]
         else:
             commands.append(step_of(kind, step))
         step += kind != "E"

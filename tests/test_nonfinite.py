@@ -44,7 +44,7 @@ BAD = 3  # the step
 
 @pytest.fixture(autouse=True)
 def planned_quickly(monkeypatch: pytest.MonkeyPatch) -> None:
-    plan_quickly(monkeypatch, foretells=False)
+    plan_quickly(monkeypatch, predicts_memory=False)
     # Threads find what there is to be found at once.
     monkeypatch.setattr("pglpipe.transport.mailbox._FINDING_SECONDS", 0.3)
 

@@ -109,7 +109,7 @@ def test_norms_are_told_of_every_step_where_nobody_waits_for_them() -> None:
     """On a GPU a stage defers its judgement; what a replay saw is copied out of its memory."""
     made = stages(clip_norm=0.5)
     for stage in made:
-        stage.optimizer.watch._defers = True
+        stage.optimizer.finite_check._defers = True
     overlap = overlapped(made, Immediate(STAGES))
     told = [
         take_step(overlap, step, batch)

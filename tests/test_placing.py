@@ -11,7 +11,7 @@ from testing.commands import ROOT
 from testing.worlds import (
     Batch,
     image_batches,
-    nothing_foretold,
+    nothing_predicted,
     small_resnet,
     train,
     trainer,
@@ -38,7 +38,7 @@ def uncounted(monkeypatch: pytest.MonkeyPatch) -> None:
         return costs, costs[1:]
 
     monkeypatch.setattr("pglpipe.plan.analyse", nothing)
-    monkeypatch.setattr("pglpipe.plan._foretold", nothing_foretold)
+    monkeypatch.setattr("pglpipe.plan._predict_memory", nothing_predicted)
 
 
 def published(depth: int, modules: int) -> list[int]:

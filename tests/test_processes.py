@@ -111,7 +111,7 @@ import pytest
 from testing.kinds import KINDS
 from testing.worlds import image_batches, plan_quickly, small_resnet, trainer
 
-plan_quickly(pytest.MonkeyPatch(), foretells=False)
+plan_quickly(pytest.MonkeyPatch(), predicts_memory=False)
 for name in {OVER_RPC!r}:
     options = dict(balance="1,2,1,1", transport=sys.argv[1]) | KINDS[name]
     made = trainer(None, small_resnet("resnet8"), **options)

@@ -11,7 +11,7 @@ from pglpipe.commands import (
     Checkpoint,
     Collect,
     Command,
-    Conclude,
+    EndEvaluation,
     Evaluate,
     Stop,
     TrainStep,
@@ -22,7 +22,7 @@ WORDS: list[tuple[Command, str]] = [
     (TrainStep("local", 17, 0, 4), "at step 17, local step"),
     (TrainStep("global", 3, 0, 8, 2), "at step 3, global step"),
     (Evaluate(40, 1), "at the evaluation after 40 steps"),
-    (Conclude(40, 1), "at the end of the evaluation after 40 steps"),
+    (EndEvaluation(40, 1), "at the end of the evaluation after 40 steps"),
     (Checkpoint(5), "at the checkpoint after 5 steps"),
     (Collect(), "at the collection of the weights"),
     (Stop(), "at the end of the run"),
@@ -69,7 +69,7 @@ def test_the_users_own_code_is_the_script_and_on_worker_0_its_data(rank: int) ->
 def test_what_is_new_is_told_once_and_lasts_until_something_else_begins() -> None:
     told: list[bool] = []
     recent = Recent(0, told.append)
-    assert not recent.is_settled
+    assert not recent.is_warmed_up
     for operation, expected, settled in (
         ("planning", [True], False),
         ("building", [], False),
@@ -84,7 +84,7 @@ def test_what_is_new_is_told_once_and_lasts_until_something_else_begins() -> Non
     ):
         recent.begin(operation)
         recent.pause()
-        assert (told, recent.is_settled) == (expected, settled), operation
+        assert (told, recent.is_warmed_up) == (expected, settled), operation
         told.clear()
 
 

@@ -18,7 +18,7 @@ from pglpipe import models, run
 from pglpipe.config import RunConfig
 from pglpipe.config_file import resolve
 from pglpipe.data import Recipe
-from pglpipe.guided import place_of
+from pglpipe.guided import head_depth
 from pglpipe.heads import Site, build_head
 from pglpipe.ingredients import local_loss
 from pglpipe.layer import Layer
@@ -105,7 +105,7 @@ def test_a_recipe_can_be_cut_as_it_says_and_has_heads_everywhere(path: Path) -> 
         loss = local_loss(config, NORMALIZED)
         for stage, part in enumerate(slices(sizes)[:-1]):
             last, shape = part.stop - 1, tuple(outputs[part.stop - 1].shape[1:])
-            place = place_of(stage, stages)
+            place = head_depth(stage, stages)
             site = Site(shape, loss.outputs(classes), last, layers, place)
             with torch.device("meta"):
                 module = loss.auxiliary(
@@ -181,7 +181,7 @@ def test_a_recipe_takes_a_local_step_and_a_global_one_as_it_stands(
 
 
 def check_steps(path: Path, monkeypatch: pytest.MonkeyPatch, **cut: Any) -> None:
-    plan_quickly(monkeypatch, foretells=False)
+    plan_quickly(monkeypatch, predicts_memory=False)
     model = resolve(path, cut).model
     size = {"width": NARROW.get(model, 8), "batch_size": 8, "image_size": 0}
     span = {"epochs": 0, "steps": 2, "guidance_unit": "step", "guidance_final": 1}

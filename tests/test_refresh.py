@@ -19,12 +19,12 @@ from testing.worlds import (
 from torch import Tensor, nn
 
 from pglpipe import NEVER, Guidance
-from pglpipe.commands import Message, Microbatch, Weights
+from pglpipe.commands import BorrowedWeights, Message, Microbatch
 from pglpipe.heads import Borrowed, Site, borrowed, build_head
 from pglpipe.layer import Layer, assemble, initialize
 from pglpipe.stage import Stage
-from pglpipe.steps.borrow import Loans, Refresh, Sorted
-from pglpipe.transport import Links, Nobody
+from pglpipe.steps.borrow import Borrowing, BorrowPlan, DemuxInbox
+from pglpipe.transport import Links, NullOutbox
 
 pytestmark = pytest.mark.usefixtures("planned_quickly")
 
@@ -34,30 +34,33 @@ HEADS = ("man", "solo", "thin-3")
 
 def test_a_stage_offers_what_had_the_time_to_rise_to_it() -> None:
     starts, borrowing = [0, 2, 3, 5], [{2, 6}, {3, 6}, {5}, set[int]()]
-    loans = Loans(starts, borrowing, {}, every=1)
+    borrow_plan = BorrowPlan(starts, borrowing, {}, every=1)
     owner = {0: 0, 1: 0, 2: 1, 3: 2, 4: 2, 5: 3, 6: 3}
     for stage in range(4):
         wanted = {p for head in borrowing[:stage] for p in head}
         for times in range(6):
             expected = [p for p in sorted(wanted) if stage <= owner[p] < stage + times]
-            assert loans.offered(stage, times) == expected
-    assert loans.offered(4, 3) == [], "after the last stage there is nobody"
+            assert borrow_plan.offered(stage, times) == expected
+    assert borrow_plan.offered(4, 3) == [], "after the last stage there is nobody"
 
 
 @pytest.mark.parametrize("order", set(permutations("wwgg")))
 def test_weights_and_gradients_are_told_apart_in_any_order(order: str) -> None:
     numbers = {"w": iter((1, 2)), "g": iter((1, 2))}
     messages = [
-        Message(Weights(n) if kind == "w" else Microbatch(n, 0))
+        Message(BorrowedWeights(n) if kind == "w" else Microbatch(n, 0))
         for kind in order
         for n in [next(numbers[kind])]
     ]
-    inbox = Sorted(Memory(*messages))
+    inbox = DemuxInbox(Memory(*messages))
     assert [inbox.get().command for _ in range(2)] == [
         Microbatch(1, 0),
         Microbatch(2, 0),
     ]
-    assert [inbox.weights().command for _ in range(2)] == [Weights(1), Weights(2)]
+    assert [inbox.weights().command for _ in range(2)] == [
+        BorrowedWeights(1),
+        BorrowedWeights(2),
+    ]
 
 
 def linear(number: int) -> Layer:
@@ -72,9 +75,9 @@ def stage(index: int, borrows: int | None) -> Stage:
 def test_a_copy_is_as_many_periods_old_as_there_are_cuts_between() -> None:
     stages = [stage(0, 2), stage(1, 2), stage(2, None)]
     meta = [nn.Linear(3, 3, bias=False, device="meta").weight]
-    loans = Loans([0, 1, 2], [{2}, {2}, set()], {2: meta}, every=5)
-    links = Links(Memory(), Nobody(), None, Nobody())
-    refresh, history, seen = Refresh(stages, loans), list[Tensor](), []
+    borrow_plan = BorrowPlan([0, 1, 2], [{2}, {2}, set()], {2: meta}, every=5)
+    links = Links(Memory(), NullOutbox(), None, NullOutbox())
+    refresh, history, seen = Borrowing(stages, borrow_plan), list[Tensor](), []
     weight = next(stages[2].body.parameters())
     for step in range(25):
         with torch.no_grad():
@@ -97,8 +100,10 @@ def test_of_mans_average_0_995_stay_in_every_step() -> None:
     own = [p.clone() for p in head[0].own.parameters()]
     expected = [p.clone() for p in copy.parameters()]
     meta = list(layers[1].skeleton().parameters())
-    refresh = Refresh([borrower, lender], Loans([0, 1], [{1}, set()], {1: meta}, every))
-    links, lent = Links(Memory(), Nobody(), None, Nobody()), list[Tensor]()
+    refresh = Borrowing(
+        [borrower, lender], BorrowPlan([0, 1], [{1}, set()], {1: meta}, every)
+    )
+    links, lent = Links(Memory(), NullOutbox(), None, NullOutbox()), list[Tensor]()
     for step in range(4 * every):
         with torch.no_grad():
             for weight in block.parameters():

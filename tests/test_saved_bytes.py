@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from pglpipe.saved_bytes import Held, SavedBytes
+from pglpipe.saved_bytes import CountedTensor, SavedBytes
 
 
 def test_each_storage_counts_once_however_often_it_is_saved() -> None:
@@ -107,11 +107,15 @@ def test_what_is_held_beside_a_graph_counts_as_long_as_it_lives() -> None:
     x = torch.ones(100, requires_grad=True)
     with SavedBytes() as saved:
         y = x.exp()  # keeps y
-        held = [Held(y.detach()), Held(torch.ones(50)), Held(x.detach())]
+        held = [
+            CountedTensor(y.detach()),
+            CountedTensor(torch.ones(50)),
+            CountedTensor(x.detach()),
+        ]
         assert saved.peak == 400 + 200 + 400
         held.clear()
-        more = Held(torch.ones(200))
-    outside = Held(torch.ones(1000))
+        more = CountedTensor(torch.ones(200))
+    outside = CountedTensor(torch.ones(1000))
     assert saved.peak == 400 + 800
     assert more.tensor.sum() < outside.tensor.sum()
 
@@ -119,6 +123,6 @@ def test_what_is_held_beside_a_graph_counts_as_long_as_it_lives() -> None:
 def test_the_counter_within_counts_alone() -> None:
     with SavedBytes() as outer:
         with SavedBytes() as inner:
-            kept = Held(torch.ones(10))
-        also = Held(torch.ones(5))
+            kept = CountedTensor(torch.ones(10))
+        also = CountedTensor(torch.ones(5))
     assert (outer.peak, inner.peak) == (20, 40) and kept is not also

@@ -14,7 +14,7 @@ from pglpipe import checkpoint, saving
 from pglpipe.checkpoint import MANIFEST, examine, folder_of, newest, write_stage
 from pglpipe.errors import ConfigError, DataError
 from pglpipe.reports import SavedReport
-from pglpipe.saving import Checkpoints, Ledger, Writer, chosen
+from pglpipe.saving import CheckpointCoordinator, Checkpoints, Writer, chosen
 from pglpipe.snapshot import Snapshot
 
 STAGE = Snapshot({"weight": torch.zeros(3)}, {"taken": 1})
@@ -28,50 +28,50 @@ def report(folder: Path, step: int, rank: int, error: str = "") -> SavedReport:
     return SavedReport(rank, step, [vars(written)], {rank: STAGE.numbers})
 
 
-def complete(ledger: Ledger, folder: Path, step: int) -> None:
+def complete(checkpoints: CheckpointCoordinator, folder: Path, step: int) -> None:
     for rank in (1, 0):
-        assert ledger.is_busy
-        ledger.add(report(folder, step, rank), lambda step: {"late": step})
-    settle(ledger)
+        assert checkpoints.is_busy
+        checkpoints.add(report(folder, step, rank), lambda step: {"late": step})
+    settle(checkpoints)
 
 
-def settle(ledger: Ledger) -> None:
+def settle(checkpoints: CheckpointCoordinator) -> None:
     """Waits for the thread that makes the checkpoint."""
     deadline = time.monotonic() + 20
-    while ledger.is_busy and time.monotonic() < deadline:
+    while checkpoints.is_busy and time.monotonic() < deadline:
         time.sleep(0.01)
-        ledger.listen()
-    assert not ledger.is_busy
+        checkpoints.listen()
+    assert not checkpoints.is_busy
 
 
 def test_it_is_due_every_so_many_steps_but_not_while_one_is_written(
     tmp_path: Path,
 ) -> None:
-    ledger = Ledger(Checkpoints(tmp_path, every=3), 2)
-    assert [step for step in range(1, 4) if ledger.due(step)] == [3]
-    ledger.begin(4, {})  # a step late
-    assert not any(ledger.due(step) for step in range(4, 9))
-    complete(ledger, tmp_path, 4)
-    assert [step for step in range(4, 9) if ledger.due(step)] == [6, 7, 8]
+    checkpoints = CheckpointCoordinator(Checkpoints(tmp_path, every=3), 2)
+    assert [step for step in range(1, 4) if checkpoints.due(step)] == [3]
+    checkpoints.begin(4, {})  # a step late
+    assert not any(checkpoints.due(step) for step in range(4, 9))
+    complete(checkpoints, tmp_path, 4)
+    assert [step for step in range(4, 9) if checkpoints.due(step)] == [6, 7, 8]
 
 
 def test_a_run_that_goes_on_counts_from_where_it_was(tmp_path: Path) -> None:
-    ledger = Ledger(Checkpoints(tmp_path, every=3), 2)
-    ledger.resumed(7)
-    assert [step for step in range(7, 10) if ledger.due(step)] == [9]
+    checkpoints = CheckpointCoordinator(Checkpoints(tmp_path, every=3), 2)
+    checkpoints.resumed(7)
+    assert [step for step in range(7, 10) if checkpoints.due(step)] == [9]
 
 
 def test_without_a_number_none_is_ever_due(tmp_path: Path) -> None:
-    ledger = Ledger(Checkpoints(tmp_path), 2)
-    assert not any(ledger.due(step) for step in range(100))
+    checkpoints = CheckpointCoordinator(Checkpoints(tmp_path), 2)
+    assert not any(checkpoints.due(step) for step in range(100))
 
 
 def test_the_last_report_makes_it_a_checkpoint(tmp_path: Path) -> None:
     told = Checkpoints(tmp_path, every=1, keep=1, about={"balance": [1, 2]})
-    ledger = Ledger(told, 2)
+    checkpoints = CheckpointCoordinator(told, 2)
     for step in (1, 2):
-        assert ledger.begin(step, {"position": {"step": step}}).step == step
-        complete(ledger, tmp_path, step)
+        assert checkpoints.begin(step, {"position": {"step": step}}).step == step
+        complete(checkpoints, tmp_path, step)
     found, damaged = newest(tmp_path)
     assert found == folder_of(tmp_path, 2) and not damaged
     manifest = examine(found)
@@ -83,28 +83,28 @@ def test_the_last_report_makes_it_a_checkpoint(tmp_path: Path) -> None:
 def test_one_that_a_worker_could_not_write_is_told_and_the_last_good_one_stays(
     tmp_path: Path,
 ) -> None:
-    ledger = Ledger(Checkpoints(tmp_path, every=1, keep=1), 2)
-    ledger.begin(1, {})
-    complete(ledger, tmp_path, 1)
-    ledger.begin(2, {})
-    ledger.add(report(tmp_path, 2, 0), lambda step: {})
+    checkpoints = CheckpointCoordinator(Checkpoints(tmp_path, every=1, keep=1), 2)
+    checkpoints.begin(1, {})
+    complete(checkpoints, tmp_path, 1)
+    checkpoints.begin(2, {})
+    checkpoints.add(report(tmp_path, 2, 0), lambda step: {})
     with pytest.warns(UserWarning, match="after step 2: no space.*training goes on"):
-        ledger.add(report(tmp_path, 2, 1, "no space"), lambda step: {})
-        settle(ledger)
+        checkpoints.add(report(tmp_path, 2, 1, "no space"), lambda step: {})
+        settle(checkpoints)
     assert newest(tmp_path) == (folder_of(tmp_path, 1), [])
-    assert not ledger.is_busy and ledger.due(3)
+    assert not checkpoints.is_busy and checkpoints.due(3)
 
 
 def test_a_file_that_this_worker_cannot_see_is_no_part_of_a_checkpoint(
     tmp_path: Path,
 ) -> None:
     """As on a second machine without a file system in common."""
-    ledger = Ledger(Checkpoints(tmp_path / "here", every=1), 2)
-    ledger.begin(1, {})
-    ledger.add(report(tmp_path / "here", 1, 0), lambda step: {})
+    checkpoints = CheckpointCoordinator(Checkpoints(tmp_path / "here", every=1), 2)
+    checkpoints.begin(1, {})
+    checkpoints.add(report(tmp_path / "here", 1, 0), lambda step: {})
     with pytest.warns(UserWarning, match="stage-01"):
-        ledger.add(report(tmp_path / "there", 1, 1), lambda step: {})
-        settle(ledger)
+        checkpoints.add(report(tmp_path / "there", 1, 1), lambda step: {})
+        settle(checkpoints)
     assert newest(tmp_path / "here")[0] is None
 
 
@@ -112,16 +112,16 @@ def test_one_that_takes_long_is_told_of_once_and_by_whom(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(saving, "STUCK_SECONDS", 0.0)
-    ledger = Ledger(Checkpoints(tmp_path, every=1), 2)
-    ledger.begin(1, {})
-    ledger.add(report(tmp_path, 1, 1), lambda step: {})
+    checkpoints = CheckpointCoordinator(Checkpoints(tmp_path, every=1), 2)
+    checkpoints.begin(1, {})
+    checkpoints.add(report(tmp_path, 1, 1), lambda step: {})
     with pytest.warns(UserWarning, match="after step 1 is not there .* rank 0 still"):
-        ledger.listen()
-    assert ledger.is_stuck and not ledger.due(2)
-    ledger.listen()
-    ledger.add(report(tmp_path, 1, 0), lambda step: {})
-    settle(ledger)
-    assert newest(tmp_path)[0] and not ledger.is_stuck
+        checkpoints.listen()
+    assert checkpoints.is_stuck and not checkpoints.due(2)
+    checkpoints.listen()
+    checkpoints.add(report(tmp_path, 1, 0), lambda step: {})
+    settle(checkpoints)
+    assert newest(tmp_path)[0] and not checkpoints.is_stuck
 
 
 def test_a_folder_that_cannot_be_read_is_not_begun_anew(
@@ -138,11 +138,11 @@ def test_a_folder_that_cannot_be_read_is_not_begun_anew(
 def test_one_that_was_there_before_is_gone_before_it_is_written_anew(
     tmp_path: Path,
 ) -> None:
-    ledger = Ledger(Checkpoints(tmp_path, every=1), 2)
-    ledger.begin(1, {})
-    complete(ledger, tmp_path, 1)
-    ledger.resumed(0)
-    ledger.begin(1, {})
+    checkpoints = CheckpointCoordinator(Checkpoints(tmp_path, every=1), 2)
+    checkpoints.begin(1, {})
+    complete(checkpoints, tmp_path, 1)
+    checkpoints.resumed(0)
+    checkpoints.begin(1, {})
     assert not (folder_of(tmp_path, 1) / MANIFEST).exists()
 
 

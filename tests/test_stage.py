@@ -50,8 +50,8 @@ def test_the_gradient_that_comes_back_is_that_of_the_input() -> None:
     body = nn.Linear(4, 3)
     made, gradient = stage(body), torch.randn(6, 3)
     made.optimizer.zero_grad()
-    made.forward(X, TARGETS, step=0, crossing=True)
-    returned, loss = made.crossing.backward(gradient)
+    made.forward(X, TARGETS, step=0, input_gradient=True)
+    returned, loss = made.guided_backward.backward(gradient)
     assert returned is not None and loss is None
     assert torch.equal(returned, gradient @ body.weight)
     assert torch.equal(made.optimizer.norms(), torch.stack([p.grad.norm() for p in body.parameters()]))  # type: ignore[union-attr]
@@ -64,8 +64,8 @@ def test_a_global_step_leaves_the_head_as_it_is() -> None:
     made.learn(step=0)
     after_local = snapshot(made)
     made.optimizer.zero_grad()
-    made.forward(X, TARGETS, step=1, crossing=True)
-    made.crossing.backward(torch.randn(6, 3))
+    made.forward(X, TARGETS, step=1, input_gradient=True)
+    made.guided_backward.backward(torch.randn(6, 3))
     made.optimizer.update(step=1)
     after_global = snapshot(made)
     assert not torch.equal(before[2], after_local[2])
@@ -79,8 +79,8 @@ def test_microbatches_come_back_in_the_order_in_which_they_went() -> None:
     parts = [(X[:4], TARGETS[:4]), (X[4:], TARGETS[4:])]
     for index, (x, targets) in enumerate(parts):
         share = len(x) / 6
-        made.forward(x, targets, 0, microbatch=index, share=share, crossing=True)
-    losses = [made.crossing.backward_from_loss() for _ in parts]
+        made.forward(x, targets, 0, microbatch=index, share=share, input_gradient=True)
+    losses = [made.guided_backward.backward_from_loss() for _ in parts]
     assert [len(gradient) for gradient, _ in losses if gradient is not None] == [4, 2]
     whole = nn.functional.cross_entropy(made.body(X), TARGETS)
     assert float(sum(loss for _, loss in losses)) == pytest.approx(whole.item())
@@ -88,8 +88,8 @@ def test_microbatches_come_back_in_the_order_in_which_they_went() -> None:
 
 def test_the_first_stage_has_no_gradient_to_give() -> None:
     made = stage(nn.Linear(4, 3), index=0)
-    made.forward(X, TARGETS, step=0, crossing=True)
-    assert made.crossing.backward(torch.randn(6, 3)) == (None, None)
+    made.forward(X, TARGETS, step=0, input_gradient=True)
+    assert made.guided_backward.backward(torch.randn(6, 3)) == (None, None)
 
 
 def test_an_input_that_nothing_depends_on_has_gradient_zero() -> None:
@@ -102,8 +102,8 @@ def test_an_input_that_nothing_depends_on_has_gradient_zero() -> None:
             return self.weight * 2
 
     made = stage(Deaf())
-    made.forward(X, TARGETS, step=0, crossing=True)
-    gradient, _ = made.crossing.backward(torch.ones(6, 3))
+    made.forward(X, TARGETS, step=0, input_gradient=True)
+    gradient, _ = made.guided_backward.backward(torch.ones(6, 3))
     assert gradient is not None and torch.equal(gradient, torch.zeros(6, 4))
 
 
@@ -111,8 +111,8 @@ def test_an_input_that_nothing_depends_on_has_gradient_zero() -> None:
 def test_a_body_that_begins_in_place_leaves_its_input_alone(crossing: bool) -> None:
     body = nn.Sequential(nn.Sequential(nn.ReLU(inplace=True)), nn.Linear(4, 3))
     made, x = stage(body), X.clone()
-    made.forward(x, TARGETS, step=0, crossing=crossing)
-    made.crossing.backward(torch.ones(6, 3)) if crossing else made.learn(step=0)
+    made.forward(x, TARGETS, step=0, input_gradient=crossing)
+    made.guided_backward.backward(torch.ones(6, 3)) if crossing else made.learn(step=0)
     assert torch.equal(x, X)
 
 
@@ -178,8 +178,8 @@ def test_a_local_step_clips_the_stage_with_its_head() -> None:
 def test_a_stage_without_parameters_learns_nothing_and_fails_nowhere() -> None:
     made = factories.stage(1, nn.Tanh(), None)
     made.optimizer.zero_grad()
-    made.forward(X, TARGETS, step=0, crossing=True)
-    gradient, loss = made.crossing.backward_from_loss()
+    made.forward(X, TARGETS, step=0, input_gradient=True)
+    gradient, loss = made.guided_backward.backward_from_loss()
     made.optimizer.clip(torch.tensor(1.0))
     made.optimizer.update(step=0)
     assert gradient is not None and gradient.shape == X.shape and loss > 0
@@ -192,7 +192,7 @@ def test_an_evaluation_counts_every_sample_once_and_then_forgets() -> None:
     made.train(False)
     for part in (slice(0, 4), slice(4, 6)):
         made.evaluate(X[part], TARGETS[part])
-    counted = made.conclude()
+    counted = made.end_evaluation()
     logits = body(X)
     assert (counted.classified, counted.correct) == (
         6,
@@ -200,7 +200,7 @@ def test_an_evaluation_counts_every_sample_once_and_then_forgets() -> None:
     )
     expected = nn.functional.cross_entropy(logits, TARGETS).item()
     assert counted.loss_sum / 6 == pytest.approx(expected)
-    assert made.conclude() == ExitCount(0, 0, 0.0, 0.0)
+    assert made.end_evaluation() == ExitCount(0, 0, 0.0, 0.0)
     assert all(p.grad is None for p in body.parameters())
 
 
@@ -253,14 +253,14 @@ def test_a_recomputed_stage_ends_with_the_same_bits(last: bool) -> None:
         for step in range(2):
             made.optimizer.zero_grad()
             for part, x in enumerate(X.clone().split(3)):
-                options = dict(share=0.5, crossing=True, recompute=recompute)
+                options = dict(share=0.5, input_gradient=True, recompute=recompute)
                 y = made.forward(x, TARGETS[:3], step, microbatch=part, **options)
                 seen.append(y)
             for _ in range(2):
                 gradient, _ = (
-                    made.crossing.backward_from_loss()
+                    made.guided_backward.backward_from_loss()
                     if last
-                    else made.crossing.backward(torch.ones(3, 3))
+                    else made.guided_backward.backward(torch.ones(3, 3))
                 )
                 assert gradient is not None
                 seen.append(gradient)
@@ -277,8 +277,8 @@ def test_batchnorm_hears_of_a_recomputed_batch_once_and_of_the_next_ones_too() -
     silent = nn.BatchNorm1d(4, track_running_stats=False)
     made = stage(nn.Sequential(norm, silent, nn.Linear(4, 3)))
     for step in range(3):
-        made.forward(X, TARGETS, step, crossing=True, recompute=True)
-        made.crossing.backward(torch.ones(6, 3))
+        made.forward(X, TARGETS, step, input_gradient=True, recompute=True)
+        made.guided_backward.backward(torch.ones(6, 3))
     assert norm.num_batches_tracked is not None
     assert int(norm.num_batches_tracked) == 3
     assert (norm.track_running_stats, silent.track_running_stats) == (True, False)
@@ -289,11 +289,16 @@ def test_a_recomputed_stage_keeps_its_input_until_its_backward_has_come() -> Non
     with SavedBytes(made.tensors()) as saved:
         for part in range(3):
             made.forward(
-                X.clone(), TARGETS, 0, microbatch=part, crossing=True, recompute=True
+                X.clone(),
+                TARGETS,
+                0,
+                microbatch=part,
+                input_gradient=True,
+                recompute=True,
             )
         waiting = saved.peak
         for _ in range(3):
-            made.crossing.backward(torch.ones(6, 3))
+            made.guided_backward.backward(torch.ones(6, 3))
     assert waiting == 3 * X.nbytes + TARGETS.nbytes
     assert saved.peak == waiting + 6 * 50 * 4 + 6 * 3 * 4, "hidden layer and output"
 
@@ -304,5 +309,5 @@ def test_an_input_that_is_overwritten_is_there_when_it_is_needed_again() -> None
             return nn.functional.relu(x, inplace=True)
 
     made, x = stage(Overwrites(), index=0), X.clone()
-    made.forward(x, TARGETS, 0, crossing=True, recompute=True)
+    made.forward(x, TARGETS, 0, input_gradient=True, recompute=True)
     assert torch.equal(x, X)

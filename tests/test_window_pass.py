@@ -12,9 +12,9 @@ from testing.worlds import image_batches, train
 from torch import Tensor, nn
 
 from pglpipe import Guidance
-from pglpipe.crossing import Crossing
+from pglpipe.crossing import GuidedBackward
 from pglpipe.layer import Layer
-from pglpipe.windows import crossing
+from pglpipe.windows import losses_passing
 
 pytestmark = pytest.mark.usefixtures("planned_quickly")
 
@@ -46,10 +46,10 @@ def test_gradients_lie_in_memory_alike_on_any_number_of_workers(
 ) -> None:
     def seen(size: int) -> dict[int, Any]:
         found: dict[int, Any] = defaultdict(list)
-        plain = Crossing.backward_window
+        plain = GuidedBackward.backward_window
 
         def watched(
-            self: Crossing, arriving: Mapping[int, Tensor], *others: Any
+            self: GuidedBackward, arriving: Mapping[int, Tensor], *others: Any
         ) -> tuple[dict[int, Tensor], Tensor]:
             for loss, gradient in sorted(arriving.items()):
                 offset = gradient.storage_offset()
@@ -57,7 +57,7 @@ def test_gradients_lie_in_memory_alike_on_any_number_of_workers(
             return plain(self, arriving, *others)
 
         with monkeypatch.context() as patch:
-            patch.setattr(Crossing, "backward_window", watched)
+            patch.setattr(GuidedBackward, "backward_window", watched)
             train(
                 size,
                 layers(),
@@ -73,6 +73,6 @@ def test_gradients_lie_in_memory_alike_on_any_number_of_workers(
     expected = seen(1)
     for index in range(4):
         losses = [loss for loss, *_ in expected[index]]
-        assert losses == crossing(index + 1, window, 5) * 6
+        assert losses == losses_passing(index + 1, window, 5) * 6
     assert seen(2) == expected
     assert seen(5) == expected

@@ -14,13 +14,13 @@ from torch import Tensor, nn
 from pglpipe.commands import (
     Clip,
     Collect,
-    Conclude,
+    EndEvaluation,
     Evaluate,
     Message,
     Microbatch,
-    State,
     Stop,
     TrainStep,
+    WeightChunk,
 )
 from pglpipe.errors import ProtocolError
 from pglpipe.reports import (
@@ -62,7 +62,7 @@ def run(
         rank=rank,
         num_workers=2,
         num_stages=2,
-        clips=clips,
+        clip_norm=1e9 if clips else 0.0,
     )
     links = Links(
         inbox=Memory(*messages),
@@ -78,7 +78,7 @@ def test_every_command_is_handed_on_in_order_with_its_data() -> None:
     commands = [
         Message(TrainStep("local", 0, 0, 4), BATCH),
         Message(Evaluate(1, 0), BATCH),
-        Message(Conclude(1, 0)),
+        Message(EndEvaluation(1, 0)),
         Message(TrainStep("local", 1, 1, 4), BATCH),
         Message(Stop()),
     ]
@@ -175,7 +175,7 @@ def test_weights_go_up_in_pieces_and_those_from_below_are_relayed() -> None:
     below = stage(1, last=True)
     flat = flatten(below.tensors())
     pieces = tuple(
-        Message(State(1, offset), (flat[offset : offset + 16],))
+        Message(WeightChunk(1, offset), (flat[offset : offset + 16],))
         for offset in range(0, len(flat), 16)
     )
     _, _, worker = run(Message(Collect()), Message(Stop()), below=pieces)
@@ -191,7 +191,7 @@ def test_weights_go_up_in_pieces_and_those_from_below_are_relayed() -> None:
     [
         (Message(Microbatch(0, 0), BATCH),),
         (Message(Clip(0)),),
-        (Message(State(0, 0)),),
+        (Message(WeightChunk(0, 0)),),
         (Message(TrainStep("global", 3, 0, 4, 1)), Message(Microbatch(3, 1), BATCH)),
         (Message(TrainStep("global", 3, 0, 4, 1)), Message(Microbatch(2, 0), BATCH)),
         (

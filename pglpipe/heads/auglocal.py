@@ -49,7 +49,7 @@ def auglocal_head(site: Site, *, depth: int) -> nn.Module:
         ConfigError: the layers are not known, or one after the cut is no block.
     """
     later = _later_blocks(site)
-    depth = depth_at(site.place, depth)
+    depth = depth_at(site.depth_fraction, depth)
     channels, halvings, parts = site.shape[0], 0, list[nn.Module]()
     for position in chosen(site.position, site.position + len(later), depth):
         block = later[position - site.position - 1]
@@ -64,13 +64,13 @@ def auglocal_head(site: Site, *, depth: int) -> nn.Module:
     return nn.Sequential(*parts, nn.Linear(channels, site.num_outputs))
 
 
-def depth_at(place: float, depth: int) -> int:
-    """Blocks of the head at ``place`` (0 the first stage, 1 the last with a head).
+def depth_at(depth_fraction: float, depth: int) -> int:
+    """Blocks of the head at ``depth_fraction`` (0 the first stage, 1 the last with a head).
 
     >>> [depth_at(k / 4, 6) for k in range(5)]
     [6, 5, 5, 4, 4]
     """
-    fewer = place * PYRAMID
+    fewer = depth_fraction * PYRAMID
     return max(1, round(depth * (1 - fewer) + fewer))
 
 

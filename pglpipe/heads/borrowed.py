@@ -54,8 +54,8 @@ class Borrowed(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """What the layer makes of ``[B, ...]``."""
-        said: Tensor = self.copy(x)
-        return said
+        output: Tensor = self.copy(x)
+        return output
 
     @torch.no_grad()
     def renew(self, weights: Sequence[Tensor], steps: int) -> None:
@@ -143,8 +143,8 @@ class _Sum(nn.Module):
         """From ``[B, C, H, W]`` to the next block's shape."""
         # First the one that works on a copy, if it would overwrite what both read.
         own: Tensor = self.own(h.clone() if self._copies else h)
-        said: Tensor = own + self.ahead(h)
-        return said
+        output: Tensor = own + self.ahead(h)
+        return output
 
 
 def _later(site: Site, name: str) -> list[Layer]:

@@ -41,7 +41,7 @@ def pred_head(site: Site) -> nn.Module:
     )
     features = channels * _pixels(sides, kernel)
     return nn.Sequential(
-        # By one pixel, too: to flatten channels_last itself is a copy that nobody foretells.
+        # By one pixel, too: to flatten channels_last itself is a copy that nobody predicts.
         nn.AvgPool2d((kernel[0], kernel[1]), padding=(rows, columns)),
         nn.Flatten(),
         _from_zero(features, site.num_outputs),

@@ -20,7 +20,7 @@ class Site:
         num_outputs: how many outputs the head shall have.
         position: index of the layer before the cut.
         layers: the whole network; empty where the caller has none.
-        place: how far along the stages with a head this one is, from 0 (the first) to 1 (the last).
+        depth_fraction: how far along the stages with a head this one is, from 0 (the first) to 1 (the last).
         seed: of the run.
     """
 
@@ -28,7 +28,7 @@ class Site:
     num_outputs: int
     position: int = 0
     layers: Sequence[Layer] = ()
-    place: float = 0.0
+    depth_fraction: float = 0.0
     seed: int = 0
 
     def copy_of(self, position: int) -> nn.Module:

@@ -3,7 +3,7 @@
 ::
 
     image ┈┈┈┈┈┈┈┈┈┈┈┈┈┈┈┈┈┈┈┈┈┈┈┈┈┈┈┈┈┈┐
-    h ─┬▶ head ───▶ its output ────────┬▶ loss(said, targets, image, place) ─▶ scalar
+    h ─┬▶ head ───▶ its output ────────┬▶ loss(head_output, targets, image, depth_fraction) ─▶ scalar
        └▶ branch ─▶ its output ────────┘
        the module that auxiliary() makes
 
@@ -44,7 +44,7 @@ class LocalLoss(ABC):
         auxiliary = loss.auxiliary(head, shape, image_shape)   # and trained as this module
         image = loss.image(x) if loss.image else None          # on the first worker, sent along
 
-        loss(auxiliary(h), targets, image, place).backward()   # in every stage with a head
+        loss(auxiliary(h), targets, image, depth_fraction).backward()   # in every stage with a head
 
     A loss of one's own overrides what differs.
 
@@ -89,19 +89,19 @@ class LocalLoss(ABC):
     @abstractmethod
     def __call__(
         self,
-        said: Any,
+        head_output: Any,
         targets: Tensor,
         image: Tensor | None = None,
-        place: float = 0.0,
+        depth_fraction: float = 0.0,
     ) -> Tensor:
         """The loss of a batch.
 
         Args:
-            said: what the auxiliary module returned: the head's output, or a tuple that
+            head_output: what the auxiliary module returned: the head's output, or a tuple that
                 begins with it.
             targets: ``[B]``, class indices.
             image: ``[B, C, H, W]``, uint8; None without :attr:`image`.
-            place: how far along the stages with a head this one is, from 0 to 1.
+            depth_fraction: how far along the stages with a head this one is, from 0 to 1.
 
         Returns:
             A scalar, averaged over the batch.
@@ -151,12 +151,12 @@ class Supervised(LocalLoss):
 
     def __call__(
         self,
-        said: Any,
+        head_output: Any,
         targets: Tensor,
         image: Tensor | None = None,
-        place: float = 0.0,
+        depth_fraction: float = 0.0,
     ) -> Tensor:
-        return self.loss(said, targets)
+        return self.loss(head_output, targets)
 
     def modules(self) -> list[nn.Module]:
         return [self.loss] if isinstance(self.loss, nn.Module) else []
@@ -194,15 +194,15 @@ class Beside(nn.Module):
     def forward(self, h: Tensor) -> tuple[Tensor, Tensor]:
         """From the activation ``[B, ...]`` to the outputs of head and branch."""
         if isinstance(self.head, Fronted):
-            said, h = self.head.both(self._readable(h))
+            output, h = self.head.both(self._readable(h))
         else:
-            said = self.exit(h)
-        return said, self.branch(h)
+            output = self.exit(h)
+        return output, self.branch(h)
 
     def exit(self, h: Tensor) -> Tensor:
         """The head's output alone, for evaluation; the activation stays as it is."""
-        said: Tensor = self.head(self._readable(h))
-        return said
+        output: Tensor = self.head(self._readable(h))
+        return output
 
     def _readable(self, h: Tensor) -> Tensor:
         return h.clone() if self._copies else h

@@ -31,12 +31,12 @@ class SupervisedContrast(LocalLoss):
 
     def __call__(
         self,
-        said: Any,
+        head_output: Any,
         targets: Tensor,
         image: Tensor | None = None,
-        place: float = 0.0,
+        depth_fraction: float = 0.0,
     ) -> Tensor:
-        return contrast(said, targets)
+        return contrast(head_output, targets)
 
 
 def contrast(features: Tensor, targets: Tensor) -> Tensor:

@@ -96,25 +96,25 @@ class InfoPro(LocalLoss):
         pixels = torch.stack(channels, dim=1) * 255
         return pixels.round().clamp(0, 255).to(torch.uint8)
 
-    def weights(self, place: float) -> tuple[float, float]:
-        """Of reconstruction and task at ``place``: in a line from 0 (``*_1``) to 1 (``*_2``)."""
+    def weights(self, depth_fraction: float) -> tuple[float, float]:
+        """Of reconstruction and task at ``depth_fraction``: in a line from 0 (``*_1``) to 1 (``*_2``)."""
         ixx_1, ixy_1, ixx_2, ixy_2 = self.lambdas
         return (
-            ixx_1 * (1 - place) + ixx_2 * place,
-            ixy_1 * (1 - place) + ixy_2 * place,
+            ixx_1 * (1 - depth_fraction) + ixx_2 * depth_fraction,
+            ixy_1 * (1 - depth_fraction) + ixy_2 * depth_fraction,
         )
 
     def __call__(
         self,
-        said: Any,
+        head_output: Any,
         targets: Tensor,
         image: Tensor | None = None,
-        place: float = 0.0,
+        depth_fraction: float = 0.0,
     ) -> Tensor:
         assert image is not None, "InfoPro rebuilds the image"
-        output, rebuilt = said
-        of_image, of_task = self.weights(place)
-        task = self.task(output, targets, image, place)
+        output, rebuilt = head_output
+        of_image, of_task = self.weights(depth_fraction)
+        task = self.task(output, targets, image, depth_fraction)
         return of_image * reconstruction(rebuilt, image) + of_task * task
 
 

@@ -53,12 +53,12 @@ class Similarity(LocalLoss):
 
     def __call__(
         self,
-        said: Any,
+        head_output: Any,
         targets: Tensor,
         image: Tensor | None = None,
-        place: float = 0.0,
+        depth_fraction: float = 0.0,
     ) -> Tensor:
-        logits, projected = said
+        logits, projected = head_output
         return similarity_matching(projected, targets, logits.shape[1])
 
 
@@ -69,13 +69,13 @@ class PredSim(Similarity):
 
     def __call__(
         self,
-        said: Any,
+        head_output: Any,
         targets: Tensor,
         image: Tensor | None = None,
-        place: float = 0.0,
+        depth_fraction: float = 0.0,
     ) -> Tensor:
-        pred = F.cross_entropy(said[0], targets)
-        return (1 - BETA) * pred + BETA * super().__call__(said, targets)
+        pred = F.cross_entropy(head_output[0], targets)
+        return (1 - BETA) * pred + BETA * super().__call__(head_output, targets)
 
 
 def projection(shape: Shape) -> nn.Module:

@@ -93,7 +93,7 @@ def fit(
         budget: bytes.
         kinds: of the steps that will be taken, ``"local"`` and ``"global"``.
         samples: in a batch.
-        peaks: foretells them, in bytes.
+        peaks: predicts_memory them, in bytes.
 
     Raises:
         ConfigError: nothing fits; names what comes closest, and what to change.

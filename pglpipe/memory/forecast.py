@@ -14,18 +14,18 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from pglpipe.errors import PartitionError, setting
-from pglpipe.guided import place_of
+from pglpipe.guided import head_depth
 from pglpipe.losses import LocalLoss, Loss
 from pglpipe.memory.fit import Memory
 from pglpipe.memory.weigh import Criterion, StageBytes, global_peak, local_peak, weigh
 from pglpipe.timetable import Timetable
 
 
-class ForecastError(Exception):
+class PredictionError(Exception):
     """The network cannot be run on tensors without values; the message says where and why."""
 
 
-class Forecast:
+class MemoryPrediction:
     """The peaks of every worker, for any settings; what was weighed once is remembered.
 
     Args:
@@ -40,7 +40,7 @@ class Forecast:
         heads: whether guided steps run the heads.
 
     Raises:
-        ForecastError: nothing can be foretold of these stages.
+        PredictionError: nothing can be predicted of these stages.
     """
 
     def __init__(
@@ -71,7 +71,7 @@ class Forecast:
             try:
                 self._pretend(autocast)
             except Exception as error:
-                raise ForecastError(_first_line(error)) from error
+                raise PredictionError(_first_line(error)) from error
         self._stages_of = stages_of
         self._timetable = timetable
         self._carry = carry
@@ -89,7 +89,7 @@ class Forecast:
 
         Raises:
             PartitionError: a stage cannot take so few samples at once.
-            ForecastError: nothing can be foretold of these stages.
+            PredictionError: nothing can be predicted of these stages.
         """
         if kind == "local":
             return self._locally(settings.local_microbatches)
@@ -119,8 +119,8 @@ class Forecast:
         self._precision = precision
 
     def _locally(self, microbatches: int) -> list[int]:
-        whole = self._weigh(self.samples, crossing=False)
-        part = self._weigh(-(-self.samples // microbatches), crossing=False)
+        whole = self._weigh(self.samples, input_gradient=False)
+        part = self._weigh(-(-self.samples // microbatches), input_gradient=False)
         together = sum if self._overlaps else max
         return [
             together(local_peak(whole[index], part[index]) for index in own)
@@ -130,7 +130,7 @@ class Forecast:
     def _global(self, microbatches: int, recompute: bool) -> list[int]:
         parts = min(microbatches, self.samples)
         sizes = [len(part) for part in torch.arange(self.samples).tensor_split(parts)]
-        weights = [self._weigh(size, crossing=True) for size in sizes]
+        weights = [self._weigh(size, input_gradient=True) for size in sizes]
         batch = sum(_nbytes(tensor) for tensor in self._batch)
         # The first worker's microbatches are views of the batch.
         views = [
@@ -152,22 +152,26 @@ class Forecast:
         ]
         return [batch + peaks[0], *peaks[1:]]
 
-    def _weigh(self, size: int, *, crossing: bool) -> list[StageBytes]:
-        if (size, crossing) not in self._weights:
+    def _weigh(self, size: int, *, input_gradient: bool) -> list[StageBytes]:
+        if (size, input_gradient) not in self._weights:
             with self._precision():
-                self._weights[size, crossing] = list(self._weighed(size, crossing))
-        return self._weights[size, crossing]
+                self._weights[size, input_gradient] = list(
+                    self._weighed(size, input_gradient)
+                )
+        return self._weights[size, input_gradient]
 
-    def _weighed(self, size: int, crossing: bool) -> Iterator[StageBytes]:
+    def _weighed(self, size: int, input_gradient: bool) -> Iterator[StageBytes]:
         x, targets = (t[:size].clone() for t in self._batch)
         copied = False
         local, num_stages = self._local_loss, len(self._stages)
         image = local.image(x) if local.image else None
         for index, (body, head) in enumerate(self._stages):
-            x.requires_grad_(crossing and index > 0 and x.is_floating_point())
-            place = place_of(index, num_stages)
+            x.requires_grad_(input_gradient and index > 0 and x.is_floating_point())
+            place = head_depth(index, num_stages)
             loss: Criterion = (
-                self._true if head is None else partial(local, image=image, place=place)
+                self._true
+                if head is None
+                else partial(local, image=image, depth_fraction=place)
             )
             try:
                 stage, output = weigh(
@@ -179,19 +183,19 @@ class Forecast:
                     f"stage {index} cannot take {size} samples at once: "
                     f"{_first_line(error)}"
                 )
-                if size == self.samples or not self._can_weigh(crossing):
-                    raise ForecastError(reason) from error
+                if size == self.samples or not self._can_weigh(input_gradient):
+                    raise PredictionError(reason) from error
                 raise PartitionError(
                     f"{reason}; lower {setting('microbatches')} or {setting('local_microbatches')}"
                 ) from error
             yield dataclasses.replace(stage, copied=copied)
             copied = _memory(x) != _memory(output)
 
-    def _can_weigh(self, crossing: bool) -> bool:
+    def _can_weigh(self, input_gradient: bool) -> bool:
         """Whether the stages can take the whole batch; then parts of it fail for their size."""
         try:
-            self._weigh(self.samples, crossing=crossing)
-        except ForecastError:
+            self._weigh(self.samples, input_gradient=input_gradient)
+        except PredictionError:
             return False
         return True
 

@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from pglpipe.commands import Message, Weights
+from pglpipe.commands import BorrowedWeights, Message
 from pglpipe.heads import borrowed
 from pglpipe.snapshot import Snapshot, by_number, numbered
 from pglpipe.stage import Stage
@@ -32,7 +32,7 @@ Named = dict[int, list[Tensor]]  # a layer's parameters by its position in the n
 
 
 @dataclass(frozen=True)
-class Loans:
+class BorrowPlan:
     """Who borrows what from whom; the same on every worker.
 
     Attributes:
@@ -69,41 +69,41 @@ class Loans:
         return bisect_right(self.starts, position) - 1
 
 
-class Refresh:
+class Borrowing:
     """Renews what the heads of one worker's stages borrow.
 
     Args:
         stages: those of the worker, in order.
-        loans: who borrows what.
+        borrow_plan: who borrows what.
     """
 
-    def __init__(self, stages: Sequence[Stage], loans: Loans) -> None:
+    def __init__(self, stages: Sequence[Stage], borrow_plan: BorrowPlan) -> None:
         self._stages = stages
-        self._loans = loans
+        self._borrow_plan = borrow_plan
         self._times = 0
         self._offers: dict[int, Named] = {}
 
     def after(self, step: int, links: Links) -> None:
         """Said after every training step; does something in some."""
-        loans = self._loans
-        if not any(loans.borrowing) or (step + 1) % loans.every:
+        borrow_plan = self._borrow_plan
+        if not any(borrow_plan.borrowing) or (step + 1) % borrow_plan.every:
             return
         offers: dict[int, Named] = {}
         for stage in self._stages:
             below = self._handed_up(stage.index + 1, links)
             for copy in borrowed(stage.head):
                 if copy.position in below:
-                    copy.renew(below[copy.position], loans.every)
+                    copy.renew(below[copy.position], borrow_plan.every)
             # Not children(), which has a module once that stands at two places.
             layers = stage.body._modules.values()
-            own = dict(enumerate(layers, loans.starts[stage.index]))
+            own = dict(enumerate(layers, borrow_plan.starts[stage.index]))
             offers[stage.index] = {
                 position: (
                     [p.detach().clone() for p in _parameters(own[position])]
                     if position in own
                     else below[position]
                 )
-                for position in loans.offered(stage.index, self._times + 1)
+                for position in borrow_plan.offered(stage.index, self._times + 1)
             }
         self._offers = offers
         self._times += 1
@@ -128,7 +128,7 @@ class Refresh:
             snapshot = snapshots[stage.index]
             self._times = snapshot.numbers["times"]
             offers = snapshot.part("offer")
-            positions = self._loans.offered(stage.index, self._times)
+            positions = self._borrow_plan.offered(stage.index, self._times)
             self._offers[stage.index] = {
                 position: [
                     tensor.to(stage.device)
@@ -150,21 +150,23 @@ class Refresh:
             flat = torch.cat(
                 [_bytes(tensor) for _, layer in layers for tensor in layer]
             )
-            links.gradients_out.put(Message(Weights(self._times), (flat,)))
+            links.gradients_out.put(Message(BorrowedWeights(self._times), (flat,)))
 
     def _handed_up(self, stage: int, links: Links) -> Named:
         """What a stage offered the time before, to the stage before it."""
         if stage in self._offers:
             return self._offers[stage]
-        offered = self._loans.offered(stage, self._times)
+        offered = self._borrow_plan.offered(stage, self._times)
         if not offered or stage <= self._stages[-1].index:
             return {}
-        assert isinstance(links.gradients_in, Sorted), "weights come up among gradients"
+        assert isinstance(
+            links.gradients_in, DemuxInbox
+        ), "weights come up among gradients"
         (flat,) = links.gradients_in.weights().tensors
-        return _unflattened(flat, {p: self._loans.shapes[p] for p in offered})
+        return _unflattened(flat, {p: self._borrow_plan.shapes[p] for p in offered})
 
 
-class Sorted:
+class DemuxInbox:
     """An inbox whose messages of weights are taken apart from the others.
 
     Args:
@@ -191,7 +193,7 @@ class Sorted:
     def _next(self, wanted: deque[Message]) -> Message:
         while not wanted:
             message = self._inbox.get()
-            is_weights = isinstance(message.command, Weights)
+            is_weights = isinstance(message.command, BorrowedWeights)
             (self._weights if is_weights else self._others).append(message)
             self.waited = self._inbox.waited
         return wanted.popleft()

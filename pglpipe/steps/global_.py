@@ -37,10 +37,12 @@ class GlobalStep(MicrobatchedStep):
         for stage in reversed(self._stages):
             loss: Tensor | None = None
             if stage.is_last:
-                gradient, loss = stage.crossing.backward_from_loss()
+                gradient, loss = stage.guided_backward.backward_from_loss()
             elif gradient is not None:
                 compares = bool(self._command.compares)
-                gradient, loss = stage.crossing.backward(gradient, compares=compares)
+                gradient, loss = stage.guided_backward.backward(
+                    gradient, compares=compares
+                )
             if loss is not None:
                 self._losses[stage.index].append(loss)
         return gradient
@@ -49,7 +51,7 @@ class GlobalStep(MicrobatchedStep):
         figures = super()._collect_figures()
         compares = bool(self._command.compares)
         for stage in self._stages:
-            if (cosine := stage.crossing.settle(compares=compares)) is not None:
+            if (cosine := stage.guided_backward.finish(compares=compares)) is not None:
                 figures["cosines", stage.index] = cosine
         return figures
 

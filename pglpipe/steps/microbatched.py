@@ -103,7 +103,7 @@ class MicrobatchedStep(Step):
                 image=visit.image,
                 microbatch=expected.index,
                 share=self._share(stage, expected.index, samples),
-                crossing=True,
+                input_gradient=True,
                 recompute=self._settings.recompute and not keeps_graph,
             )
             visit.pass_on(y)

@@ -187,7 +187,7 @@ class _Track:
             put = send if self._sink is None else self._sink.fill
             put(self._output)
             losses["losses", self._stage.index] = self._learn(step)
-            losses.update(self._stage.optimizer.watch.take_figures())
+            losses.update(self._stage.optimizer.finite_check.take_figures())
 
     def _forward(self, step: int) -> None:
         if self._replay is None:
@@ -211,7 +211,7 @@ class _Track:
             self._stage.parameters(), self._gradients, strict=True
         ):
             parameter.grad = gradient
-        self._stage.optimizer.watch.tell(self._norms)
+        self._stage.optimizer.finite_check.tell(self._norms)
         self._stage.optimizer.update(step)
         return self._loss.clone()
 
@@ -220,7 +220,7 @@ class _Track:
 
         def backward() -> None:
             self._loss = self._stage.backward_locally()
-            self._norms = self._stage.optimizer.watch.look()
+            self._norms = self._stage.optimizer.finite_check.look()
             self._stage.optimizer.clip()
             self._gradients = [p.grad for p in self._stage.parameters()]
 

@@ -36,14 +36,14 @@ from torch import Tensor
 from pglpipe.commands import Message, Microbatch, TrainStep
 from pglpipe.errors import ConfigError, setting
 from pglpipe.guidance import Guidance
-from pglpipe.saved_bytes import Held
+from pglpipe.saved_bytes import CountedTensor
 from pglpipe.snapshot import Snapshot, by_number, numbered
 from pglpipe.stage import Stage
 from pglpipe.steps.base import Step, StepSettings, only
 from pglpipe.steps.sweep import Sweep, Visit
 from pglpipe.stopwatch import Figures
 from pglpipe.transport import Links
-from pglpipe.windows import crossing, farthest
+from pglpipe.windows import farthest_loss, losses_passing
 
 # A loss by the stage that has it, and the step of its batch.
 Source = tuple[int, int]
@@ -72,8 +72,8 @@ class StaleStep(Step):
         self._first_guided: int | None = None
         self._guided: set[int] = set()
         # By stage and step: inputs of guided batches, and what came up to a stage's output from here.
-        self._inputs: dict[tuple[int, int], Held] = {}
-        self._risen: dict[tuple[int, int], Held] = {}
+        self._inputs: dict[tuple[int, int], CountedTensor] = {}
+        self._risen: dict[tuple[int, int], CountedTensor] = {}
         # What was handed to the worker above and is not taken there yet, by step: a checkpoint of
         # this worker holds what is on the edge.
         self._on_edge: dict[int, Tensor] = {}
@@ -114,7 +114,7 @@ class StaleStep(Step):
             if step in self._guided and last > index:
                 # On the first stage a loader may fill the same memory again.
                 x = visit.x.clone() if index == 0 else visit.x
-                self._inputs[index, step] = Held(x)
+                self._inputs[index, step] = CountedTensor(x)
             has_gradient_due = any(loss == last for loss, _ in comes)
             loss, leaving[index] = self._own_loss(visit, step, has_gradient_due)
             if loss is not None:
@@ -145,19 +145,23 @@ class StaleStep(Step):
             stage.optimizer.zero_grad()
             return None, {}
         is_true_loss = stage.is_last and step in self._guided
-        self._forward(visit, step, crossing=is_true_loss)
+        self._forward(visit, step, input_gradient=is_true_loss)
         if has_gradient_due:
             stage.optimizer.zero_grad()
-            return stage.crossing.blend(), {}
+            return stage.guided_backward.blend(), {}
         if is_true_loss:
             stage.optimizer.zero_grad()
-            gradient, loss = stage.crossing.backward_from_loss()
+            gradient, loss = stage.guided_backward.backward_from_loss()
             return loss, {} if gradient is None else {stage.index: gradient}
         return stage.backward_locally(), {}
 
-    def _forward(self, visit: Visit, step: int, *, crossing: bool) -> None:
+    def _forward(self, visit: Visit, step: int, *, input_gradient: bool) -> None:
         y = visit.stage.forward(
-            visit.x, visit.targets, step, image=visit.image, crossing=crossing
+            visit.x,
+            visit.targets,
+            step,
+            image=visit.image,
+            input_gradient=input_gradient,
         )
         visit.pass_on(y)
 
@@ -178,7 +182,7 @@ class StaleStep(Step):
         shrink = self._settings.gradients.guided_shrink
         gradients = self._arrived(stage, step - self._delay, arriving, links)
         for (source, guided), gradient in zip(arriving, gradients, strict=True):
-            passed = stage.crossing.replay(
+            passed = stage.guided_backward.replay(
                 self._inputs[stage.index, guided].tensor,
                 guided,
                 gradient * shrink if shrink != 1 else gradient,
@@ -211,13 +215,13 @@ class StaleStep(Step):
 
     def _farthest(self, stage: Stage) -> int:
         """The loss that a stage learns from, once it has come."""
-        return farthest(stage.index, self._window, self._num_stages)
+        return farthest_loss(stage.index, self._window, self._num_stages)
 
     def _passing(self, stage: int, step: int) -> list[Source]:
         """What passes from a stage to the one before it in a step."""
         if stage >= self._num_stages:
             return []
-        losses = crossing(stage, self._window, self._num_stages)
+        losses = losses_passing(stage, self._window, self._num_stages)
         pairs = ((loss, step - self._delay * (loss - stage)) for loss in losses)
         return [pair for pair in pairs if pair[1] in self._guided]
 
@@ -243,7 +247,7 @@ class StaleStep(Step):
             if stage.index > 0:
                 self._on_edge[step] = joined
         else:
-            self._risen[stage.index - 1, step] = Held(joined)
+            self._risen[stage.index - 1, step] = CountedTensor(joined)
 
     def _forget_done(self, step: int) -> None:
         self._next_step = step + 1
@@ -290,7 +294,7 @@ class StaleStep(Step):
             self._next_step = snapshot.numbers["step"]
             self._guided = set(snapshot.numbers["guided"])
             for step, x in numbered(snapshot.part("inputs")):
-                self._inputs[stage.index, step] = Held(x.to(stage.device))
+                self._inputs[stage.index, step] = CountedTensor(x.to(stage.device))
             for step, joined in numbered(snapshot.part("rising")):
                 self._rise(stage, step, [joined.to(stage.device)], links)
 
@@ -320,7 +324,7 @@ class StaleWindowStep(StaleStep):
     @classmethod
     def gradients_together(cls, stage: int, guidance: Guidance, num_stages: int) -> int:
         """Those of the losses that the stages before learn from."""
-        return len(crossing(stage, guidance.window, num_stages))
+        return len(losses_passing(stage, guidance.window, num_stages))
 
     def _own_loss(
         self, visit: Visit, step: int, has_gradient_due: bool
@@ -328,17 +332,17 @@ class StaleWindowStep(StaleStep):
         stage, guided = visit.stage, step in self._guided
         passing = self._passing(stage.index, step)
         own = [loss for loss, _ in passing if loss == stage.index]
-        self._forward(visit, step, crossing=guided)
+        self._forward(visit, step, input_gradient=guided)
         stage.optimizer.zero_grad()
         farthest_here = None if has_gradient_due else stage.index
-        leaving, loss = stage.crossing.backward_window(
+        leaving, loss = stage.guided_backward.backward_window(
             {}, farthest_here, own, guided=guided
         )
         return loss, leaving
 
 
 def _waiting_at(
-    index: int, waiting: Mapping[tuple[int, int], Held]
+    index: int, waiting: Mapping[tuple[int, int], CountedTensor]
 ) -> dict[int, Tensor]:
     """What waits at a stage, by step."""
     return {step: held.tensor for (at, step), held in waiting.items() if at == index}

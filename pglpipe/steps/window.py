@@ -23,7 +23,7 @@ from pglpipe.commands import Microbatch
 from pglpipe.guidance import Guidance
 from pglpipe.steps.base import only
 from pglpipe.steps.microbatched import MicrobatchedStep
-from pglpipe.windows import crossing, farthest
+from pglpipe.windows import farthest_loss, losses_passing
 
 
 class WindowStep(MicrobatchedStep):
@@ -34,32 +34,32 @@ class WindowStep(MicrobatchedStep):
     @classmethod
     def gradients_together(cls, stage: int, guidance: Guidance, num_stages: int) -> int:
         """Those of the losses that the stages before learn from."""
-        return len(crossing(stage, guidance.window, num_stages))
+        return len(losses_passing(stage, guidance.window, num_stages))
 
     def _backward(self, expected: Microbatch) -> Tensor | None:
         joined: Tensor | None = None
         window, num_stages = self._settings.guidance.window, self._settings.num_stages
-        below = self._crossing(self._stages[-1].index + 1)
+        below = self._passing(self._stages[-1].index + 1)
         if below and self._links.gradients_in is not None:
             (joined,) = only(expected, self._links.gradients_in.get())
         for stage in reversed(self._stages):
             parts = [] if joined is None else joined.tensor_split(len(below))
-            leaving, loss = stage.crossing.backward_window(
+            leaving, loss = stage.guided_backward.backward_window(
                 dict(zip(below, parts, strict=True)),
-                farthest(stage.index, window, num_stages),
-                self._crossing(stage.index),
+                farthest_loss(stage.index, window, num_stages),
+                self._passing(stage.index),
             )
             self._losses[stage.index].append(loss)
             below = sorted(leaving)
             joined = torch.cat([leaving[loss] for loss in below]) if below else None
         return joined
 
-    def _crossing(self, stage: int) -> list[int]:
+    def _passing(self, stage: int) -> list[int]:
         """The losses whose gradients pass from a stage to the one before it."""
         num_stages = self._settings.num_stages
         if stage >= num_stages:
             return []
-        return crossing(stage, self._settings.guidance.window, num_stages)
+        return losses_passing(stage, self._settings.guidance.window, num_stages)
 
     def _update(self, finite: Sequence[bool]) -> None:
         for stage, is_finite in zip(self._stages, finite, strict=True):

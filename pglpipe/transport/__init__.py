@@ -1,6 +1,6 @@
 """How messages travel: in one process, point to point between processes, or by RPC."""
 
-from pglpipe.transport.base import Inbox, Links, Nobody, Outbox
+from pglpipe.transport.base import Inbox, Links, NullOutbox, Outbox
 from pglpipe.transport.links import EdgePlan, Edges, OpenEdges, pick_backend
 from pglpipe.transport.mailbox import Mailbox
 from pglpipe.transport.packing import is_dense, payload_bytes
@@ -15,7 +15,7 @@ __all__ = [
     "Inbox",
     "Links",
     "Mailbox",
-    "Nobody",
+    "NullOutbox",
     "Outbox",
     "Wait",
     "World",

@@ -80,14 +80,14 @@ class SendingEnd(Outbox, Protocol):
         ...
 
 
-class Nobody:
+class NullOutbox:
     """The end of an edge without a neighbour: swallows every message."""
 
     waited = 0.0
     sent_bytes = 0
 
     def put(self, message: Message) -> None:
-        """Nobody listens."""
+        """NullOutbox listens."""
 
 
 @dataclass(frozen=True)

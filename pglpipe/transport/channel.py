@@ -15,7 +15,7 @@ from torch.distributed import ProcessGroup, Work
 from pglpipe.errors import EdgeTimeout, PeerLost, ProtocolError, WorkerError
 from pglpipe.recent import Recent
 from pglpipe.transport import packing
-from pglpipe.transport.patience import Patience, Wait, in_seconds
+from pglpipe.transport.patience import TimeoutPolicy, Wait, in_seconds
 
 HEADER, PAYLOAD, NOTHING = 0, 1, 2  # tags
 CHECK_SECONDS = 0.25
@@ -39,7 +39,7 @@ class Channel:
         timeout: seconds to wait for the neighbour.
         opening: seconds to wait for it before the first message.
         nonce: of this attempt of this run, the same at both ends.
-        patience: knows when ``timeout`` is too short.
+        timeouts: knows when ``timeout`` is too short.
         recent: where it stands for whom the worker waits.
         check: raises if some worker has declared the run failed.
         is_over: set when it has been shut or broken.
@@ -55,7 +55,7 @@ class Channel:
     timeout: float
     opening: float
     nonce: int
-    patience: Patience
+    timeouts: TimeoutPolicy
     recent: Recent
     check: Callable[[], None]
     is_over: threading.Event = field(default_factory=threading.Event)
@@ -109,8 +109,8 @@ class Channel:
 
     def gone(self) -> PeerLost:
         """What to raise for an edge that broke."""
-        if self.patience.has_left(self.rank):
-            return self.patience.left_alone(self.rank)
+        if self.timeouts.has_left(self.rank):
+            return self.timeouts.left_alone(self.rank)
         return PeerLost(f"{self.name} is gone", rank=self.rank)
 
 
@@ -130,7 +130,7 @@ class Watchdog:
 
     def __enter__(self) -> None:
         channel = self._channel
-        self._wait = channel.patience.for_message(channel.rank, channel.timeout)
+        self._wait = channel.timeouts.for_message(channel.rank, channel.timeout)
 
     def __exit__(
         self, kind: object, error: BaseException | None, traceback: object
@@ -140,7 +140,7 @@ class Watchdog:
             raise self._found from error
 
     def end(self) -> None:
-        """Nobody waits any more."""
+        """NullOutbox waits any more."""
         self._channel.is_over.set()
         self._thread.join()
 

@@ -27,7 +27,7 @@ from pglpipe.arguments import choice, number, whole
 from pglpipe.errors import ConfigError, EdgeTimeout, WorkerError, setting
 from pglpipe.options import Section, option
 from pglpipe.stopwatch import Stalls
-from pglpipe.transport.base import Inbox, Links, Nobody, ReceivingEnd, SendingEnd
+from pglpipe.transport.base import Inbox, Links, NullOutbox, ReceivingEnd, SendingEnd
 from pglpipe.transport.channel import Channel
 from pglpipe.transport.mailbox import Mailbox
 from pglpipe.transport.p2p import Receiver, Sender
@@ -115,7 +115,7 @@ class OpenEdges:
     ) -> None:
         self._check = world.mailbox.check
         self._run = next(world.runs)
-        world.patience.left.clear()
+        world.timeouts.left.clear()
         self._stalls = Stalls()
         self._channels: list[Channel] = []
         self._senders: list[SendingEnd] = []
@@ -144,9 +144,9 @@ class OpenEdges:
         assert inbox is not None, "the first worker needs a source"
         return Links(
             inbox=inbox,
-            outbox=self._outbox or Nobody(),
+            outbox=self._outbox or NullOutbox(),
             gradients_in=self._gradients_in,
-            gradients_out=self._gradients_out or Nobody(),
+            gradients_out=self._gradients_out or NullOutbox(),
             stalls=self._stalls,
         )
 
@@ -238,7 +238,7 @@ class OpenEdges:
             timeout=plan.timeout,
             opening=opening,
             nonce=self._world.nonce,
-            patience=self._world.patience,
+            timeouts=self._world.timeouts,
             recent=self._world.recent,
             check=self._check,
         )

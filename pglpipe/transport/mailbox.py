@@ -71,7 +71,7 @@ class Mailbox:
                 self._fetched[rank] += 1
         return reports
 
-    def share(self, value: Any = None, *, timeout: float | None = None) -> Any:
+    def broadcast(self, value: Any = None, *, timeout: float | None = None) -> Any:
         """Rank 0's value (anything JSON can hold), on every worker.
 
         Every worker calls this the same number of times in the same order.
@@ -140,5 +140,5 @@ class Mailbox:
         """Raises WorkerError, already told to the user, if a worker has declared failure."""
         if failure := self.failure():
             error = WorkerError(failure)
-            error.told = True
+            error.already_reported = True
             raise error

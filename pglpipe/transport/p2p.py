@@ -89,7 +89,7 @@ class Sender:
                 self._finish_oldest()
         except PeerLost:
             # Whoever has left does not wait for ever to hear it.
-            if not channel.patience.has_left(channel.rank):
+            if not channel.timeouts.has_left(channel.rank):
                 raise
         self._watchdog.end()
 
@@ -186,7 +186,7 @@ class Receiver:
 
     def _next(self) -> _Arrival | WorkerError:
         channel = self._channel
-        wait = channel.patience.for_message(channel.rank, channel.timeout)
+        wait = channel.timeouts.for_message(channel.rank, channel.timeout)
         channel.recent.waits_for = channel.rank
         while not wait.is_over():
             with suppress(queue.Empty):
@@ -240,9 +240,9 @@ class Receiver:
             channel.wait(work, channel.headers, FOREVER)
             envelope = packing.decode(header.tolist(), sequence, self._capacity)
             if envelope.command is None:
-                # Nobody waits for a message after the last one, unless the neighbour gave up.
-                channel.patience.left.add(channel.rank)
-                self._ready.put(channel.patience.left_alone(channel.rank))
+                # NullOutbox waits for a message after the last one, unless the neighbour gave up.
+                channel.timeouts.left.add(channel.rank)
+                self._ready.put(channel.timeouts.left_alone(channel.rank))
                 return
             work = self._post(channel.headers, header, HEADER)
             self._ready.put(_Arrival(envelope, self._fill_slot(envelope.nbytes)))

@@ -20,7 +20,7 @@ _PROC = Path("/proc")
 
 
 @dataclass(frozen=True)
-class Passport:
+class ProcessId:
     """A worker's process.
 
     Attributes:
@@ -40,9 +40,9 @@ class Passport:
         return json.dumps(asdict(self))
 
     @staticmethod
-    def from_json(text: str) -> Passport:
+    def from_json(text: str) -> ProcessId:
         """The passport that :meth:`to_json` wrote."""
-        return Passport(**json.loads(text))
+        return ProcessId(**json.loads(text))
 
     def look(self) -> Sighting | None:
         """How the process is; None if it is on another machine."""
@@ -75,10 +75,10 @@ class Sighting:
     ticks: int
 
 
-def own_passport() -> Passport:
+def own_passport() -> ProcessId:
     """This process'."""
     found = _stat(os.getpid())
-    return Passport(here(), _machine(), os.getpid(), found.born if found else 0)
+    return ProcessId(here(), _machine(), os.getpid(), found.born if found else 0)
 
 
 def here() -> str:

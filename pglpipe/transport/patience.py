@@ -70,7 +70,7 @@ class Wait:
         return in_seconds(self._timeout if 0 < late < _LOOK_SECONDS else self.seconds)
 
 
-class Patience:
+class TimeoutPolicy:
     """One worker's.
 
     Args:
@@ -143,22 +143,22 @@ class _PatientWait(Wait):
     """A wait for a worker that may be slow for a good reason, or have left."""
 
     def __init__(
-        self, patience: Patience, rank: int, timeout: float, *, knows_new: bool
+        self, timeouts: TimeoutPolicy, rank: int, timeout: float, *, knows_new: bool
     ) -> None:
         super().__init__(timeout)
-        self._patience, self._rank, self._knows_new = patience, rank, knows_new
+        self._patience, self._rank, self._knows_new = timeouts, rank, knows_new
 
     def is_over(self) -> bool:
-        is_over, patience = super().is_over(), self._patience
+        is_over, timeouts = super().is_over(), self._patience
         # A moment later, for at the end all leave.
-        if self.seconds > _LEFT_SECONDS and patience.has_left(self._rank):
-            raise patience.left_alone(self._rank)
+        if self.seconds > _LEFT_SECONDS and timeouts.has_left(self._rank):
+            raise timeouts.left_alone(self._rank)
         if not is_over:
             return False
         if self._knows_new and self.seconds <= FIRST_SECONDS:
-            if patience.is_something_new():
+            if timeouts.is_something_new():
                 return False
-        if patience.is_at_own_code(self._rank, self):
+        if timeouts.is_at_own_code(self._rank, self):
             self.seconds = 0.0  # what comes of it may take its time, too
             return False
         return True

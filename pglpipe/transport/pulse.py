@@ -10,7 +10,7 @@ Looks are counted, not seconds, and only one's own: a process that was itself st
 accuses nobody. Of a process on the same machine more is known: whether it is gone, whether it is stopped,
 and whether it computes, in which case it may be holding Python's lock and is not called silent.
 
-Nobody else ends a process whose main thread waits where no exception reaches it. So this works in processes
+NullOutbox else ends a process whose main thread waits where no exception reaches it. So this works in processes
 that the launcher started for the run alone, never where workers are threads.
 """
 
@@ -29,13 +29,13 @@ from torch.distributed import Store
 
 from pglpipe.recent import Recent
 from pglpipe.transport.mailbox import Mailbox
-from pglpipe.transport.passport import Passport
+from pglpipe.transport.passport import ProcessId
 from pglpipe.transport.signs import BEAT_SECONDS, LEFT, Beat, Other
 
 GRACE_SECONDS = 1.0  # for the main thread to end by itself
 
 
-class Pulse:
+class Heartbeat:
     """One worker's.
 
     Args:
@@ -51,7 +51,7 @@ class Pulse:
         self,
         store: Store,
         rank: int,
-        workers: Sequence[Passport],
+        workers: Sequence[ProcessId],
         names: Sequence[str],
         recent: Recent,
         keeps_store: bool,
@@ -164,7 +164,7 @@ class Pulse:
             self._count,
             recent.doing,
             recent.waits_for,
-            settled=recent.is_settled,
+            settled=recent.is_warmed_up,
             at_own_code=recent.is_at_own_code,
         )
         self._store.set(self._key(self._rank), json.dumps(beat))
@@ -198,7 +198,7 @@ class Pulse:
     def _end_silent(self) -> None:
         """Ends those on this machine that cannot hear that the run is over.
 
-        A stopped process would stay until its launcher loses patience, and for ever without one.
+        A stopped process would stay until its launcher loses timeouts, and for ever without one.
         """
         for rank, other in enumerate(self._others):
             if rank != self._rank and not other.left:
@@ -225,13 +225,13 @@ class Pulse:
 
 
 class NoPulse:
-    """The pulse of a worker whose process is not the run's alone."""
+    """The heartbeat of a worker whose process is not the run's alone."""
 
     def start(self) -> None:
-        """Nobody looks."""
+        """NullOutbox looks."""
 
     def leave(self) -> None:
-        """Nobody misses it."""
+        """NullOutbox misses it."""
 
     def lost_store(self, error: Exception) -> str:
         """Why the store is gone."""

@@ -193,9 +193,9 @@ class RpcReceiver:
             )
         self._expected += 1
         if envelope.command is None:
-            # Nobody waits for a message after the last one, unless the neighbour gave up.
-            self._line.patience.left.add(self._line.peer)
-            self._ready.put(self._line.patience.left_alone(self._line.peer))
+            # NullOutbox waits for a message after the last one, unless the neighbour gave up.
+            self._line.timeouts.left.add(self._line.peer)
+            self._ready.put(self._line.timeouts.left_alone(self._line.peer))
             self._ended.set()
             answered.append(arrival.reply)
             return
@@ -217,7 +217,7 @@ class RpcReceiver:
 
     def _next(self) -> _Opened | WorkerError:
         line = self._line
-        wait = line.patience.for_message(line.peer, line.timeout)
+        wait = line.timeouts.for_message(line.peer, line.timeout)
         line.recent.waits_for = line.peer
         while not wait.is_over():
             with suppress(queue.Empty):

@@ -12,7 +12,7 @@ from torch import Tensor
 from pglpipe.errors import EdgeTimeout, PeerLost
 from pglpipe.recent import Recent
 from pglpipe.stopwatch import Stalls
-from pglpipe.transport.patience import Patience, Wait
+from pglpipe.transport.patience import TimeoutPolicy, Wait
 from pglpipe.transport.rpc_agent import Address, Agent, Reply
 
 _CHECK_SECONDS = 0.25
@@ -31,7 +31,7 @@ class Line:
         capacity: bytes of the largest message.
         depth: messages that may wait at either end.
         timeout: seconds to wait for the neighbour.
-        patience: knows when that is too short.
+        timeouts: knows when that is too short.
         recent: where it stands for whom the worker waits.
         check: raises if some worker has declared the run failed.
         stalls: where its ends note what a GPU waits.
@@ -45,7 +45,7 @@ class Line:
     capacity: int
     depth: int
     timeout: float
-    patience: Patience
+    timeouts: TimeoutPolicy
     recent: Recent
     check: Callable[[], None]
     stalls: Stalls
@@ -70,8 +70,8 @@ class Line:
 
     def gone(self) -> PeerLost:
         """What to raise for a call that broke."""
-        if self.patience.has_left(self.peer):
-            return self.patience.left_alone(self.peer)
+        if self.timeouts.has_left(self.peer):
+            return self.timeouts.left_alone(self.peer)
         return PeerLost(f"{self.name} is gone", rank=self.peer)
 
 
@@ -91,7 +91,7 @@ class Call:
             EdgeTimeout: the neighbour did not answer.
         """
         line = self._line
-        wait = line.patience.for_message(line.peer, line.timeout)
+        wait = line.timeouts.for_message(line.peer, line.timeout)
         line.recent.waits_for = line.peer
         while not self._ended.wait(min(_CHECK_SECONDS, line.timeout)):
             # A neighbour that failed elsewhere may be alive and silent.

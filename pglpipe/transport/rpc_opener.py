@@ -42,7 +42,7 @@ class RpcOpener:
         self._stalls, self._on_failure = stalls, on_failure
         self._agent = rpc_agent.enter(world, max(plan.timeout, plan.opening))
         # The agent outlives a run that failed, so the run's number must be a new one.
-        self._run = world.mailbox.share(secrets.randbits(62))
+        self._run = world.mailbox.broadcast(secrets.randbits(62))
         self._receivers: list[RpcReceiver] = []
 
     def sender(self, edge: int, direction: str, capacity: int) -> RpcSender:
@@ -96,7 +96,7 @@ class RpcOpener:
             capacity=capacity,
             depth=self._plan.depth,
             timeout=self._plan.timeout,
-            patience=self._world.patience,
+            timeouts=self._world.timeouts,
             recent=self._world.recent,
             check=self._world.mailbox.check,
             stalls=self._stalls,

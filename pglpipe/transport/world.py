@@ -16,9 +16,9 @@ from pglpipe.errors import ConfigError, EdgeTimeout
 from pglpipe.recent import Recent
 from pglpipe.transport.mailbox import Mailbox
 from pglpipe.transport.meeting import meet
-from pglpipe.transport.passport import Passport, here, own_passport
-from pglpipe.transport.patience import FIRST_SECONDS, Patience
-from pglpipe.transport.pulse import NoPulse, Pulse
+from pglpipe.transport.passport import ProcessId, here, own_passport
+from pglpipe.transport.patience import FIRST_SECONDS, TimeoutPolicy
+from pglpipe.transport.pulse import Heartbeat, NoPulse
 
 _joined: Counter[int] = Counter()  # times, by rank
 
@@ -45,7 +45,7 @@ class World:
     local_rank: int = 0
     store: Store = field(default_factory=HashStore)
     timeout: float = FIRST_SECONDS
-    workers: Sequence[Passport] = ()
+    workers: Sequence[ProcessId] = ()
     keeps_store: bool = False
     launch: Store = field(default_factory=HashStore)
     nonce: int = 0
@@ -63,26 +63,26 @@ class World:
     def mailbox(self) -> Mailbox:
         """This worker's view of what all of them share."""
         return Mailbox(
-            self.store, self.rank, self.size, self.timeout, self.patience.for_word
+            self.store, self.rank, self.size, self.timeout, self.timeouts.for_word
         )
 
     @cached_property
-    def patience(self) -> Patience:
+    def timeouts(self) -> TimeoutPolicy:
         """How long this worker waits for a silent neighbour."""
-        return Patience(
+        return TimeoutPolicy(
             self.store,
             self.rank,
             self.size,
-            # The pulse is made later, and needs to know what is done.
-            own_code=lambda rank: self.pulse.own_code(rank),
-            has_left=lambda rank: self.pulse.has_left(rank),
+            # The heartbeat is made later, and needs to know what is done.
+            own_code=lambda rank: self.heartbeat.own_code(rank),
+            has_left=lambda rank: self.heartbeat.has_left(rank),
             name=lambda rank: self.names[rank],
         )
 
     @cached_property
     def recent(self) -> Recent:
         """What this worker did last."""
-        return Recent(self.rank, self.patience.first)
+        return Recent(self.rank, self.timeouts.first)
 
     @cached_property
     def names(self) -> list[str]:
@@ -91,11 +91,11 @@ class World:
         return [f"rank {rank} on {host}" for rank, host in enumerate(hosts)]
 
     @cached_property
-    def pulse(self) -> Pulse | NoPulse:
+    def heartbeat(self) -> Heartbeat | NoPulse:
         """The workers' signs of life."""
         if not self.workers:
             return NoPulse()
-        return Pulse(
+        return Heartbeat(
             self.store.clone(),  # type: ignore[attr-defined]
             self.rank,
             self.workers,
@@ -112,7 +112,7 @@ class World:
 
     def leave(self) -> None:
         """Says that this worker has nothing more to do with the others."""
-        self.pulse.leave()
+        self.heartbeat.leave()
 
 
 def join(timeout: float = FIRST_SECONDS) -> World:
@@ -148,12 +148,12 @@ def join(timeout: float = FIRST_SECONDS) -> World:
         int(os.environ.get("LOCAL_RANK", "0")),
         PrefixStore(meeting.name, own),
         timeout,
-        [Passport.from_json(hello) for hello in meeting.hellos],
+        [ProcessId.from_json(hello) for hello in meeting.hellos],
         is_master,
         own,
         meeting.nonce,
     )
-    world.pulse.start()
+    world.heartbeat.start()
     return world
 
 

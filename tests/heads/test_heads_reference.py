@@ -29,7 +29,7 @@ SHAPES = [
 ]
 
 
-class Weights:
+class BorrowedWeights:
     """A module's weights, one after another."""
 
     def __init__(self, module: nn.Module) -> None:
@@ -67,7 +67,7 @@ class Weights:
         assert list(self._left) == [], "weights that no drawing knows"
 
 
-Drawing = Callable[[Weights, Tensor], Tensor]
+Drawing = Callable[[BorrowedWeights, Tensor], Tensor]
 
 
 def tiled(x: Tensor, rows: int, columns: int) -> Tensor:
@@ -76,7 +76,9 @@ def tiled(x: Tensor, rows: int, columns: int) -> Tensor:
     return F.avg_pool2d(x, (height, width))
 
 
-def infopro(w: Weights, x: Tensor, *, convolutions: int, linears: int) -> Tensor:
+def infopro(
+    w: BorrowedWeights, x: Tensor, *, convolutions: int, linears: int
+) -> Tensor:
     strides = [2 if x.shape[2] > 8 else 1, 1]
     for stride in strides[:convolutions]:
         x = w.unit(x, stride)
@@ -86,63 +88,63 @@ def infopro(w: Weights, x: Tensor, *, convolutions: int, linears: int) -> Tensor
     return w.linear(x)
 
 
-def mlp(w: Weights, x: Tensor) -> Tensor:
+def mlp(w: BorrowedWeights, x: Tensor) -> Tensor:
     x = tiled(x, 2, 2).flatten(1)
     for _ in range(3):
         x = w.normed(w.linear(x)).clamp(min=0)
     return w.linear(x)
 
 
-def mlp_sr(w: Weights, x: Tensor) -> Tensor:
+def mlp_sr(w: BorrowedWeights, x: Tensor) -> Tensor:
     x = tiled(x, x.shape[2] // 4, x.shape[3] // 4)
     for _ in range(3):
         x = w.unit(x, padding=0)
     return mlp(w, x)
 
 
-def cnn(w: Weights, x: Tensor) -> Tensor:
+def cnn(w: BorrowedWeights, x: Tensor) -> Tensor:
     x = w.unit(w.unit(x))
     return w.linear(w.normed(tiled(x, 2, 2)).flatten(1))
 
 
-def pred(w: Weights, x: Tensor) -> Tensor:
+def pred(w: BorrowedWeights, x: Tensor) -> Tensor:
     """Of 64 channels and 16 x 8 pixels, 2 x 1 become one: 4096 numbers."""
     return w.linear(tiled(x, 8, 8).flatten(1))
 
 
-def man_blocks(w: Weights, x: Tensor) -> Tensor:
+def man_blocks(w: BorrowedWeights, x: Tensor) -> Tensor:
     """After layer 3: the next block halves the map."""
     ahead = w.block(x, stride=2)
     return ahead + w.block(x, stride=2)
 
 
-def man(w: Weights, x: Tensor) -> Tensor:
+def man(w: BorrowedWeights, x: Tensor) -> Tensor:
     return infopro(w, man_blocks(w, x), convolutions=2, linears=2)
 
 
-def man_last(w: Weights, x: Tensor) -> Tensor:
+def man_last(w: BorrowedWeights, x: Tensor) -> Tensor:
     """After layer 9, before the classifier, there is no block to copy."""
     return infopro(w, x, convolutions=2, linears=2)
 
 
-def solo(w: Weights, x: Tensor) -> Tensor:
+def solo(w: BorrowedWeights, x: Tensor) -> Tensor:
     """A convolution to the 16 channels that the network's classifier sees, which follows."""
     return w.linear(w.unit(x, stride=2).mean((2, 3)))
 
 
-def thin_4(w: Weights, x: Tensor) -> Tensor:
+def thin_4(w: BorrowedWeights, x: Tensor) -> Tensor:
     """After the stem: blocks 4, 5 and 7 and the classifier."""
     x = w.block(w.block(w.block(x, stride=2)), stride=2)
     return w.linear(x.mean((2, 3)))
 
 
-def auglocal_3(w: Weights, x: Tensor) -> Tensor:
+def auglocal_3(w: BorrowedWeights, x: Tensor) -> Tensor:
     """After layer 2: like layers 4, 7 and 9."""
     x = w.block(w.block(w.block(x, stride=2), stride=2))
     return w.linear(x.mean((2, 3)))
 
 
-def auglocal_1(w: Weights, x: Tensor) -> Tensor:
+def auglocal_1(w: BorrowedWeights, x: Tensor) -> Tensor:
     """After layer 2: like layer 9, with BatchNorm before the linear layer."""
     return w.linear(w.normed(w.block(x, stride=2).mean((2, 3))))
 
@@ -192,7 +194,7 @@ def test_a_head_says_what_its_drawing_says(
     site = site_of(where)
     head = shaken(build_head(name, site))
     x = torch.randn(5, *site.shape, dtype=torch.float64)
-    weights = Weights(head)
+    weights = BorrowedWeights(head)
     expected = draw(weights, x.clone())
     weights.end()
     torch.testing.assert_close(head(x.clone()), expected)
@@ -208,10 +210,10 @@ def test_beside_man_a_branch_reads_what_the_blocks_put_out(
     head = build_head("man", site)
     module = shaken(loss.auxiliary(head, site.shape, (3, 16, 16)))
     x = torch.randn(5, *site.shape, dtype=torch.float64)
-    weights = Weights(head)
+    weights = BorrowedWeights(head)
     z = man_blocks(weights, x) if where == 3 else x
     logits = infopro(weights, z, convolutions=2, linears=2)
-    beside = Weights(module.branch)  # type: ignore[arg-type]
+    beside = BorrowedWeights(module.branch)  # type: ignore[arg-type]
     if name == "infopro":
         z = F.interpolate(z, (16, 16), mode="bilinear", align_corners=True)
         expected = beside.biased(beside.normed(beside.biased(z)).clamp(min=0))
@@ -228,7 +230,7 @@ def test_beside_other_heads_a_branch_reads_the_activation() -> None:
     loss = factories.local_loss("infopro", "1,1,1,1", (0.5,), (0.25,))
     module = shaken(loss.auxiliary(build_head("1c2f", Site(MAP, 10)), MAP, (3, 16, 16)))
     x = torch.randn(5, *MAP, dtype=torch.float64)
-    beside = Weights(module.branch)  # type: ignore[arg-type]
+    beside = BorrowedWeights(module.branch)  # type: ignore[arg-type]
     expected = beside.biased(beside.normed(beside.biased(x)).clamp(min=0))
     torch.testing.assert_close(module(x)[1], expected)
 

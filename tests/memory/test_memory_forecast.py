@@ -1,4 +1,4 @@
-"""What is foretold on the meta device is what real runs keep, to the byte."""
+"""What is predicted on the meta device is what real runs keep, to the byte."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def analysed_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def kept(trained: Trained, which: str = "peak") -> list[dict[str, int]]:
-    """Bytes by rank and kind of step, counted or foretold."""
+    """Bytes by rank and kind of step, counted or predicted."""
     name = f"{which}_activation_bytes"
     return [worker[name] for worker in trained.summary.workers]
 
@@ -50,7 +50,7 @@ WINDOW = Guidance(period=2, reach="window", window=3)
 OFTEN = Guidance(period=2)
 ASKING: dict[str, dict[str, Any]] = {
     "nobody asked": {},
-    "nobody asked, the batch as a whole": {"microbatches": 1},
+    "nobody asked, the batch as a whole": {"microbatches": 1, "timetable": "1f1b"},
     "heads trained": TRAINED,
     "mixed": {"guided_local_weight": 0.5},
     "compared": {"compare_every": 1},
@@ -165,9 +165,9 @@ def test_under_autocast_what_is_foretold_is_close() -> None:
     options: dict[str, Any] = dict(precision="bf16", edge_dtype="int8")
     options |= dict(guidance=Guidance(period=2), microbatches=2)
     trained = train(2, small_resnet("resnet8"), BATCHES, **options)
-    for counted, foretold in zip(kept(trained), kept(trained, "predicted")):
+    for counted, predicted in zip(kept(trained), kept(trained, "predicted")):
         for kind in counted:
-            assert foretold[kind] == pytest.approx(counted[kind], rel=0.02)
+            assert predicted[kind] == pytest.approx(counted[kind], rel=0.02)
 
 
 def test_a_loss_that_meta_tensors_do_not_suit_is_estimated() -> None:
@@ -176,16 +176,16 @@ def test_a_loss_that_meta_tensors_do_not_suit_is_estimated() -> None:
         return loss if float(loss) < 1e9 else loss * 0
 
     trained = train(1, small_resnet("resnet8"), BATCHES, loss=looks, guidance=NEVER)
-    (counted,), (foretold,) = kept(trained), kept(trained, "predicted")
-    assert foretold["local"] == pytest.approx(counted["local"], rel=0.01)
+    (counted,), (predicted,) = kept(trained), kept(trained, "predicted")
+    assert predicted["local"] == pytest.approx(counted["local"], rel=0.01)
 
 
 def test_a_loss_with_weights_is_foretold_too() -> None:
     loss = nn.CrossEntropyLoss(weight=torch.ones(10))
     trained = train(1, small_resnet("resnet8"), BATCHES, loss=loss, guidance=ALWAYS)
-    (counted,), (foretold,) = kept(trained), kept(trained, "predicted")
-    assert foretold["global"] == pytest.approx(counted["global"], rel=0.001)
-    assert foretold["local"] == counted["local"] == 0
+    (counted,), (predicted,) = kept(trained), kept(trained, "predicted")
+    assert predicted["global"] == pytest.approx(counted["global"], rel=0.001)
+    assert predicted["local"] == counted["local"] == 0
 
 
 def test_the_batch_that_counts_is_that_of_training() -> None:
@@ -209,11 +209,13 @@ class Scales(nn.Module):
 def test_a_forecast_that_fails_ends_no_run_unless_it_is_needed() -> None:
     layers = [Layer("scales", Scales), *small_resnet("resnet8")]
     options: dict[str, Any] = dict(precision="bf16", guidance=Guidance(period=2))
-    with pytest.warns(PglpipeWarning, match="not foretold, since without values stage"):
+    with pytest.warns(
+        PglpipeWarning, match="not predicted, since without values stage"
+    ):
         trained = train(2, layers, BATCHES, **options)
     assert kept(trained, "predicted") == [None, None]
     assert min(min(by.values()) for by in kept(trained)) > 0
-    with pytest.raises(ConfigError, match="can be foretold for memory_budget, but"):
+    with pytest.raises(ConfigError, match="can be predicted for Memory.budget=., but"):
         train(2, layers, BATCHES, memory_budget=2**30, **options)
 
 

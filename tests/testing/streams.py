@@ -161,7 +161,7 @@ Result = tuple[list[Tensor], list[Figures], list[Tensor]]
 
 
 def one_after_another(batches: list[tuple[Tensor, Tensor]], **options: Any) -> Result:
-    """Weights, losses by step and what the last stage sent on."""
+    """BorrowedWeights, losses by step and what the last stage sent on."""
     made, losses, sent = stages(**options), [], []
     for step, (x, targets) in enumerate(batches):
         found: dict[tuple[str, int], Tensor] = {}

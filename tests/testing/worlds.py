@@ -217,18 +217,18 @@ FITTED = ("checkpoints", "resume", "evaluate_every")
 _analysed: dict[object, Any] = {}
 
 
-def plan_quickly(patch: pytest.MonkeyPatch, *, foretells: bool = True) -> None:
+def plan_quickly(patch: pytest.MonkeyPatch, *, predicts_memory: bool = True) -> None:
     """Spares many small runs the plan, which takes longer than their training.
 
     Args:
-        foretells: whether what is kept for backward is still worked out.
+        predicts_memory: whether what is kept for backward is still worked out.
     """
     patch.setattr("pglpipe.plan.analyse", remembered(analyse))
     patch.setattr("pglpipe.plan.activations", remembered(activations))
     patch.setattr("pglpipe.plan.head_builder", named_builder)
     patch.setattr("pglpipe.plan.check_cut", check_cut_once)
-    if not foretells:
-        patch.setattr("pglpipe.plan._foretold", nothing_foretold)
+    if not predicts_memory:
+        patch.setattr("pglpipe.plan._predict_memory", nothing_predicted)
         # Where nothing is worked out with them, they are looked at alone.
         patch.setattr("pglpipe.plan.head_skeletons", remembered_heads)
         patch.setattr("pglpipe.plan.check_apart", lambda *given: None)
@@ -275,7 +275,7 @@ def named_builder(
     made = made_of(blueprint.layers)
     loss = blueprint.learning.local_loss
     trained = spelled(loss)
-    key = made, blueprint.head, trained, tuple(sample.x.shape[1:]), tuple(balance)
+    key = made, blueprint.cut.head, trained, tuple(sample.x.shape[1:]), tuple(balance)
     build.key = key  # type: ignore[attr-defined]
     return build
 
@@ -315,7 +315,7 @@ def remembered_skeleton(layer: Layer) -> nn.Module:
 _skeleton = Layer.skeleton
 
 
-def nothing_foretold(
+def nothing_predicted(
     blueprint: Blueprint, sample: Any, skeletons: Any, stages_of: list[range], wire: Any
 ) -> tuple[dict[str, Any], list[None]]:
     """The settings as they were asked for."""

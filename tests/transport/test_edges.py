@@ -30,7 +30,15 @@ from pglpipe.errors import (
     ProtocolError,
     WorkerError,
 )
-from pglpipe.transport import EdgePlan, Links, Nobody, OpenEdges, World, p2p, packing
+from pglpipe.transport import (
+    EdgePlan,
+    Links,
+    NullOutbox,
+    OpenEdges,
+    World,
+    p2p,
+    packing,
+)
 from pglpipe.transport.packing import DTYPES
 
 Side = Callable[[Links], Any]
@@ -219,7 +227,7 @@ def test_every_byte_sent_is_counted() -> None:
 
 
 def test_nobody_swallows_everything_and_waits_for_nothing() -> None:
-    nobody = Nobody()
+    nobody = NullOutbox()
     nobody.put(local(0, torch.zeros(10**6)))
     assert nobody.waited == nobody.sent_bytes == 0
 
@@ -228,7 +236,9 @@ def test_the_ends_of_a_single_worker_lead_nowhere() -> None:
     source = NoSource()
     links = opened(World(), plan(1), lambda error: None).links(source)
     assert links.inbox is source and links.gradients_in is None
-    assert isinstance(links.outbox, Nobody) and isinstance(links.gradients_out, Nobody)
+    assert isinstance(links.outbox, NullOutbox) and isinstance(
+        links.gradients_out, NullOutbox
+    )
 
 
 # -- waiting --------------------------------------------------------------------------

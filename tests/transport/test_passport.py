@@ -13,7 +13,7 @@ from collections.abc import Iterator
 import pytest
 
 from pglpipe.transport import passport
-from pglpipe.transport.passport import Passport, own_passport
+from pglpipe.transport.passport import ProcessId, own_passport
 
 
 @pytest.fixture
@@ -25,19 +25,19 @@ def child() -> Iterator[subprocess.Popen[bytes]]:
     made.communicate()
 
 
-def passport_of(pid: int) -> Passport:
+def passport_of(pid: int) -> ProcessId:
     found = passport._stat(pid)
     assert found is not None
     return dataclasses.replace(own_passport(), pid=pid, born=found.born)
 
 
-def state_of(who: Passport) -> str:
+def state_of(who: ProcessId) -> str:
     seen = who.look()
     assert seen is not None
     return seen.state
 
 
-def await_state(who: Passport, state: str) -> None:
+def await_state(who: ProcessId, state: str) -> None:
     deadline = time.monotonic() + 10
     while state_of(who) != state:
         assert time.monotonic() < deadline, state_of(who)
@@ -51,7 +51,7 @@ def test_this_process_is_there_and_computes() -> None:
     deadline = time.monotonic() + 10
     while mine.look() == before:
         assert time.monotonic() < deadline
-    assert Passport.from_json(mine.to_json()) == mine
+    assert ProcessId.from_json(mine.to_json()) == mine
 
 
 def test_a_stopped_process_is_told_from_one_that_waits_and_one_that_is_gone(

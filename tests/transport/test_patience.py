@@ -8,7 +8,7 @@ import pytest
 from torch.distributed import HashStore
 
 from pglpipe.errors import PeerLeft, PglpipeWarning
-from pglpipe.transport.patience import FIRST_SECONDS, Patience, Wait
+from pglpipe.transport.patience import FIRST_SECONDS, TimeoutPolicy, Wait
 
 
 class Clock:
@@ -33,14 +33,14 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     return made
 
 
-def three() -> list[Patience]:
+def three() -> list[TimeoutPolicy]:
     store = HashStore()
-    return [Patience(store, rank, 3) for rank in range(3)]
+    return [TimeoutPolicy(store, rank, 3) for rank in range(3)]
 
 
 def test_where_nothing_is_new_the_time_out_counts(clock: Clock) -> None:
-    for patience in three():
-        for begin in (patience.for_message, patience.for_word):
+    for timeouts in three():
+        for begin in (timeouts.for_message, timeouts.for_word):
             wait = begin(1, 2.0)
             assert not clock.pass_by(2.0, wait)
             assert clock.pass_by(0.5, wait) and str(wait) == "2.0 s"
@@ -84,7 +84,7 @@ def test_who_is_at_the_users_own_code_is_waited_for_and_told_of_once(
     clock: Clock,
 ) -> None:
     store, doing = HashStore(), ["rank 0 keeps the others waiting"]
-    both = [Patience(store, rank, 3, lambda _: doing[0]) for rank in (1, 2)]
+    both = [TimeoutPolicy(store, rank, 3, lambda _: doing[0]) for rank in (1, 2)]
     waits = [each.for_message(0, 2.0) for each in both]
     with pytest.warns(PglpipeWarning) as told:
         assert not any(clock.pass_by(100.0, wait) for wait in waits)
@@ -101,12 +101,12 @@ def test_who_is_at_the_users_own_code_is_waited_for_and_told_of_once(
 
 @pytest.mark.parametrize("how", ["its edge", "its pulse"])
 def test_who_has_left_is_not_waited_for(how: str, clock: Clock) -> None:
-    patience = Patience(
+    timeouts = TimeoutPolicy(
         HashStore(), 0, 2, has_left=lambda rank: how == "its pulse" and rank == 1
     )
     if how == "its edge":
-        patience.left.add(1)
-    wait = patience.for_word(1, 60.0)
+        timeouts.left.add(1)
+    wait = timeouts.for_word(1, 60.0)
     assert not clock.pass_by(2.0, wait), "all leave at the end"
     with pytest.raises(PeerLeft, match="rank 1 has left the run"):
         clock.pass_by(2.0, wait)

@@ -10,10 +10,10 @@ from torch.distributed import HashStore, Store
 
 from pglpipe.commands import TrainStep
 from pglpipe.recent import Recent
-from pglpipe.transport import pulse
+from pglpipe.transport import pulse as heartbeat
 from pglpipe.transport.mailbox import Mailbox
-from pglpipe.transport.passport import Passport
-from pglpipe.transport.pulse import Pulse
+from pglpipe.transport.passport import ProcessId
+from pglpipe.transport.pulse import Heartbeat
 from pglpipe.transport.signs import (
     EARLY_LOOKS,
     SILENT_LOOKS,
@@ -23,7 +23,7 @@ from pglpipe.transport.signs import (
 )
 
 NAMES = ["rank 0 (stage 0) on a", "rank 1 (stage 1) on b", "rank 2 (stage 2) on c"]
-ELSEWHERE = [Passport(host, "", 0, 0) for host in "abc"]
+ELSEWHERE = [ProcessId(host, "", 0, 0) for host in "abc"]
 
 
 def beat(count: int, *, settled: bool = True) -> str:
@@ -87,14 +87,14 @@ def test_who_has_left_may_be_gone_and_may_come_back() -> None:
     assert not other.left
 
 
-def made(store: Store, rank: int, recent: Recent | None = None) -> Pulse:
-    return Pulse(store, rank, ELSEWHERE, NAMES, recent or Recent(rank), False)
+def made(store: Store, rank: int, recent: Recent | None = None) -> Heartbeat:
+    return Heartbeat(store, rank, ELSEWHERE, NAMES, recent or Recent(rank), False)
 
 
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two beats in a hundredth of a second."""
-    monkeypatch.setattr(pulse, "BEAT_SECONDS", 0.005)
+    monkeypatch.setattr(heartbeat, "BEAT_SECONDS", 0.005)
 
 
 @pytest.mark.usefixtures("quick")

@@ -29,7 +29,7 @@ from pglpipe.errors import EdgeTimeout, PeerLost, ProtocolError, WorkerError
 from pglpipe.recent import Recent
 from pglpipe.stopwatch import Stalls
 from pglpipe.transport import packing
-from pglpipe.transport.patience import Patience
+from pglpipe.transport.patience import TimeoutPolicy
 from pglpipe.transport.rpc import RpcReceiver, RpcSender
 from pglpipe.transport.rpc_agent import Address, Agent, Reply
 from pglpipe.transport.rpc_line import Line
@@ -98,7 +98,7 @@ def opened() -> Iterator[Open]:
             capacity=1024,
             depth=2,
             timeout=10.0,
-            patience=Patience(HashStore(), 0, 2),
+            timeouts=TimeoutPolicy(HashStore(), 0, 2),
             recent=Recent(),
             check=lambda: None,
             stalls=Stalls(),
