@@ -33,8 +33,8 @@ from benchmarks.accuracy_scales import SCALES, Options, Scale
 from benchmarks.accuracy_stages import measure_places, stages_path
 from benchmarks.accuracy_table import TOLD, TRY, Tables
 from benchmarks.runs import matches, one_of, refuse, train
-from pglpipe.checkpoint import folder_of
-from pglpipe.run_directory import RunDirectory
+from pglpipe.app.run_directory import RunDirectory
+from pglpipe.checkpoint.disk import folder_of
 
 RESULTS = Path(__file__).parent / "results"
 RUNS = Path("runs/accuracy")

@@ -27,9 +27,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 
-from pglpipe.guidance import Guidance
-from pglpipe.timetable import Action, clock, one_forward_one_backward
-from pglpipe.windows import farthest_loss, losses_passing
+from pglpipe.schedules.guidance import Guidance
+from pglpipe.schedules.timetable import Action, clock, one_forward_one_backward
+from pglpipe.schedules.windows import farthest_loss, losses_passing
 
 FORWARD = 1 / 3
 BACKWARD = 2 / 3

@@ -16,7 +16,7 @@ from benchmarks.accuracy_cost import (
 from benchmarks.accuracy_rows import Row
 from benchmarks.accuracy_scales import Scale
 from benchmarks.accuracy_stages import SEGMENTS, Place
-from pglpipe.config_file import resolve
+from pglpipe.app.config_file import resolve
 
 MICROBATCHES = 8  # of global steps, in the second column of times
 

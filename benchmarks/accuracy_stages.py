@@ -23,14 +23,14 @@ from benchmarks.accuracy_scales import Scale
 from benchmarks.checkpointing import even_segments
 from benchmarks.runs import machine
 from pglpipe import Gradients, Guidance, Machine, Trainer, models
-from pglpipe.config import RunConfig
-from pglpipe.config_file import resolve
+from pglpipe.app.build import local_loss, optimizer
+from pglpipe.app.config import RunConfig
+from pglpipe.app.config_file import resolve
+from pglpipe.cluster.world import World
 from pglpipe.data import Recipe
-from pglpipe.ingredients import local_loss, optimizer
-from pglpipe.layer import Layer
-from pglpipe.partition import LayerCost, activations, measure, slices
-from pglpipe.plan import Plan
-from pglpipe.transport import World
+from pglpipe.models.layer import Layer
+from pglpipe.plan.partition import LayerCost, activations, measure, slices
+from pglpipe.plan.placement import Plan
 
 CLASSES = 10
 SEGMENTS = 4  # of checkpointing

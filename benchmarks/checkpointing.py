@@ -1,7 +1,7 @@
 """Activation checkpointing as all tables have it, in a form whose memory can be counted.
 
 It is torch's reentrant one: its inputs and the segments that backward computes again go through the
-hooks of :mod:`pglpipe.saved_bytes`. The other one computes again inside hooks of its own, where no
+hooks of :mod:`pglpipe.utils.saved_bytes`. The other one computes again inside hooks of its own, where no
 other hook looks. Like ``torch.utils.checkpoint.checkpoint_sequential`` it leaves the last segment as it is.
 """
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.workload import SEED, Workload
-from pglpipe.layer import Layer
+from pglpipe.models.layer import Layer
 
 FORWARD = 0.160  # seconds of a stage for a batch
 BACKWARD = 0.320

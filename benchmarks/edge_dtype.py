@@ -18,7 +18,7 @@ from typing import Annotated, Any
 import typer
 
 from benchmarks.runs import CIFAR10, Summary, machine, train
-from pglpipe.wire import WIRE_FORMATS
+from pglpipe.messages.codec import WIRE_FORMATS
 
 RESULTS = Path(__file__).parent / "results"
 SEEDS = (0, 1, 2)

@@ -20,7 +20,7 @@ from benchmarks.schedule_rows import SCHEDULES, Schedule
 from benchmarks.workload import SEED, Cuts, Workload
 from pglpipe import ALWAYS, Cut, Layer, Machine, Memory, Trainer
 from pglpipe.heads import Site, build_head
-from pglpipe.partition import slices
+from pglpipe.plan.partition import slices
 
 TOLERANCE = 1e-4
 MICROBATCHES = 4

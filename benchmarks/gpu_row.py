@@ -26,9 +26,9 @@ from benchmarks.resnet50 import resnet50
 from benchmarks.runs import one_of
 from benchmarks.workload import Batch
 from pglpipe import Cut, Machine
-from pglpipe import device as devices
-from pglpipe.layer import Layer, assemble
 from pglpipe.models import build
+from pglpipe.models.layer import Layer, assemble
+from pglpipe.utils import device as devices
 
 WARMUP_STEPS = 10
 PRECISIONS = ("fp32", "bf16")

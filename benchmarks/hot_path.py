@@ -22,10 +22,10 @@ from torch import Tensor, nn
 import pglpipe
 from benchmarks.runs import machine
 from pglpipe import models
+from pglpipe.cluster.world import World
 from pglpipe.heads import Site, build_head
-from pglpipe.layer import Layer, initialize
-from pglpipe.metrics import WARMUP_STEPS
-from pglpipe.transport import World
+from pglpipe.models.layer import Layer, initialize
+from pglpipe.observe.records import WARMUP_STEPS
 
 STAGES, WIDTH, BATCH, SIDE = 17, 4, 8, 8  # one layer per stage
 

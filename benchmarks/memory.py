@@ -1,6 +1,6 @@
 """``make bench-memory``: what is kept for backward, ours beside what else saves memory.
 
-Bytes are counted exactly (:mod:`pglpipe.saved_bytes`), so they are the same on every machine, and
+Bytes are counted exactly (:mod:`pglpipe.utils.saved_bytes`), so they are the same on every machine, and
 the clock does not matter. Beside them stands what a process grew by while it trained; each
 row has processes of its own::
 

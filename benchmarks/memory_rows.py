@@ -17,10 +17,10 @@ from torch import nn
 import pglpipe
 from benchmarks.checkpointing import even_segments, forward_in_segments
 from pglpipe import Cut, Gradients, Machine, Memory
-from pglpipe.layer import assemble
 from pglpipe.models import build
-from pglpipe.partition import analyse, balance_by_cost, slices
-from pglpipe.saved_bytes import SavedBytes
+from pglpipe.models.layer import assemble
+from pglpipe.plan.partition import analyse, balance_by_cost, slices
+from pglpipe.utils.saved_bytes import SavedBytes
 
 MODEL, BATCH, STEPS, HEAD = "resnet32", 512, 2, "1c2f"
 LAYERS = build(MODEL, image_shape=(3, 32, 32), num_classes=10)

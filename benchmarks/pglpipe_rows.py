@@ -22,9 +22,9 @@ from pglpipe import (
     Machine,
     Trainer,
 )
-from pglpipe.metrics import WARMUP_STEPS, Summary
-from pglpipe.partition import activations, slices
-from pglpipe.transport import World
+from pglpipe.cluster.world import World
+from pglpipe.observe.records import WARMUP_STEPS, Summary
+from pglpipe.plan.partition import activations, slices
 
 
 class Pipeline(Row):

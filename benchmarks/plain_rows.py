@@ -12,8 +12,8 @@ from torch.nn.parallel import DistributedDataParallel
 from benchmarks.checkpointing import even_segments, forward_in_segments
 from benchmarks.rows import Loop, Share, Track
 from benchmarks.workload import SEED
-from pglpipe.layer import assemble
-from pglpipe.partition import slices
+from pglpipe.models.layer import assemble
+from pglpipe.plan.partition import slices
 
 SEGMENTS = 4  # of checkpointing
 PARTS = 4  # of accumulation

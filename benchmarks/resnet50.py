@@ -15,8 +15,8 @@ from functools import partial
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pglpipe.layer import Layer
 from pglpipe.models.image_parts import classifier, prepared
+from pglpipe.models.layer import Layer
 
 BLOCKS = (3, 4, 6, 3)
 WIDTH = 64

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from benchmarks.arena import Arena
 from benchmarks.workload import Batch, Cuts, Workload
-from pglpipe.saved_bytes import SavedBytes
+from pglpipe.utils.saved_bytes import SavedBytes
 
 # A peer keeps its model from block to block, so little is cold; a pglpipe.Trainer is new in
 # every block and has pglpipe's own warm-up.

@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 
 import torch
 
-from pglpipe.run_directory import versions
+from pglpipe.app.run_directory import versions
 
 Summary = dict[str, Any]
 

@@ -23,8 +23,8 @@ from torch.distributed import pipelining
 
 from benchmarks.rows import Loop, Track
 from benchmarks.workload import SEED
-from pglpipe.layer import initialize
-from pglpipe.partition import activations, slices
+from pglpipe.models.layer import initialize
+from pglpipe.plan.partition import activations, slices
 
 # name: class, stages per rank, whether outputs must not be views
 SCHEDULES: dict[str, tuple[Any, int, bool]] = {

@@ -34,7 +34,7 @@ from torch import Tensor, nn
 import pglpipe
 from benchmarks.runs import ENVIRONMENT, launcher, machine, refuse
 from pglpipe import models
-from pglpipe.layer import Layer
+from pglpipe.models.layer import Layer
 from pglpipe.transport.p2p import Receiver, Sender
 
 FOLDER = Path("runs/soak")

@@ -34,8 +34,9 @@ from rich.table import Table
 from torch.distributed import TCPStore
 
 from benchmarks.runs import machine, train
-from pglpipe.commands import Message, TrainStep
-from pglpipe.transport import EdgePlan, Links, OpenEdges, World, packing
+from pglpipe.cluster.world import World
+from pglpipe.messages.commands import Message, TrainStep
+from pglpipe.transport import EdgePlan, Links, OpenEdges, packing
 
 FOLDER = Path("runs/transports")
 RESULTS = Path(__file__).parent / "results" / "transports.json"

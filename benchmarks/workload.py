@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from pglpipe.heads import Site, build_head
-from pglpipe.layer import Layer
 from pglpipe.models import build
-from pglpipe.partition import balance_by_cost, measure
+from pglpipe.models.layer import Layer
+from pglpipe.plan.partition import balance_by_cost, measure
 
 Batch = tuple[Tensor, Tensor]
 SEED = 0

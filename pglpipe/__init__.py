@@ -1,20 +1,20 @@
 """pglpipe: pipelines of locally supervised stages with periodic global guidance."""
 
 from pglpipe.__version__ import __version__
-from pglpipe.blueprint import Cut
-from pglpipe.device import Machine
+from pglpipe.checkpoint.writer import Checkpoints
 from pglpipe.errors import PglpipeError, UserError, WorkerError
-from pglpipe.guidance import ALWAYS, LAST_TENTH, NEVER, Guidance
-from pglpipe.guided import Gradients
-from pglpipe.layer import Layer
-from pglpipe.learning_rate import anew, constant, cosine
 from pglpipe.losses import LocalLoss
-from pglpipe.memory import Memory
-from pglpipe.metrics import EvaluationRecord, StepRecord, Summary
-from pglpipe.observers import Observer
-from pglpipe.saving import Checkpoints
+from pglpipe.models.layer import Layer
+from pglpipe.observe.observers import Observer
+from pglpipe.observe.records import EvaluationRecord, StepRecord, Summary
+from pglpipe.plan.memory import Memory
+from pglpipe.plan.spec import Cut
+from pglpipe.schedules.gradients import Gradients
+from pglpipe.schedules.guidance import ALWAYS, LAST_TENTH, NEVER, Guidance
+from pglpipe.schedules.learning_rate import anew, constant, cosine
 from pglpipe.trainer import Trainer
 from pglpipe.transport import Edges
+from pglpipe.utils.device import Machine
 
 __all__ = [
     "ALWAYS",

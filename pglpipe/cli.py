@@ -1,6 +1,6 @@
 """The command line: parse, call, print.
 
-Every setting of a section (:mod:`pglpipe.config`) is an option of the same name; only what
+Every setting of a section (:mod:`pglpipe.app.config`) is an option of the same name; only what
 was really given is passed on, so that it can beat the file and the file the defaults.
 """
 
@@ -20,10 +20,12 @@ from typing import Annotated, Any, Optional
 
 import typer
 
-from pglpipe import run, tables
-from pglpipe.config import RunConfig, option_fields
-from pglpipe.config_file import resolve
-from pglpipe.doctor import examine
+from pglpipe.app import run
+from pglpipe.app.config import RunConfig, option_fields
+from pglpipe.app.config_file import resolve
+from pglpipe.app.doctor.examine import examine
+from pglpipe.app.doctor.show import show_diagnosis
+from pglpipe.app.streams import lasting
 from pglpipe.errors import (
     PglpipeWarning,
     Stopped,
@@ -31,8 +33,8 @@ from pglpipe.errors import (
     WorkerError,
     command_line_style,
 )
-from pglpipe.options import Section
-from pglpipe.streams import lasting
+from pglpipe.observe import tables
+from pglpipe.utils.options import Section
 
 # Some versions of typer build on click, others on a copy of their own; in both of them the
 # errors that a command line can have are siblings of this one.
@@ -142,7 +144,7 @@ def doctor() -> None:
     """Checks machines and network, under torchrun every edge too; says what to set."""
     diagnosis = examine()
     if _leads():
-        tables.show_diagnosis(diagnosis)
+        show_diagnosis(diagnosis)
     elif diagnosis.status:
         time.sleep(_GRACE_SECONDS)  # as where a complaint is told
     _leave(diagnosis.status)

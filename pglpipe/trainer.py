@@ -9,44 +9,134 @@ others before anything is built.
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from pglpipe import device as devices
-from pglpipe import state
-from pglpipe.arguments import checked
-from pglpipe.blueprint import Blueprint, Cut
-from pglpipe.checks import Asked, check_workers, idle
-from pglpipe.coordinator import Coordinator
-from pglpipe.device import Machine
-from pglpipe.errors import ConfigError, setting, warn
-from pglpipe.guidance import Guidance
-from pglpipe.guided import Gradients
-from pglpipe.learning import Learning, OptimizerFactory, placed, placed_locally
-from pglpipe.learning_rate import LearningRate, check_schedule, constant
-from pglpipe.loaders import check_passes, check_start, largest_batch, span_of
+from torch import nn
+from torch.optim import Optimizer
+
+from pglpipe.checkpoint import weights as state
+from pglpipe.checkpoint.writer import Checkpoints
+from pglpipe.cluster.world import World, join
+from pglpipe.data.loader import Span, check_passes, check_start, largest_batch, span_of
+from pglpipe.data.reader import BatchReader, Loader
+from pglpipe.engine.coordinator import Coordinator
+from pglpipe.engine.session import Session
+from pglpipe.engine.source import Source
+from pglpipe.errors import ConfigError, DataError, setting, warn
 from pglpipe.losses import Loss
 from pglpipe.losses.state import (
     check_reaches_no_layer,
     check_untrained,
     telling_of_changes,
 )
-from pglpipe.memory import Memory
-from pglpipe.metrics import Summary
 from pglpipe.models import as_layers
 from pglpipe.models.chain import HeldModules
-from pglpipe.observers import Observer, Observers
-from pglpipe.plan import Plan
-from pglpipe.reader import BatchReader, Loader
-from pglpipe.saving import Checkpoints
-from pglpipe.session import Session
-from pglpipe.source import Source, Span
+from pglpipe.observe.observers import Observer, Observers
+from pglpipe.observe.records import Summary
+from pglpipe.plan.checks import Asked, check_workers, idle
+from pglpipe.plan.memory import Memory
+from pglpipe.plan.placement import Plan
+from pglpipe.plan.spec import Blueprint, Cut
+from pglpipe.schedules.gradients import Gradients
+from pglpipe.schedules.guidance import Guidance
+from pglpipe.schedules.learning_rate import LearningRate, check_schedule, constant
+from pglpipe.stage.settings import (
+    Learning,
+    OptimizerFactory,
+    loss_rule,
+    placed,
+    placed_locally,
+)
+from pglpipe.stage.updates import OPTIMIZER_EXAMPLE, needs_closure
 from pglpipe.steps import find_step
 from pglpipe.steps.overlap import check_device
-from pglpipe.trainer_arguments import FIT, LOAD, TRAINER
-from pglpipe.transport import Edges, World, join
+from pglpipe.transport import Edges
+from pglpipe.utils import device as devices
+from pglpipe.utils.arguments import (
+    Rule,
+    checked,
+    described,
+    instance,
+    of,
+    optional,
+    that,
+    whole,
+)
+from pglpipe.utils.device import Machine
+
+
+def _is_function(value: Any) -> bool:
+    """Whether it can be called, and is no class of which somebody has forgotten to make an object."""
+    return callable(value) and not isinstance(value, type)
+
+
+def _optimizer(value: Any) -> Any:
+    if not callable(value) or isinstance(value, (Optimizer, nn.Module)):
+        raise TypeError
+    if isinstance(value, type) and needs_closure(value):
+        raise ConfigError(
+            f"expected an optimizer whose step needs no closure, got {described(value)}; choose another, such as "
+            "torch.optim.SGD"
+        )
+    return value
+
+
+def _weights(value: Any) -> Path:
+    if not Path(value).is_file():
+        raise DataError(
+            f"expected a safetensors file for {setting('path')}, found no such file: {value}"
+        )
+    return Path(value)
+
+
+def _is_observer(value: Any) -> bool:
+    methods = (getattr(value, name, None) for name in ("on_step", "on_evaluation"))
+    return not isinstance(value, type) and all(map(callable, methods))
+
+
+# What the arguments of a trainer must be.
+TRAINER: dict[str, Rule] = {
+    "loss": loss_rule(),
+    "optimizer": of(
+        "a function that makes an optimizer from a stage's parameters",
+        _optimizer,
+        f"pass {OPTIMIZER_EXAMPLE}",
+    ),
+    "learning_rate": that(
+        "a function (step, total_steps) -> factor",
+        _is_function,
+        "pass one such as pglpipe.cosine(); the rate itself is the optimizer's",
+    ),
+    "cut": instance(Cut, "Cut(4)"),
+    "guidance": instance(Guidance, "Guidance(period=10)"),
+    "gradients": instance(Gradients, "Gradients(clip_norm=1.0)"),
+    "memory": instance(Memory, "Memory(microbatches=4)"),
+    "machine": instance(Machine, 'Machine(device="cpu")'),
+    "edges": instance(Edges, 'Edges(dtype="bf16")'),
+    "observer": optional(
+        that("an object with the methods on_step and on_evaluation", _is_observer)
+    ),
+    "world": optional(instance(World, "None, which asks torchrun's environment")),
+}
+# The same of its method ``fit``.
+FIT: dict[str, Rule] = {
+    "epochs": optional(whole(1)),
+    "steps": optional(whole(1)),
+    "evaluate_every": whole(1),
+    "checkpoints": optional(instance(Checkpoints, 'Checkpoints("folder", every=100)')),
+    "resume": optional(
+        that(
+            'a checkpoint\'s folder or "auto"',
+            lambda value: isinstance(value, (str, os.PathLike)),
+        )
+    ),
+}
+# And of ``load``.
+LOAD: dict[str, Rule] = {"path": of("a safetensors file", _weights)}
 
 
 class Trainer:
@@ -54,7 +144,7 @@ class Trainer:
 
     Args:
         layers: an ``nn.Sequential``, or a list of modules, of zero-argument builders (built
-            only where they live, from a seed of their own) or of :class:`~pglpipe.layer.Layer`.
+            only where they live, from a seed of their own) or of :class:`~pglpipe.models.layer.Layer`.
             After :meth:`fit` modules hold the trained weights, on worker 0.
         loss: the true loss, ``(outputs, targets) -> scalar``, a mean over the batch.
         optimizer: makes a stage's optimizer from its parameters.

@@ -15,9 +15,9 @@ from benchmarks.accuracy_prices import underscored
 from benchmarks.accuracy_rows import Row, rows
 from benchmarks.accuracy_scales import SCALES, Scale
 from benchmarks.accuracy_table import Tables, close_gaps
-from pglpipe.config_file import resolve
-from pglpipe.guidance import ALWAYS, NEVER, Guidance
-from pglpipe.run_directory import versions
+from pglpipe.app.config_file import resolve
+from pglpipe.app.run_directory import versions
+from pglpipe.schedules.guidance import ALWAYS, NEVER, Guidance
 
 TINY = SCALES["tiny"]
 

@@ -13,7 +13,7 @@ from testing.worlds import Batch, image_batches, small_resnet, train
 from torch import Tensor, nn
 
 from pglpipe import ALWAYS
-from pglpipe.layer import Layer, assemble
+from pglpipe.models.layer import Layer, assemble
 
 pytestmark = pytest.mark.usefixtures("planned_quickly")
 

@@ -11,9 +11,9 @@ import pytest
 from rich.console import Console
 
 from benchmarks import demo, runs, transports
-from pglpipe.config import option_fields
-from pglpipe.config_file import resolve
-from pglpipe.run_directory import versions
+from pglpipe.app.config import option_fields
+from pglpipe.app.config_file import resolve
+from pglpipe.app.run_directory import versions
 
 OPTIONS = {name for _, name, _ in option_fields()}
 

@@ -10,10 +10,10 @@ from testing.worlds import on_every_rank, sgd
 from torch import nn
 
 from pglpipe import NEVER, Cut, Edges, Trainer
-from pglpipe.config_file import resolve
+from pglpipe.app.config_file import resolve
+from pglpipe.cluster.world import World
 from pglpipe.errors import DataError
-from pglpipe.seeding import seeded
-from pglpipe.transport import World
+from pglpipe.utils.seeding import seeded
 
 X, TARGETS = (
     torch.rand(12, 6, generator=torch.Generator().manual_seed(0)),

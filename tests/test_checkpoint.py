@@ -14,8 +14,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pglpipe import checkpoint
-from pglpipe.checkpoint import (
+from pglpipe.checkpoint import disk as checkpoint
+from pglpipe.checkpoint.disk import (
     MANIFEST,
     Damaged,
     Unfinished,
@@ -28,7 +28,7 @@ from pglpipe.checkpoint import (
     stage_file,
     write_stage,
 )
-from pglpipe.snapshot import Snapshot
+from pglpipe.utils.snapshot import Snapshot
 
 FLIPS = 2_000
 

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 from testing.sections import SECTIONS, grouped
 
-from pglpipe import checks
-from pglpipe.guidance import ALWAYS, LAST_TENTH, NEVER, Guidance
 from pglpipe.losses import LOSSES, InfoProOptions, LossFacts, build_loss
+from pglpipe.plan import checks
+from pglpipe.schedules.guidance import ALWAYS, LAST_TENTH, NEVER, Guidance
 
 
 def asked(guidance: Guidance, **options: Any) -> checks.Asked:

@@ -20,10 +20,12 @@ from testing.commands import (
 )
 from torch import nn
 
-from pglpipe import cli, data, models, run, state
+from pglpipe import cli, data, models
+from pglpipe.app import run
+from pglpipe.checkpoint import weights as state
 from pglpipe.data import Batches
 from pglpipe.errors import ConfigError, EdgeTimeout, PeerLost, PglpipeError
-from pglpipe.layer import assemble
+from pglpipe.models.layer import assemble
 
 COMMANDS = ("train", "plan", "evaluate", "export", "doctor")
 

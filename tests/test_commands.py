@@ -6,10 +6,10 @@ import json
 
 import pytest
 
-from pglpipe.commands import (
+from pglpipe.messages.commands import (
     COMMANDS,
 )
-from pglpipe.reports import (
+from pglpipe.messages.reports import (
     EvaluationReport,
     ExitCount,
     FinalReport,

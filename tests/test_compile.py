@@ -13,7 +13,7 @@ from testing.commands import draw_images, module, run, small_run, summary_of, to
 from testing.worlds import image_batches, small_resnet, trainer
 
 from pglpipe import ALWAYS, Guidance
-from pglpipe.transport import World
+from pglpipe.cluster.world import World
 
 pytestmark = [
     pytest.mark.slow,

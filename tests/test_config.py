@@ -10,18 +10,18 @@ from typing import Any
 import pytest
 from testing.commands import call
 
-from pglpipe import run
-from pglpipe.config import (
+from pglpipe.app import run
+from pglpipe.app.config import (
     DEFAULT_EPOCHS,
     Length,
     RunConfig,
     option_fields,
     sections,
 )
-from pglpipe.config_file import read, resolve
+from pglpipe.app.config_file import read, resolve
 from pglpipe.errors import ConfigError
-from pglpipe.memory import as_bytes
-from pglpipe.options import fields_of, to_toml
+from pglpipe.plan.memory import as_bytes
+from pglpipe.utils.options import fields_of, to_toml
 
 FIELDS = {name: field for _, name, field in option_fields()}
 HOMES = {name: t for t, s in sections().items() for name, _ in fields_of(s)}  # tables

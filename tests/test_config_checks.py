@@ -9,11 +9,11 @@ import pytest
 import torch
 from testing.worlds import small_resnet
 
-from pglpipe.config import RunConfig
+from pglpipe.app.config import RunConfig
 from pglpipe.errors import ConfigError
-from pglpipe.guidance import LAST_TENTH, NEVER, Guidance
 from pglpipe.heads import HEADS, Site, borrowed, build_head
-from pglpipe.partition import activations
+from pglpipe.plan.partition import activations
+from pglpipe.schedules.guidance import LAST_TENTH, NEVER, Guidance
 
 # Of a run of 12 steps: when they are guided.
 GUIDANCE: list[dict[str, Any]] = [

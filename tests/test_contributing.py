@@ -15,8 +15,8 @@ from testing.worlds import image_batches, small_resnet, train
 from torch import nn
 
 from pglpipe import NEVER
-from pglpipe.config import RunConfig
-from pglpipe.config_file import resolve
+from pglpipe.app.config import RunConfig
+from pglpipe.app.config_file import resolve
 from pglpipe.errors import ConfigError
 from pglpipe.heads import HEADS, Site, build_head
 from pglpipe.losses import LOSSES, LossKind, build_loss

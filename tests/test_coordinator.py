@@ -8,11 +8,18 @@ from typing import Any
 
 import pytest
 import torch
+from testing import factories
 from testing.worlds import Batch, Records, image_batches
 from torch.distributed import HashStore
 
 from pglpipe import NEVER, Guidance
-from pglpipe.commands import (
+from pglpipe.cluster.mailbox import Mailbox
+from pglpipe.data.loader import Span
+from pglpipe.data.reader import BatchReader
+from pglpipe.engine.coordinator import Coordinator
+from pglpipe.engine.source import Source
+from pglpipe.errors import EdgeTimeout, WorkerError
+from pglpipe.messages.commands import (
     Collect,
     EndEvaluation,
     Evaluate,
@@ -21,16 +28,11 @@ from pglpipe.commands import (
     Stop,
     TrainStep,
 )
-from pglpipe.coordinator import Coordinator
-from pglpipe.errors import EdgeTimeout, WorkerError
-from pglpipe.reader import BatchReader
-from pglpipe.reports import (
+from pglpipe.messages.reports import (
     FinalReport,
     StepReport,
     TrainReport,
 )
-from pglpipe.source import Source, Span
-from pglpipe.transport import Mailbox
 
 
 class Office:
@@ -40,16 +42,10 @@ class Office:
         store = HashStore()
         self.boxes = [Mailbox(store, rank, 2, 1.0) for rank in range(2)]
         self.records = Records()
-        self.coordinator = Coordinator(
-            num_stages=2,
-            num_workers=2,
-            guidance=guidance,
-            microbatches=microbatches,
-            mailbox=self.boxes[0],
-            observer=self.records,
-            device=torch.device("cpu"),
-            timeout=0.3,
+        spec = factories.blueprint(
+            stages=2, guidance=guidance, microbatches=microbatches
         )
+        self.coordinator = Coordinator(spec, 2, self.boxes[0], self.records, 0.3)
 
 
 def all_of(source: Source) -> list[Message]:

@@ -11,8 +11,8 @@ import torch
 from testing import factories
 from torch import Tensor, nn
 
-from pglpipe.stage import Stage
-from pglpipe.windows import farthest_loss, losses_passing
+from pglpipe.schedules.windows import farthest_loss, losses_passing
+from pglpipe.stage.stage import Stage
 
 CE = nn.CrossEntropyLoss()
 X = torch.randn(6, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(2))

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from pglpipe import device as devices
 from pglpipe.errors import ConfigError
+from pglpipe.utils import device as devices
 
 
 def test_cpu_is_cpu_for_every_worker() -> None:

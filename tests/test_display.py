@@ -10,10 +10,11 @@ import pytest
 from rich.console import Console
 from torch import nn
 
-from pglpipe import EvaluationRecord, StepRecord, display
-from pglpipe.display import Blank, Lines, LiveTable
-from pglpipe.partition import StageRow
-from pglpipe.plan import Plan
+from pglpipe import EvaluationRecord, StepRecord
+from pglpipe.observe import terminal as display
+from pglpipe.observe.terminal import Blank, Lines, LiveTable
+from pglpipe.plan.partition import StageRow
+from pglpipe.plan.placement import Plan
 
 ROWS = [
     StageRow(0, "stem", "block1", 2, 1000, 200, 3_000_000, 4096, (4, 8, 8), 0.0, 0.25),

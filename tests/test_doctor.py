@@ -12,11 +12,12 @@ import torch
 from testing.commands import call, module, run, torchrun
 from testing.worlds import on_every_rank, outcomes
 
-from pglpipe import doctor, tables
-from pglpipe.doctor import Diagnosis, look
-from pglpipe.findings import Facts, Finding
-from pglpipe.transport import World
-from pglpipe.transport.probe import LOOPBACK, Network, Ping, look_around, part, ping
+from pglpipe.app.doctor import examine as doctor
+from pglpipe.app.doctor.examine import Diagnosis, look
+from pglpipe.app.doctor.findings import Facts, Finding
+from pglpipe.app.doctor.probe import LOOPBACK, Network, Ping, look_around, part, ping
+from pglpipe.app.doctor.show import show_diagnosis
+from pglpipe.cluster.world import World
 
 CPU = torch.device("cpu")
 
@@ -117,7 +118,7 @@ def test_words_in_brackets_are_shown_as_they_are(
 ) -> None:
     found = [Finding("warning", "the [red]word[/red]")]
     facts = [replace(Facts(), network=Network())]
-    tables.show_diagnosis(Diagnosis(facts, [Ping(0, 1e-4, 2e9, 1e9)], found))
+    show_diagnosis(Diagnosis(facts, [Ping(0, 1e-4, 2e9, 1e9)], found))
     out = capsys.readouterr().out
     assert "warning: the [red]word[/red]" in out
     assert re.search(r"0 – 1 +100 µs +2000 MB/s +1000 MB/s", out)

@@ -19,9 +19,10 @@ from testing.worlds import (
     trainer,
 )
 
-from pglpipe import Checkpoints, Trainer, saving
-from pglpipe.checkpoint import folder_of, newest
-from pglpipe.transport import World
+from pglpipe import Checkpoints, Trainer
+from pglpipe.checkpoint import writer as saving
+from pglpipe.checkpoint.disk import folder_of, newest
+from pglpipe.cluster.world import World
 
 pytestmark = pytest.mark.usefixtures("planned_quickly")
 

@@ -10,9 +10,6 @@ import torch
 from testing import factories
 from torch import Tensor, nn
 
-from pglpipe.body import Kept
-from pglpipe.exit import Exit, weighted
-from pglpipe.guided import LocalWeight
 from pglpipe.losses import (
     InfoPro,
     LocalLoss,
@@ -21,10 +18,12 @@ from pglpipe.losses import (
     Supervised,
     SupervisedContrast,
 )
-from pglpipe.reports import (
+from pglpipe.messages.reports import (
     ExitCount,
 )
-from pglpipe.saved_bytes import CountedTensor
+from pglpipe.stage.exit import Exit, weighted
+from pglpipe.stage.forwards import Kept
+from pglpipe.utils.saved_bytes import CountedTensor
 
 CE = nn.CrossEntropyLoss()
 OUTPUT = torch.randn(6, 4, generator=torch.Generator().manual_seed(1))
@@ -41,11 +40,11 @@ def made(
     head: nn.Module | None,
     local_loss: LocalLoss = Supervised(CE),
     *,
-    place: float = 0.0,
+    depth_fraction: float = 0.0,
     **changes: Any,
 ) -> Exit:
     learning = factories.learning(**(dict(loss=CE, local_loss=local_loss) | changes))
-    return Exit(1, nn.Identity(), head, learning, torch.device("cpu"), place)
+    return Exit(1, nn.Identity(), head, learning, torch.device("cpu"), depth_fraction)
 
 
 def test_a_hidden_stage_loses_what_its_head_says_and_the_last_one_the_true_loss() -> (
@@ -65,9 +64,9 @@ def test_a_loss_is_told_image_and_place() -> None:
             said: Any,
             targets: Tensor,
             image: Tensor | None = None,
-            place: float = 0.0,
+            depth_fraction: float = 0.0,
         ) -> Tensor:
-            seen.append((image, place))
+            seen.append((image, depth_fraction))
             return CE(said, targets)
 
     image = torch.zeros(6, 3, 2, 2, dtype=torch.uint8)
@@ -81,9 +80,9 @@ def test_a_loss_is_told_image_and_place() -> None:
 
 
 def test_weights_are_for_heads_and_depend_on_step_and_place() -> None:
-    weights = LocalWeight(end=0.0, deepest=0.5)
+    weights = dict(local_weight_end=0.0, local_weight_deepest=0.5)
     hidden, last = (
-        made(head, depth_fraction=place, local_weight=weights)
+        made(head, depth_fraction=place, **weights)
         for head, place in ((nn.Linear(4, 3), 0.5), (None, 1.0))
     )
     for exit in (hidden, last):

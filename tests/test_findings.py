@@ -9,14 +9,14 @@ from typing import Any
 import pytest
 from testing.commands import ROOT
 
-from pglpipe.findings import (
+from pglpipe.app.doctor.findings import (
     OLDEST,
     TOO_NEW,
     Facts,
     about_edges,
     about_machines,
 )
-from pglpipe.transport.probe import Network, Ping
+from pglpipe.app.doctor.probe import Network, Ping
 
 TUNED = {"MALLOC_MMAP_THRESHOLD_": "1", "MALLOC_TRIM_THRESHOLD_": "1"}
 INTERFACES = {"lo": "127.0.0.1", "eth0": "10.0.0.1"}

@@ -20,11 +20,11 @@ from hypothesis import strategies as st
 from hypothesis.strategies import SearchStrategy
 from test_config import BESIDE, FIELDS, VALUES
 
-from pglpipe.config import DEFAULT_EPOCHS, RunConfig
-from pglpipe.config_file import read, resolve
+from pglpipe.app.config import DEFAULT_EPOCHS, RunConfig
+from pglpipe.app.config_file import read, resolve
 from pglpipe.errors import ConfigError, PartitionError, ProtocolError
-from pglpipe.memory import as_bytes
-from pglpipe.partition.choose import choose_balance
+from pglpipe.plan.memory import as_bytes
+from pglpipe.plan.partition.choose import choose_balance
 from pglpipe.transport import packing
 
 CAPACITY, LENGTH = 4096, packing.HEADER_LENGTH

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from pglpipe import ALWAYS, NEVER, Guidance
 from pglpipe.errors import WorkerError
-from pglpipe.layer import Layer
 from pglpipe.models import build
+from pglpipe.models.layer import Layer
 from pglpipe.steps.lanes import CudaLanes
 
 pytestmark = [
@@ -133,7 +133,7 @@ def test_no_step_waits_for_what_it_has_queued(
     overlaps: bool,
     clip_norm: float,
 ) -> None:
-    monkeypatch.setattr("pglpipe.reporter._INTERVAL", 0.0)
+    monkeypatch.setattr("pglpipe.engine.reporter._INTERVAL", 0.0)
     trained = train(
         1,
         small_resnet("resnet8"),

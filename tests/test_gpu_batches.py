@@ -16,7 +16,7 @@ from testing.worlds import Trained, small_resnet, train
 from pglpipe import NEVER, Guidance
 from pglpipe.data import Batches, ImageSet, Recipe
 from pglpipe.data.resident import ResidentBatches
-from pglpipe.device import upload
+from pglpipe.utils.device import upload
 
 pytestmark = [
     pytest.mark.gpu,
@@ -85,7 +85,7 @@ def test_an_epoch_waits_for_nothing_from_its_first_batch_on() -> None:
 def test_no_step_waits_for_what_it_has_queued(
     monkeypatch: pytest.MonkeyPatch, guidance: Guidance, overlaps: bool
 ) -> None:
-    monkeypatch.setattr("pglpipe.reporter._INTERVAL", 0.0)
+    monkeypatch.setattr("pglpipe.engine.reporter._INTERVAL", 0.0)
     loader = Guarded(batches(2, resident=True, train=True))
     trained = run(loader, guidance=guidance, overlap_stages=overlaps)
     assert len(trained.records.steps) == 40

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from pglpipe.errors import ConfigError
-from pglpipe.guidance import ALWAYS, LAST_TENTH, NEVER, Guidance
+from pglpipe.schedules.guidance import ALWAYS, LAST_TENTH, NEVER, Guidance
 from pglpipe.steps import STEPS
 
 GUIDED = [kind for kind, step in STEPS.items() if step.is_guided]

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from pglpipe.errors import ConfigError
-from pglpipe.guided import HEADS, Gradients, head_depth
+from pglpipe.schedules.gradients import HEADS, Gradients, head_depth
 
 
 def test_by_default_a_guided_step_is_back_propagation_alone() -> None:

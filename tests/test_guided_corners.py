@@ -20,7 +20,7 @@ from testing.worlds import (
 from torch import nn
 
 from pglpipe import ALWAYS, NEVER, Guidance
-from pglpipe.transport import World
+from pglpipe.cluster.world import World
 
 pytestmark = [pytest.mark.together, pytest.mark.usefixtures("planned_quickly")]
 

@@ -18,17 +18,15 @@ from testing.worlds import (
 from torch import nn
 
 from pglpipe import ALWAYS, NEVER, Guidance
-from pglpipe.config import RunConfig
+from pglpipe.app.build import learning_rate
+from pglpipe.app.config import RunConfig
+from pglpipe.data.loader import Span, span_of
+from pglpipe.data.reader import BatchReader
 from pglpipe.errors import ConfigError
-from pglpipe.guided import Guided, LocalWeight
 from pglpipe.heads import Borrowed
 from pglpipe.heads.borrowed import _Sum
-from pglpipe.ingredients import learning_rate
-from pglpipe.loaders import span_of
 from pglpipe.losses import InfoPro, Supervised, build_loss
 from pglpipe.losses.predsim import projection
-from pglpipe.reader import BatchReader
-from pglpipe.source import Span
 
 pytestmark = pytest.mark.usefixtures("planned_quickly")
 
@@ -46,15 +44,8 @@ def vectors(*layers: nn.Module) -> nn.Sequential:
 
 @pytest.mark.filterwarnings("ignore:no window of guidance opens")
 def test_a_weight_of_guided_steps_does_nothing_in_local_ones() -> None:
-    half = Guided(weight=0.5)
     not_yet = Guidance(period=1, reach="stale-window", warmup=99)
-    assert same(run(1, not_yet, guided=half).body, run(1, NEVER).body)
-
-
-def test_windows_that_never_come_let_local_steps_learn_from_all_parts() -> None:
-    never = Guidance(period=1, duration=0, reach="stale-window")
-    parts = {"local_microbatches": 2}
-    assert same(run(1, never, **parts).body, run(1, NEVER, **parts).body)
+    assert same(run(1, not_yet, guided_weight=0.5).body, run(1, NEVER).body)
 
 
 @pytest.mark.parametrize("reach", ["window", "stale-window"])
@@ -115,7 +106,7 @@ def test_the_learning_rate_begins_anew_where_the_final_phase_does() -> None:
         lr_schedule="constant",
     )
     config = RunConfig.of(**options)
-    rate, guidance = learning_rate(config, 100), config.guidance()
+    rate, guidance = learning_rate(config, 100), config.guidance
     for step in range(350):
         is_global = guidance.kind(step, step // 100, 350, 4) == "global"
         assert rate(step, 350) == (0.5 if is_global else 1.0)
@@ -171,8 +162,8 @@ def test_gradients_of_a_loss_that_compares_samples_are_those_of_whole_batches(
 def test_a_cosine_does_not_depend_on_the_weight_of_the_local_loss(size: int) -> None:
     options: dict[str, Any] = {"compare_every": 1, "learning_rate": lambda *_: 0.0}
     expected = [r.cosines for r in run(size, ALWAYS, **options).records.steps]
-    for weight in (LocalWeight(end=0.0), LocalWeight(deepest=0.0), LocalWeight(end=3)):
-        got = run(size, ALWAYS, local_weight=weight, **options)
+    for name, weight in (("end", 0.0), ("deepest", 0.0), ("end", 3)):
+        got = run(size, ALWAYS, **options, **{f"local_weight_{name}": weight})
         for record, row in zip(got.records.steps, expected, strict=True):
             assert record.cosines[-1] is None
             assert record.cosines[:-1] == pytest.approx(row[:-1], rel=1e-5)

@@ -22,8 +22,8 @@ from testing.worlds import (
 from torch import Tensor, nn
 
 from pglpipe import Guidance
-from pglpipe.guided import Gradients
-from pglpipe.layer import Layer
+from pglpipe.models.layer import Layer
+from pglpipe.schedules.gradients import Gradients
 
 pytestmark = [pytest.mark.together, pytest.mark.usefixtures("planned_quickly")]
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pglpipe.errors import ConfigError
-from pglpipe.in_place import KeepsInputs, changes_samples
+from pglpipe.utils.in_place import KeepsInputs, changes_samples
 
 
 @pytest.mark.parametrize(

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from pglpipe.config import RunConfig
-from pglpipe.ingredients import learning_rate
+from pglpipe.app.build import learning_rate
+from pglpipe.app.config import RunConfig
 
 
 @pytest.mark.parametrize("name", ["constant", "cosine"])

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from pglpipe.journal import Journal
+from pglpipe.app.journal import Journal
 
 
 @contextmanager

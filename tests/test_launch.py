@@ -180,7 +180,7 @@ def test_the_readme_names_every_variable_with_its_default() -> None:
 
 
 def test_every_flag_of_pglpipe_that_the_launchers_show_exists() -> None:
-    config = pytest.importorskip("pglpipe.config")
+    config = pytest.importorskip("pglpipe.app.config")
     fields = {name for _, name, _ in config.option_fields()}
     assert flags_shown() - {"config"} <= fields
 

@@ -7,8 +7,8 @@ import warnings
 import torch
 from torch import nn
 
-from pglpipe.layer import Layer, assemble, initialize
 from pglpipe.models import as_layers
+from pglpipe.models.layer import Layer, assemble, initialize
 
 
 def linears() -> list[Layer]:

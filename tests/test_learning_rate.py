@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from pglpipe.learning_rate import by_epoch, constant, cosine, warmed_up
+from pglpipe.schedules.learning_rate import by_epoch, constant, cosine, warmed_up
 
 
 def test_constant_changes_nothing() -> None:

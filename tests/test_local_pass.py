@@ -12,7 +12,7 @@ from testing.edges import Line, Nowhere
 from testing.worlds import at_once
 from torch import Tensor, nn
 
-from pglpipe.commands import (
+from pglpipe.messages.commands import (
     Command,
     EndEvaluation,
     Evaluate,
@@ -22,8 +22,8 @@ from pglpipe.commands import (
     TrainStep,
     has_training_batch,
 )
-from pglpipe.guidance import Guidance
-from pglpipe.stage import Stage
+from pglpipe.schedules.guidance import Guidance
+from pglpipe.stage.stage import Stage
 from pglpipe.steps.stale import StaleStep
 from pglpipe.transport import Links
 

@@ -8,7 +8,15 @@ from typing import Any
 
 import pytest
 
-from pglpipe.metrics import (
+from pglpipe.checkpoint.weights import combine
+from pglpipe.messages.reports import (
+    EvaluationReport,
+    ExitCount,
+    FinalReport,
+    StepReport,
+    TrainReport,
+)
+from pglpipe.observe.records import (
     WARMUP_STEPS,
     EvaluationRecord,
     Merger,
@@ -16,14 +24,6 @@ from pglpipe.metrics import (
     StepCounts,
     summarize,
 )
-from pglpipe.reports import (
-    EvaluationReport,
-    ExitCount,
-    FinalReport,
-    StepReport,
-    TrainReport,
-)
-from pglpipe.state import combine
 
 
 def step(number: int, losses: dict[int, float], **changes: Any) -> StepReport:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from pglpipe.modules import pointwise, prepared
+from pglpipe.utils.modules import pointwise, prepared
 
 
 def test_a_prepared_module_starts_he_normal_in_channels_last() -> None:
@@ -42,7 +42,7 @@ def test_narrow_ones_with_a_stride_spoil_no_memory_where_there_is_no_avx512() ->
     """PyTorch's own would: glibc then ends the process, or the gradient is wrong."""
     code = (
         "import torch\n"
-        "from pglpipe.modules import pointwise, prepared\n"
+        "from pglpipe.utils.modules import pointwise, prepared\n"
         "made = prepared(pointwise(4, 8, 2))\n"
         "for _ in range(200):\n"
         "    x = torch.randn(8, 4, 8, 8).to(memory_format=torch.channels_last)\n"

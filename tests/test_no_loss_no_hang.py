@@ -20,8 +20,8 @@ from testing.worlds import (
 from torch import Tensor, nn
 
 from pglpipe import ALWAYS, NEVER, Guidance, UserError, WorkerError
-from pglpipe.layer import Layer
-from pglpipe.transport import World
+from pglpipe.cluster.world import World
+from pglpipe.models.layer import Layer
 
 pytestmark = pytest.mark.usefixtures("planned_quickly")
 

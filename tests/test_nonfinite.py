@@ -32,9 +32,9 @@ from testing.worlds import trainer
 from torch import Tensor, nn
 
 from pglpipe import ALWAYS, NEVER, Guidance
+from pglpipe.cluster.world import World
 from pglpipe.errors import ConfigError, WorkerError
-from pglpipe.layer import Layer
-from pglpipe.transport import World
+from pglpipe.models.layer import Layer
 
 pytestmark = pytest.mark.together
 
@@ -46,7 +46,7 @@ BAD = 3  # the step
 def planned_quickly(monkeypatch: pytest.MonkeyPatch) -> None:
     plan_quickly(monkeypatch, predicts_memory=False)
     # Threads find what there is to be found at once.
-    monkeypatch.setattr("pglpipe.transport.mailbox._FINDING_SECONDS", 0.3)
+    monkeypatch.setattr("pglpipe.cluster.mailbox._FINDING_SECONDS", 0.3)
 
 
 class Spoils(nn.Module):

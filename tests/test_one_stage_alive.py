@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from pglpipe import ALWAYS, NEVER
 from pglpipe.heads import Site, build_head
-from pglpipe.layer import Layer, assemble
 from pglpipe.models import build
-from pglpipe.partition import published_balance
+from pglpipe.models.layer import Layer, assemble
+from pglpipe.plan.partition import published_balance
 
 pytestmark = pytest.mark.usefixtures("planned_quickly")
 

@@ -27,8 +27,8 @@ from torch import Tensor, nn
 
 from pglpipe import ALWAYS, NEVER, Cut, Guidance, Machine, Trainer
 from pglpipe.errors import ConfigError
-from pglpipe.layer import Layer
-from pglpipe.optimizer import StageOptimizer
+from pglpipe.models.layer import Layer
+from pglpipe.stage.optimizer import StageOptimizer
 from pglpipe.steps import overlap as overlapping
 from pglpipe.steps.lanes import Lanes
 from pglpipe.steps.overlap import WARMUP_STEPS

@@ -18,12 +18,12 @@ from testing.worlds import (
 )
 
 from pglpipe import NEVER
-from pglpipe.config_file import resolve
-from pglpipe.layer import Layer
+from pglpipe.app.config_file import resolve
+from pglpipe.cluster.world import World
 from pglpipe.models import build
-from pglpipe.partition import LayerCost, slices
-from pglpipe.plan import Plan
-from pglpipe.transport import World
+from pglpipe.models.layer import Layer
+from pglpipe.plan.partition import LayerCost, slices
+from pglpipe.plan.placement import Plan
 
 SMALL: list[Batch] = image_batches(4)
 CIFAR: list[Batch] = [(torch.zeros(2, 3, 32, 32), torch.zeros(2, dtype=torch.int64))]
@@ -37,8 +37,8 @@ def uncounted(monkeypatch: pytest.MonkeyPatch) -> None:
         costs = [LayerCost(layer.name, (), 0, 0, 0) for layer in layers]
         return costs, costs[1:]
 
-    monkeypatch.setattr("pglpipe.plan.analyse", nothing)
-    monkeypatch.setattr("pglpipe.plan._predict_memory", nothing_predicted)
+    monkeypatch.setattr("pglpipe.plan.placement.analyse", nothing)
+    monkeypatch.setattr("pglpipe.plan.placement._predict_memory", nothing_predicted)
 
 
 def published(depth: int, modules: int) -> list[int]:

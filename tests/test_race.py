@@ -19,7 +19,7 @@ from benchmarks.race import Race
 from benchmarks.rows import Share, Track, merge
 from benchmarks.standings import COLUMNS, PEERS, Standings, Target
 from benchmarks.workload import Cuts, tiny
-from pglpipe.timetable import clock, gpipe, one_forward_one_backward
+from pglpipe.schedules.timetable import clock, gpipe, one_forward_one_backward
 
 # -- figures --------------------------------------------------------------------------
 

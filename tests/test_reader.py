@@ -18,9 +18,9 @@ from torch.utils.data import (
 )
 
 from pglpipe import NEVER, Guidance
+from pglpipe.cluster.world import World
+from pglpipe.data.reader import BatchReader, as_batch
 from pglpipe.errors import ConfigError, DataError, PglpipeWarning, UserError
-from pglpipe.reader import BatchReader, as_batch
-from pglpipe.transport import World
 
 pytestmark = pytest.mark.usefixtures("planned_quickly")
 

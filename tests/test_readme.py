@@ -13,7 +13,7 @@ import pytest
 import torch
 from testing.commands import ROOT, forked, run, torchrun
 
-from pglpipe.config import option_fields
+from pglpipe.app.config import option_fields
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 FLAGS = {name for _, name, _ in option_fields()} | {"config"}

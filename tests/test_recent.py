@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from pglpipe.commands import (
+from pglpipe.cluster.activity import LENGTH, Recent
+from pglpipe.messages.commands import (
     Checkpoint,
     Collect,
     Command,
@@ -16,7 +17,6 @@ from pglpipe.commands import (
     Stop,
     TrainStep,
 )
-from pglpipe.recent import LENGTH, Recent
 
 WORDS: list[tuple[Command, str]] = [
     (TrainStep("local", 17, 0, 4), "at step 17, local step"),

@@ -14,24 +14,25 @@ from testing.commands import ROOT
 from testing.worlds import Records, plan_quickly
 from torch import Tensor
 
-from pglpipe import models, run
-from pglpipe.config import RunConfig
-from pglpipe.config_file import resolve
+from pglpipe import models
+from pglpipe.app import run
+from pglpipe.app.build import local_loss
+from pglpipe.app.config import RunConfig
+from pglpipe.app.config_file import resolve
+from pglpipe.app.run_data import Material
+from pglpipe.cluster.world import World
 from pglpipe.data import Recipe
-from pglpipe.guided import head_depth
 from pglpipe.heads import Site, build_head
-from pglpipe.ingredients import local_loss
-from pglpipe.layer import Layer
 from pglpipe.losses import published_lambdas
-from pglpipe.material import Material
-from pglpipe.partition import (
+from pglpipe.models.layer import Layer
+from pglpipe.plan.partition import (
     activations,
     analyse,
     choose_balance,
     published_balance,
     slices,
 )
-from pglpipe.transport import World
+from pglpipe.schedules.gradients import head_depth
 
 pytestmark = pytest.mark.together
 
@@ -141,7 +142,7 @@ def test_our_recipes_end_with_a_global_step() -> None:
             config = resolve(path, {})
             epochs, steps = config.epochs, 10  # in an epoch
             kinds = [
-                config.guidance().kind(step, step // steps, epochs * steps, epochs)
+                config.guidance.kind(step, step // steps, epochs * steps, epochs)
                 for step in range(epochs * steps)
             ]
             assert kinds[-1] == "global" and kinds.count("global") == epochs

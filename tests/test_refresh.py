@@ -19,10 +19,10 @@ from testing.worlds import (
 from torch import Tensor, nn
 
 from pglpipe import NEVER, Guidance
-from pglpipe.commands import BorrowedWeights, Message, Microbatch
 from pglpipe.heads import Borrowed, Site, borrowed, build_head
-from pglpipe.layer import Layer, assemble, initialize
-from pglpipe.stage import Stage
+from pglpipe.messages.commands import BorrowedWeights, Message, Microbatch
+from pglpipe.models.layer import Layer, assemble, initialize
+from pglpipe.stage.stage import Stage
 from pglpipe.steps.borrow import Borrowing, BorrowPlan, DemuxInbox
 from pglpipe.transport import Links, NullOutbox
 

@@ -7,10 +7,9 @@ import time
 import pytest
 import torch
 
+from pglpipe.engine.reporter import Reporter
 from pglpipe.errors import NonFinite
-from pglpipe.metrics import WARMUP_STEPS
-from pglpipe.reporter import Reporter
-from pglpipe.reports import (
+from pglpipe.messages.reports import (
     EvaluationReport,
     ExitCount,
     FinalReport,
@@ -18,7 +17,8 @@ from pglpipe.reports import (
     StepReport,
     TrainReport,
 )
-from pglpipe.stopwatch import Timing
+from pglpipe.observe.records import WARMUP_STEPS
+from pglpipe.utils.clock import Timing
 
 
 def step(number: int) -> StepReport:

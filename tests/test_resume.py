@@ -30,13 +30,14 @@ from testing.worlds import (
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from pglpipe import Checkpoints, Guidance, saving
-from pglpipe.checkpoint import MANIFEST, folder_of, newest, stage_file, write_stage
+from pglpipe import Checkpoints, Guidance
+from pglpipe.checkpoint import writer as saving
+from pglpipe.checkpoint.disk import MANIFEST, folder_of, newest, stage_file, write_stage
+from pglpipe.cluster.world import World
 from pglpipe.data import Batches, ImageSet, Recipe
+from pglpipe.data.reader import BatchReader
 from pglpipe.errors import ConfigError, DataError
-from pglpipe.reader import BatchReader
-from pglpipe.snapshot import Snapshot
-from pglpipe.transport import World
+from pglpipe.utils.snapshot import Snapshot
 
 pytestmark = pytest.mark.usefixtures("planned_quickly")
 

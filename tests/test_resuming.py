@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 
-from pglpipe.checkpoint import commit, write_stage
-from pglpipe.config import RunConfig
+from pglpipe.app.config import RunConfig
+from pglpipe.app.resume import start
+from pglpipe.checkpoint.disk import commit, write_stage
 from pglpipe.errors import ConfigError
-from pglpipe.resuming import start
-from pglpipe.snapshot import Snapshot
+from pglpipe.utils.snapshot import Snapshot
 
 
 @pytest.mark.parametrize(

@@ -27,12 +27,13 @@ from testing.commands import (
 )
 from testing.worlds import on_every_rank
 
-from pglpipe import Trainer, data, state
-from pglpipe.config import RunConfig
+from pglpipe import Trainer, data
+from pglpipe.app.config import RunConfig
+from pglpipe.app.run import _warn_beyond, evaluate
+from pglpipe.app.run import plan as make_plan
+from pglpipe.app.run_data import load
+from pglpipe.checkpoint import weights as state
 from pglpipe.errors import PglpipeWarning
-from pglpipe.material import load
-from pglpipe.run import _warn_beyond, evaluate
-from pglpipe.run import plan as make_plan
 
 pytestmark = pytest.mark.together
 

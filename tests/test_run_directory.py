@@ -13,10 +13,10 @@ from typing import Any
 import pytest
 
 from pglpipe import EvaluationRecord, StepRecord, Summary
-from pglpipe.config import RunConfig
-from pglpipe.config_file import resolve
+from pglpipe.app.config import RunConfig
+from pglpipe.app.config_file import resolve
+from pglpipe.app.run_directory import RunDirectory, default_path, versions
 from pglpipe.errors import ConfigError
-from pglpipe.run_directory import RunDirectory, default_path, versions
 
 STEP = StepRecord(
     step=3,

@@ -22,9 +22,9 @@ from testing.pairs import Row, pairwise
 from testing.worlds import Trained, assert_same, image_batches, small_resnet, train
 
 from pglpipe import NEVER, Checkpoints, Guidance
-from pglpipe.checkpoint import folder_of
-from pglpipe.device import PRECISIONS
-from pglpipe.wire import WIRE_FORMATS
+from pglpipe.checkpoint.disk import folder_of
+from pglpipe.messages.codec import WIRE_FORMATS
+from pglpipe.utils.device import PRECISIONS
 
 pytestmark = [pytest.mark.together, pytest.mark.usefixtures("planned_quickly")]
 

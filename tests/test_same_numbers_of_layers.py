@@ -20,12 +20,12 @@ from testing.worlds import (
 from torch import Tensor, nn
 
 from pglpipe import ALWAYS, NEVER, Guidance
+from pglpipe.cluster.world import World
 from pglpipe.data.batches import Batches
 from pglpipe.data.image_set import ImageSet, Recipe
-from pglpipe.device import PRECISIONS
-from pglpipe.layer import Layer
-from pglpipe.transport import World
-from pglpipe.wire import WIRE_FORMATS
+from pglpipe.messages.codec import WIRE_FORMATS
+from pglpipe.models.layer import Layer
+from pglpipe.utils.device import PRECISIONS
 
 pytestmark = [
     pytest.mark.together,

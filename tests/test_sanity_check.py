@@ -25,8 +25,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pglpipe import ALWAYS, NEVER, Guidance
+from pglpipe.cluster.world import World
 from pglpipe.errors import ConfigError, PglpipeWarning, UserError, WorkerError
-from pglpipe.transport import World
 
 pytestmark = pytest.mark.usefixtures("planned_quickly")
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from pglpipe.saved_bytes import CountedTensor, SavedBytes
+from pglpipe.utils.saved_bytes import CountedTensor, SavedBytes
 
 
 def test_each_storage_counts_once_however_often_it_is_saved() -> None:

@@ -10,12 +10,13 @@ from typing import Any
 import pytest
 import torch
 
-from pglpipe import checkpoint, saving
-from pglpipe.checkpoint import MANIFEST, examine, folder_of, newest, write_stage
+from pglpipe.checkpoint import disk as checkpoint
+from pglpipe.checkpoint import writer as saving
+from pglpipe.checkpoint.disk import MANIFEST, examine, folder_of, newest, write_stage
+from pglpipe.checkpoint.writer import CheckpointCoordinator, Checkpoints, Writer, chosen
 from pglpipe.errors import ConfigError, DataError
-from pglpipe.reports import SavedReport
-from pglpipe.saving import CheckpointCoordinator, Checkpoints, Writer, chosen
-from pglpipe.snapshot import Snapshot
+from pglpipe.messages.reports import SavedReport
+from pglpipe.utils.snapshot import Snapshot
 
 STAGE = Snapshot({"weight": torch.zeros(3)}, {"taken": 1})
 

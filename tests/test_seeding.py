@@ -10,7 +10,7 @@ import torch
 from testing.worlds import at_once
 from torch import Tensor
 
-from pglpipe.seeding import derive, seeded
+from pglpipe.utils.seeding import derive, seeded
 
 
 def test_other_names_are_another_seed() -> None:

@@ -10,11 +10,11 @@ import torch
 from testing import factories
 from torch import Tensor, nn
 
-from pglpipe.reports import (
+from pglpipe.messages.reports import (
     ExitCount,
 )
-from pglpipe.saved_bytes import SavedBytes
-from pglpipe.stage import Stage
+from pglpipe.stage.stage import Stage
+from pglpipe.utils.saved_bytes import SavedBytes
 
 X, TARGETS = torch.randn(6, 4), torch.tensor([0, 1, 2, 0, 1, 2])
 

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from pglpipe import NEVER, Guidance
 from pglpipe.errors import ConfigError
 from pglpipe.heads import Site, build_head
-from pglpipe.layer import Layer, initialize
-from pglpipe.seeding import derive, seeded
+from pglpipe.models.layer import Layer, initialize
+from pglpipe.utils.seeding import derive, seeded
 
 pytestmark = pytest.mark.usefixtures("planned_quickly")
 

@@ -11,9 +11,9 @@ from safetensors import safe_open
 from testing.worlds import same
 from torch import Tensor, nn
 
-from pglpipe import state
+from pglpipe.checkpoint import weights as state
+from pglpipe.checkpoint.weights import StateLayout, combine, digests, flatten, pieces
 from pglpipe.errors import DataError
-from pglpipe.state import StateLayout, combine, digests, flatten, pieces
 
 
 def body() -> nn.Module:

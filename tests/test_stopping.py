@@ -7,8 +7,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from pglpipe import stopping as module
-from pglpipe.stopping import ENDING, SAVING, not_yet_saving, stopping
+from pglpipe.app import signals as module
+from pglpipe.app.signals import ENDING, SAVING, not_yet_saving, stopping
 
 
 @pytest.fixture(autouse=True)

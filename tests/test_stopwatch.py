@@ -7,14 +7,14 @@ import math
 import pytest
 import torch
 
-from pglpipe import stopwatch
-from pglpipe.reporter import Reporter
-from pglpipe.reports import (
+from pglpipe.engine.reporter import Reporter
+from pglpipe.messages.reports import (
     Report,
     StepReport,
     TrainReport,
 )
-from pglpipe.stopwatch import STEPS_AHEAD, Stalls, Stopwatch, stalling
+from pglpipe.utils import clock as stopwatch
+from pglpipe.utils.clock import STEPS_AHEAD, Stalls, Stopwatch, stalling
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
@@ -118,8 +118,8 @@ def test_what_has_not_passed_is_reported_later_and_in_order(
     gpu: Queue, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     posted: list[Report] = []
-    monkeypatch.setattr("pglpipe.reporter._INTERVAL", -math.inf)
-    monkeypatch.setattr("pglpipe.device.peak_memory_bytes", lambda device: 0)
+    monkeypatch.setattr("pglpipe.engine.reporter._INTERVAL", -math.inf)
+    monkeypatch.setattr("pglpipe.utils.device.peak_memory_bytes", lambda device: 0)
     reporter, timer = Reporter(0, CUDA, posted.append), Stopwatch(CUDA)
     for number in range(4):
         timer.begin(Stalls())

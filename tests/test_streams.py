@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from pglpipe.streams import Lasting, lasting
+from pglpipe.app.streams import Lasting, lasting
 
 pytestmark = pytest.mark.usefixtures("planned_quickly")
 
@@ -32,7 +32,7 @@ def test_a_reader_that_has_left_is_told_of_once(
 def test_what_was_not_written_fails_no_program_at_its_end() -> None:
     """Python flushes what is left when it ends, and would end with status 120."""
     program = """
-from pglpipe.streams import lasting
+from pglpipe.app.streams import lasting
 with lasting():
     print("x" * 100)
 """

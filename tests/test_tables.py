@@ -9,10 +9,11 @@ import pytest
 from rich.console import Console
 from torch import nn
 
-from pglpipe import Summary, tables
-from pglpipe.memory import Memory
-from pglpipe.partition import StageRow
-from pglpipe.plan import Plan
+from pglpipe import Summary
+from pglpipe.observe import tables
+from pglpipe.plan.memory import Memory
+from pglpipe.plan.partition import StageRow
+from pglpipe.plan.placement import Plan
 
 ROWS = [
     StageRow(0, "stem", "block1", 2, 1000, 200, 3_000_000, 4096, (4, 8, 8), 0.0, 0.25),

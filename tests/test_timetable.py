@@ -7,7 +7,15 @@ import itertools
 import pytest
 import torch
 
-from pglpipe.timetable import TIMETABLES, Action, Row, Timetable, clock, draw, parts_of
+from pglpipe.schedules.timetable import (
+    TIMETABLES,
+    Action,
+    Row,
+    Timetable,
+    clock,
+    draw,
+    parts_of,
+)
 
 SHAPES = [(workers, parts) for workers in range(1, 7) for parts in range(1, 9)]
 

@@ -28,11 +28,12 @@ from testing.worlds import (
 from torch import Tensor, nn
 
 import pglpipe
-from pglpipe import Guidance, Trainer, UserError, state
+from pglpipe import Guidance, Trainer, UserError
+from pglpipe.checkpoint import weights as state
+from pglpipe.cluster.world import World
 from pglpipe.errors import DataError, PglpipeWarning
 from pglpipe.heads import Site, build_head
-from pglpipe.layer import assemble
-from pglpipe.transport import World
+from pglpipe.models.layer import assemble
 
 pytestmark = pytest.mark.usefixtures("planned_quickly")
 

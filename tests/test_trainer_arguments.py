@@ -17,8 +17,8 @@ from torch import nn
 from torch.optim import LBFGS, SGD
 
 from pglpipe import Guidance, Trainer, UserError
+from pglpipe.cluster.world import World
 from pglpipe.errors import DataError
-from pglpipe.transport import World
 
 BATCHES = image_batches(4, 4)
 

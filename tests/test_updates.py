@@ -13,8 +13,7 @@ from testing import factories
 from torch import Tensor, nn
 
 from pglpipe.errors import ConfigError, DataError
-from pglpipe.guided import Guided
-from pglpipe.updates import Updates
+from pglpipe.stage.updates import Updates
 
 LINE = "LLGGLGLLL"  # local and guided steps
 
@@ -26,10 +25,10 @@ def momentum(parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
 learning = partial(factories.learning, optimizer=momentum)
 
 
-def moves(guided: Guided, line: str = LINE, **changes: Any) -> list[float]:
+def moves(line: str = LINE, **changes: Any) -> list[float]:
     """By how much a weight with gradient 1 falls in each step."""
     weight = nn.Parameter(torch.zeros(()))
-    updates, found = Updates([weight], learning(guided=guided, **changes)), []
+    updates, found = Updates([weight], learning(**changes)), []
     for step, kind in enumerate(line):
         before = weight.detach().clone()
         weight.grad = torch.ones(())
@@ -55,14 +54,14 @@ def speeds(run: int) -> float:
 def test_momentum_is_shared_separate_or_forgotten_at_every_switch(
     optimizer: str, before: list[int]
 ) -> None:
-    found = moves(Guided(optimizer=optimizer))
+    found = moves(guided_optimizer=optimizer)
     assert found == pytest.approx([speeds(run) for run in before])
 
 
 @pytest.mark.parametrize("optimizer", ["shared", "separate", "reset"])
 def test_a_run_of_one_kind_is_that_of_a_plain_optimizer(optimizer: str) -> None:
     for line in ("LLLL", "GGGG"):
-        found = moves(Guided(optimizer=optimizer), line)
+        found = moves(line, guided_optimizer=optimizer)
         assert found == pytest.approx([speeds(run) for run in range(4)])
 
 
@@ -72,7 +71,8 @@ def test_the_scale_of_the_learning_rate_is_for_guided_steps_alone() -> None:
 
     for optimizer in ("shared", "separate", "reset"):
         found = moves(
-            Guided(lr_scale=0.25, optimizer=optimizer),
+            guided_lr_scale=0.25,
+            guided_optimizer=optimizer,
             optimizer=plain,
             learning_rate=lambda step, total_steps: 1 + step / total_steps,
         )
@@ -93,8 +93,8 @@ def test_groups_keep_the_proportion_of_their_learning_rates() -> None:
         return made
 
     weights = [nn.Parameter(torch.zeros(())) for _ in range(2)]
-    guided = Guided(lr_scale=0.5, optimizer="separate")
-    updates = Updates(weights, learning(optimizer=two_groups, guided=guided))
+    guided = dict(guided_lr_scale=0.5, guided_optimizer="separate")
+    updates = Updates(weights, learning(optimizer=two_groups, **guided))
     for step in range(4):
         updates.apply(step, 4, guided=step % 2 == 1)
     assert [group["lr"] for group in groups] == pytest.approx([1.0, 0.1, 0.5, 0.05])

@@ -12,9 +12,9 @@ from testing import factories
 from torch import Tensor, nn
 
 from pglpipe.errors import NonFinite
-from pglpipe.reports import StepReport
-from pglpipe.stage import Stage
-from pglpipe.watch import NORMS, SKIPPED, FiniteCheck, judge
+from pglpipe.messages.reports import StepReport
+from pglpipe.stage.finite import NORMS, SKIPPED, FiniteCheck, judge
+from pglpipe.stage.stage import Stage
 
 X, TARGETS = torch.randn(6, 4), torch.tensor([0, 1, 2, 0, 1, 2])
 CPU = torch.device("cpu")

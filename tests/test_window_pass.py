@@ -12,9 +12,9 @@ from testing.worlds import image_batches, train
 from torch import Tensor, nn
 
 from pglpipe import Guidance
-from pglpipe.crossing import GuidedBackward
-from pglpipe.layer import Layer
-from pglpipe.windows import losses_passing
+from pglpipe.models.layer import Layer
+from pglpipe.schedules.windows import losses_passing
+from pglpipe.stage.backward import GuidedBackward
 
 pytestmark = pytest.mark.usefixtures("planned_quickly")
 

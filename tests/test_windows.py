@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 
-from pglpipe.windows import farthest_loss, losses_passing
+from pglpipe.schedules.windows import farthest_loss, losses_passing
 
 CASES = [
     (num_stages, window)

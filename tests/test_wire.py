@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from pglpipe.wire import WIRE_FORMATS, Wire
+from pglpipe.messages.codec import WIRE_FORMATS, Wire
 
 
 def activations() -> Tensor:

@@ -15,14 +15,14 @@ from testing.worlds import at_once
 from torch.utils.data import DataLoader
 
 import pglpipe
-from pglpipe import checks
-from pglpipe.config import RunConfig, option_fields, sections
+from pglpipe.app.config import RunConfig, option_fields, sections
 from pglpipe.data import load
 from pglpipe.errors import ONLY_IN_PYTHON, ConfigError, command_line_style, setting
-from pglpipe.guidance import Guidance
 from pglpipe.losses import build_loss
 from pglpipe.models import build
-from pglpipe.trainer_arguments import FIT, LOAD, TRAINER
+from pglpipe.plan import checks
+from pglpipe.schedules.guidance import Guidance
+from pglpipe.trainer import FIT, LOAD, TRAINER
 
 ROOT = Path(pglpipe.__file__).parent
 OPTIONS = {name for _, name, _ in option_fields()}

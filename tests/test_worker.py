@@ -11,7 +11,10 @@ from testing import factories
 from testing.edges import Memory
 from torch import Tensor, nn
 
-from pglpipe.commands import (
+from pglpipe.checkpoint.weights import StateLayout, flatten
+from pglpipe.engine.worker import Worker
+from pglpipe.errors import ProtocolError
+from pglpipe.messages.commands import (
     Clip,
     Collect,
     EndEvaluation,
@@ -22,17 +25,14 @@ from pglpipe.commands import (
     TrainStep,
     WeightChunk,
 )
-from pglpipe.errors import ProtocolError
-from pglpipe.reports import (
+from pglpipe.messages.reports import (
     EvaluationReport,
     FinalReport,
     Report,
     TrainReport,
 )
-from pglpipe.stage import Stage
-from pglpipe.state import StateLayout, flatten
+from pglpipe.stage.stage import Stage
 from pglpipe.transport import Links
-from pglpipe.worker import Worker
 
 BATCH = (torch.randn(4, 3), torch.tensor([0, 1, 0, 1]))
 
@@ -99,7 +99,7 @@ def test_the_seconds_of_steps_add_up_to_the_wall_clock(
     """Every look at this clock takes a second, so nothing can be left out unseen."""
     seconds = itertools.count()
     clock = SimpleNamespace(perf_counter=lambda: float(next(seconds)))
-    monkeypatch.setattr("pglpipe.worker.time", clock)
+    monkeypatch.setattr("pglpipe.engine.worker.time", clock)
     steps = [Message(TrainStep("local", step, 0, 4), BATCH) for step in range(5)]
     _, posted, _ = run(*steps, Message(Stop()))
     told = [

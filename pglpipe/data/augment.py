@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from pglpipe.seeding import derive
+from pglpipe.utils.seeding import derive
 
 Bytes = NDArray[np.uint8]
 Indices = NDArray[np.int64]

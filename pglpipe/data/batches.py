@@ -20,7 +20,7 @@ from torch import Tensor
 from pglpipe.data.augment import Views, crop_and_flip, draw
 from pglpipe.data.image_set import ImageSet, Recipe, permutation
 from pglpipe.errors import DataError, setting
-from pglpipe.seeding import derive
+from pglpipe.utils.seeding import derive
 
 
 class Batches:

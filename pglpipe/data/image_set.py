@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from pglpipe.errors import DataError, setting
-from pglpipe.seeding import derive
+from pglpipe.utils.seeding import derive
 
 
 @dataclass(frozen=True, eq=False)

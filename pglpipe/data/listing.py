@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pglpipe.errors import DataError
-from pglpipe.shim import import_torchvision
+from pglpipe.utils.torchvision import import_torchvision
 
 
 @dataclass(frozen=True)

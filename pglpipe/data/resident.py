@@ -22,7 +22,7 @@ from torch import Tensor
 
 from pglpipe.data.batches import Batches
 from pglpipe.data.image_set import Dataset, ImageSet, Recipe
-from pglpipe.device import spare_memory_bytes, upload
+from pglpipe.utils.device import spare_memory_bytes, upload
 
 LARGEST_SHARE = 0.25  # of the memory that is free before training begins
 

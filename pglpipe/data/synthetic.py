@@ -39,7 +39,7 @@ from numpy.random import Generator
 from numpy.typing import NDArray
 
 from pglpipe.data.image_set import ImageSet, Recipe
-from pglpipe.seeding import derive
+from pglpipe.utils.seeding import derive
 
 TRAIN_SAMPLES = 12_000
 TEST_SAMPLES = 2_000

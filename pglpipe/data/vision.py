@@ -27,7 +27,7 @@ import torch
 
 from pglpipe.data.image_set import ImageSet, Recipe
 from pglpipe.errors import DataError, setting
-from pglpipe.shim import import_torchvision
+from pglpipe.utils.torchvision import import_torchvision
 
 _BY_FLAG: tuple[dict[str, Any], dict[str, Any]] = ({"train": True}, {"train": False})
 _BY_NAME: tuple[dict[str, Any], dict[str, Any]] = (

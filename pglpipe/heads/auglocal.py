@@ -25,8 +25,8 @@ from torch import nn
 from pglpipe.errors import ConfigError
 from pglpipe.heads.parts import average_pixel
 from pglpipe.heads.site import Site
-from pglpipe.layer import Layer
-from pglpipe.modules import prepared
+from pglpipe.models.layer import Layer
+from pglpipe.utils.modules import prepared
 
 PYRAMID = 0.5  # how much less deep the last stage's head is: the paper's tau
 BLOCK_ARGUMENTS = ("inputs", "outputs", "stride")

@@ -28,9 +28,9 @@ from pglpipe.errors import ConfigError, setting
 from pglpipe.heads.conv import STRIDED_ABOVE, conv_head
 from pglpipe.heads.parts import convolution
 from pglpipe.heads.site import Site
-from pglpipe.in_place import changes_samples
-from pglpipe.layer import Layer
-from pglpipe.modules import Fronted
+from pglpipe.models.layer import Layer
+from pglpipe.utils.in_place import changes_samples
+from pglpipe.utils.modules import Fronted
 
 Shape = tuple[int, ...]  # of one sample
 

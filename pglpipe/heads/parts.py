@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from pglpipe.modules import pointwise, prepared
+from pglpipe.utils.modules import pointwise, prepared
 
 
 def convolution(

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from pglpipe.layer import Layer, initialize
+from pglpipe.models.layer import Layer, initialize
 
 
 @dataclass(frozen=True)

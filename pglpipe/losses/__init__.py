@@ -14,7 +14,7 @@ name                  what is minimized                                    exit
 Nøkland & Eidnes' ``pred`` is ``ce`` with the head ``pred``, their ``predsim`` is ``predsim`` with it.
 
 A new loss is a class derived from :class:`LocalLoss` and an entry in :data:`LOSSES`. Its hyper-parameters are a
-:class:`~pglpipe.options.Section` in that entry, from which they become options.
+:class:`~pglpipe.utils.options.Section` in that entry, from which they become options.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from pglpipe.losses.lambdas import (
     published_lambdas,
 )
 from pglpipe.losses.predsim import PredSim, Similarity
-from pglpipe.options import Section
+from pglpipe.utils.options import Section
 
 __all__ = [
     "Beside",

@@ -7,7 +7,7 @@
        └▶ branch ─▶ its output ────────┘
        the module that auxiliary() makes
 
-A head with a front of its own (:class:`~pglpipe.modules.Fronted`) hands the branch what that puts out.
+A head with a front of its own (:class:`~pglpipe.utils.modules.Fronted`) hands the branch what that puts out.
 
 Letters: B samples, C channels, H and W the sides of an image or a map, F features, N classes.
 """
@@ -24,10 +24,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pglpipe.in_place import changes_samples
 from pglpipe.losses.parts import shares
-from pglpipe.modules import Fronted
-from pglpipe.options import Section
+from pglpipe.utils.in_place import changes_samples
+from pglpipe.utils.modules import Fronted
+from pglpipe.utils.options import Section
 
 Shape = tuple[int, ...]  # of one sample
 

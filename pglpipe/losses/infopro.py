@@ -34,7 +34,7 @@ from pglpipe.losses.base import (
     widened,
 )
 from pglpipe.losses.lambdas import Lambdas
-from pglpipe.modules import prepared
+from pglpipe.utils.modules import prepared
 
 WIDTH = 12  # channels between the decoder's convolutions
 

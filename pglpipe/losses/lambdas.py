@@ -13,9 +13,9 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from pglpipe.arguments import text
 from pglpipe.errors import ConfigError, setting, shown
-from pglpipe.options import Section, option
+from pglpipe.utils.arguments import text
+from pglpipe.utils.options import Section, option
 
 # Of reconstruction (ixx) and task (ixy), in the first stage (1) and the last with a head (2).
 Lambdas = tuple[float, float, float, float]  # ixx_1, ixy_1, ixx_2, ixy_2

@@ -32,7 +32,7 @@ from pglpipe.losses.base import (
     full_precision,
     widened,
 )
-from pglpipe.modules import prepared
+from pglpipe.utils.modules import prepared
 
 BETA = 0.99
 FEW_CHANNELS = 3  # at most so many channels are compared pixel by pixel

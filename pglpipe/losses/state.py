@@ -20,9 +20,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from torch import Tensor, nn
 
-from pglpipe.buffers import OF_ANY_MODULE
 from pglpipe.errors import ConfigError, warn
-from pglpipe.seeding import GENERATORS, state_of
+from pglpipe.utils.buffers import OF_ANY_MODULE
+from pglpipe.utils.seeding import GENERATORS, state_of
 
 _DEPTH = 5  # of objects within objects
 _MOST = 10_000  # values that are looked at

@@ -10,10 +10,10 @@ from collections.abc import Callable
 from functools import partial
 
 from pglpipe.errors import ConfigError, nearest
-from pglpipe.layer import Layer
 from pglpipe.models.chain import Built, as_layers
 from pglpipe.models.imported import call_imported
 from pglpipe.models.large import resnet50, vit_s_16
+from pglpipe.models.layer import Layer
 from pglpipe.models.mlp import mlp
 from pglpipe.models.resnet import resnet
 from pglpipe.models.vgg import vgg11

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from pglpipe.errors import ConfigError, PartitionError
-from pglpipe.layer import Layer
+from pglpipe.models.layer import Layer
 
 ACCEPTED = (
     "an nn.Sequential, or a list of modules, of zero-argument builders or of Layer"

@@ -6,7 +6,7 @@ from collections import OrderedDict
 
 from torch import nn
 
-from pglpipe.modules import prepared
+from pglpipe.utils.modules import prepared
 
 __all__ = ["classifier", "prepared"]
 

@@ -23,10 +23,10 @@ import torch
 from torch import Tensor, nn
 
 from pglpipe.errors import ConfigError, setting
-from pglpipe.layer import Layer
 from pglpipe.models.image_parts import classifier, prepared
-from pglpipe.modules import pointwise
-from pglpipe.shim import import_torchvision
+from pglpipe.models.layer import Layer
+from pglpipe.utils.modules import pointwise
+from pglpipe.utils.torchvision import import_torchvision
 
 BLOCKS = (3, 4, 6, 3)
 EXPANSION = 4  # channels that leave a bottleneck for each inside

@@ -8,7 +8,7 @@ from functools import partial
 
 from torch import nn
 
-from pglpipe.layer import Layer
+from pglpipe.models.layer import Layer
 
 HIDDEN_LAYERS = 4
 

@@ -24,9 +24,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pglpipe.errors import ConfigError, setting
-from pglpipe.layer import Layer
 from pglpipe.models.image_parts import classifier, prepared
-from pglpipe.modules import pointwise
+from pglpipe.models.layer import Layer
+from pglpipe.utils.modules import pointwise
 
 SMALLEST_IMAGE = 8  # pixels: what the third stage sees is then 2 x 2
 

@@ -20,8 +20,8 @@ from functools import partial
 
 from torch import nn
 
-from pglpipe.layer import Layer
 from pglpipe.models.image_parts import classifier, prepared
+from pglpipe.models.layer import Layer
 
 # (channels in units of the base width, is a pool next)
 _PLAN = (

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from pglpipe.errors import ConfigError, nearest, setting, shown
-from pglpipe.stage import Stage
+from pglpipe.stage.stage import Stage
 from pglpipe.steps.base import Step, StepSettings
 from pglpipe.steps.global_ import GlobalStep
 from pglpipe.steps.local import LocalStep

@@ -16,16 +16,16 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from pglpipe.commands import Command, Message, TrainStep
 from pglpipe.errors import ProtocolError
-from pglpipe.guidance import Guidance
-from pglpipe.guided import Gradients
-from pglpipe.snapshot import Snapshot
-from pglpipe.stage import Stage
-from pglpipe.stopwatch import Figures
-from pglpipe.timetable import Row, Timetable
+from pglpipe.messages.codec import Wire
+from pglpipe.messages.commands import Command, Message, TrainStep
+from pglpipe.schedules.gradients import Gradients
+from pglpipe.schedules.guidance import Guidance
+from pglpipe.schedules.timetable import Row, Timetable
+from pglpipe.stage.stage import Stage
 from pglpipe.transport import Links
-from pglpipe.wire import Wire
+from pglpipe.utils.clock import Figures
+from pglpipe.utils.snapshot import Snapshot
 
 
 @dataclass(frozen=True)

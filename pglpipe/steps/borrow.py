@@ -22,11 +22,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from pglpipe.commands import BorrowedWeights, Message
 from pglpipe.heads import borrowed
-from pglpipe.snapshot import Snapshot, by_number, numbered
-from pglpipe.stage import Stage
+from pglpipe.messages.commands import BorrowedWeights, Message
+from pglpipe.stage.stage import Stage
 from pglpipe.transport import Inbox, Links
+from pglpipe.utils.snapshot import Snapshot, by_number, numbered
 
 Named = dict[int, list[Tensor]]  # a layer's parameters by its position in the network
 

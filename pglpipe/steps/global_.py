@@ -20,7 +20,7 @@ from math import isfinite, nan
 import torch
 from torch import Tensor
 
-from pglpipe.commands import Clip, Message, Microbatch
+from pglpipe.messages.commands import Clip, Message, Microbatch
 from pglpipe.steps.base import only
 from pglpipe.steps.microbatched import MicrobatchedStep
 

@@ -13,12 +13,12 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from pglpipe.commands import TrainStep
-from pglpipe.stage import Stage
+from pglpipe.messages.commands import TrainStep
+from pglpipe.stage.stage import Stage
 from pglpipe.steps.base import Step
 from pglpipe.steps.sweep import Sweep, Visit
-from pglpipe.stopwatch import Figures
 from pglpipe.transport import Links
+from pglpipe.utils.clock import Figures
 
 
 class LocalStep(Step):

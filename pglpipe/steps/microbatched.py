@@ -23,13 +23,13 @@ from itertools import zip_longest
 import torch
 from torch import Tensor
 
-from pglpipe.commands import Message, Microbatch, TrainStep
-from pglpipe.stage import Stage
+from pglpipe.messages.commands import Message, Microbatch, TrainStep
+from pglpipe.schedules.timetable import Action
+from pglpipe.stage.stage import Stage
 from pglpipe.steps.base import Step, StepSettings, only
 from pglpipe.steps.sweep import Sweep
-from pglpipe.stopwatch import Figures
-from pglpipe.timetable import Action
 from pglpipe.transport import Links
+from pglpipe.utils.clock import Figures
 
 
 class MicrobatchedStep(Step):

@@ -24,16 +24,16 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from pglpipe.commands import Message, TrainStep
 from pglpipe.errors import ConfigError, setting
-from pglpipe.saved_bytes import SavedBytes
-from pglpipe.stage import Stage
+from pglpipe.messages.codec import Wire
+from pglpipe.messages.commands import Message, TrainStep
+from pglpipe.stage.stage import Stage
 from pglpipe.steps.base import StepSettings
 from pglpipe.steps.lanes import CudaLanes, Lanes
 from pglpipe.steps.local import LocalStep
-from pglpipe.stopwatch import Figures
 from pglpipe.transport import Links
-from pglpipe.wire import Wire
+from pglpipe.utils.clock import Figures
+from pglpipe.utils.saved_bytes import SavedBytes
 
 DEVICES = ("cuda",)  # where there are lanes
 WARMUP_STEPS = 3  # not recorded: libraries choose and allocate in the first ones

@@ -33,17 +33,17 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from pglpipe.commands import Message, Microbatch, TrainStep
 from pglpipe.errors import ConfigError, setting
-from pglpipe.guidance import Guidance
-from pglpipe.saved_bytes import CountedTensor
-from pglpipe.snapshot import Snapshot, by_number, numbered
-from pglpipe.stage import Stage
+from pglpipe.messages.commands import Message, Microbatch, TrainStep
+from pglpipe.schedules.guidance import Guidance
+from pglpipe.schedules.windows import farthest_loss, losses_passing
+from pglpipe.stage.stage import Stage
 from pglpipe.steps.base import Step, StepSettings, only
 from pglpipe.steps.sweep import Sweep, Visit
-from pglpipe.stopwatch import Figures
 from pglpipe.transport import Links
-from pglpipe.windows import farthest_loss, losses_passing
+from pglpipe.utils.clock import Figures
+from pglpipe.utils.saved_bytes import CountedTensor
+from pglpipe.utils.snapshot import Snapshot, by_number, numbered
 
 # A loss by the stage that has it, and the step of its batch.
 Source = tuple[int, int]

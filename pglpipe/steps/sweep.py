@@ -11,10 +11,10 @@ from collections.abc import Iterator, Sequence
 
 from torch import Tensor
 
-from pglpipe.commands import Command, Message
-from pglpipe.stage import Stage
+from pglpipe.messages.codec import Packet, Wire
+from pglpipe.messages.commands import Command, Message
+from pglpipe.stage.stage import Stage
 from pglpipe.transport import Outbox
-from pglpipe.wire import Packet, Wire
 
 
 class Visit:

@@ -4,7 +4,7 @@
 
     gradients_in ─▶ [loss 3 | loss 4] ─▶ B ─▶ [loss 2 | loss 3] ─▶ gradients_out
 
-Each stage learns from the farthest loss that reaches it (:mod:`pglpipe.windows`), and is clipped alone,
+Each stage learns from the farthest loss that reaches it (:mod:`pglpipe.schedules.windows`), and is clipped alone,
 as in local steps, whose losses these are. Between two stages the gradients are one tensor, the batch
 dimension of one behind that of the other, so that one message has room for any number. They are on one
 worker, too: how they lie in memory must not depend on where the stages live.
@@ -19,11 +19,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from pglpipe.commands import Microbatch
-from pglpipe.guidance import Guidance
+from pglpipe.messages.commands import Microbatch
+from pglpipe.schedules.guidance import Guidance
+from pglpipe.schedules.windows import farthest_loss, losses_passing
 from pglpipe.steps.base import only
 from pglpipe.steps.microbatched import MicrobatchedStep
-from pglpipe.windows import farthest_loss, losses_passing
 
 
 class WindowStep(MicrobatchedStep):

@@ -20,8 +20,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from pglpipe.commands import Message
-from pglpipe.stopwatch import Stalls
+from pglpipe.messages.commands import Message
+from pglpipe.utils.clock import Stalls
 
 
 class Inbox(Protocol):

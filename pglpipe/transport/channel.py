@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup, Work
 
+from pglpipe.cluster.activity import Recent
+from pglpipe.cluster.timeouts import TimeoutPolicy, Wait, in_seconds
 from pglpipe.errors import EdgeTimeout, PeerLost, ProtocolError, WorkerError
-from pglpipe.recent import Recent
 from pglpipe.transport import packing
-from pglpipe.transport.patience import TimeoutPolicy, Wait, in_seconds
 
 HEADER, PAYLOAD, NOTHING = 0, 1, 2  # tags
 CHECK_SECONDS = 0.25

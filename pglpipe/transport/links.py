@@ -23,20 +23,20 @@ from torch.distributed import (
     rpc,
 )
 
-from pglpipe.arguments import choice, number, whole
+from pglpipe.cluster.mailbox import Mailbox
+from pglpipe.cluster.process import here
+from pglpipe.cluster.world import World
 from pglpipe.errors import ConfigError, EdgeTimeout, WorkerError, setting
-from pglpipe.options import Section, option
-from pglpipe.stopwatch import Stalls
+from pglpipe.messages.codec import WIRE_FORMATS
 from pglpipe.transport.base import Inbox, Links, NullOutbox, ReceivingEnd, SendingEnd
 from pglpipe.transport.channel import Channel
-from pglpipe.transport.mailbox import Mailbox
 from pglpipe.transport.p2p import Receiver, Sender
-from pglpipe.transport.passport import here
-from pglpipe.transport.world import World
-from pglpipe.wire import WIRE_FORMATS
+from pglpipe.utils.arguments import choice, number, whole
+from pglpipe.utils.clock import Stalls
+from pglpipe.utils.options import Section, option
 
 if TYPE_CHECKING:
-    from pglpipe.transport.rpc_opener import RpcOpener
+    from pglpipe.transport.rpc.opener import RpcOpener
 
 TRANSPORTS = ("auto", "p2p", "rpc")
 
@@ -204,7 +204,7 @@ class OpenEdges:
                 f"expected a PyTorch with torch.distributed.rpc for {setting('transport', 'rpc')}, got one built "
                 f"without it; use {setting('transport', 'p2p')}"
             )
-        from pglpipe.transport.rpc_opener import RpcOpener
+        from pglpipe.transport.rpc.opener import RpcOpener
 
         return RpcOpener(
             self._world, self._plan, self._device, self._stalls, self._on_failure

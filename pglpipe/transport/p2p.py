@@ -33,9 +33,8 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup, Work
 
-from pglpipe.commands import Message
 from pglpipe.errors import PeerLost, WorkerError
-from pglpipe.stopwatch import Stalls, stalling
+from pglpipe.messages.commands import Message
 from pglpipe.transport import packing
 from pglpipe.transport.channel import (
     CHECK_SECONDS,
@@ -50,6 +49,7 @@ from pglpipe.transport.channel import (
     greet,
     own_stream,
 )
+from pglpipe.utils.clock import Stalls, stalling
 
 _ABANDON_SECONDS = 5.0
 

@@ -19,8 +19,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pglpipe.commands import COMMANDS, Command, Message
 from pglpipe.errors import ProtocolError
+from pglpipe.messages.commands import COMMANDS, Command, Message
 
 MAGIC = 0x70676C70697065  # "pglpipe"
 VERSION = 4

@@ -15,9 +15,9 @@ import numpy as np
 import pytest
 import torch
 
-from pglpipe import shim
 from pglpipe.data import load, vision
 from pglpipe.errors import DataError
+from pglpipe.utils import torchvision as shim
 
 RNG = np.random.default_rng(0)
 EACH = 4
@@ -202,7 +202,7 @@ def test_an_import_error_of_another_kind_is_passed_on(monkeypatch):
 SHIMMED = """
 import importlib, sys
 import torch
-from pglpipe import shim
+from pglpipe.utils import torchvision as shim
 real, calls = importlib.import_module, []
 def fake(name):
     calls.append(name)

@@ -11,8 +11,8 @@ from torch import nn
 from pglpipe.errors import ConfigError
 from pglpipe.heads import Site, build_head
 from pglpipe.heads.auglocal import chosen, depth_at
-from pglpipe.layer import Layer, initialize
 from pglpipe.models import build
+from pglpipe.models.layer import Layer, initialize
 from pglpipe.models.resnet import BasicBlock
 
 SIZES = {16: 32, 32: 16, 64: 8}  # pixels of a side, by channels of the ResNets

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from pglpipe.errors import ConfigError
 from pglpipe.heads import Borrowed, Site, borrowed, build_head
-from pglpipe.layer import Layer, initialize
-from pglpipe.partition import activations
+from pglpipe.models.layer import Layer, initialize
+from pglpipe.plan.partition import activations
 
 LAYERS = small_resnet("resnet20")  # stem, 9 blocks of 4, 8 and 16 channels, classifier
 SHAPES = [

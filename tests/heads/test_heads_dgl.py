@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from pglpipe.heads import Site, build_head
-from pglpipe.layer import Layer
-from pglpipe.partition import analyse
+from pglpipe.models.layer import Layer
+from pglpipe.plan.partition import analyse
 
 # Channels of the convolutions of the published study, and whether a 2x2 pool precedes them.
 STUDY = [(128, False), (256, True), (256, False), (512, True), (512, False)]

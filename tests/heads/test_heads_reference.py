@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pglpipe.heads import DEEP, HEADS, Site, build_head
-from pglpipe.layer import Layer
 from pglpipe.models import build
-from pglpipe.partition import activations
+from pglpipe.models.layer import Layer
+from pglpipe.plan.partition import activations
 
 # The stem and three blocks each of 4, 8 and 16 channels, on maps of 16, 8 and 4 pixels; classifier.
 LAYERS = build("resnet20", image_shape=(3, 16, 16), num_classes=10, width=4)

@@ -13,7 +13,7 @@ from pglpipe.errors import ConfigError
 from pglpipe.losses import InfoPro, LocalLoss, build_loss
 from pglpipe.losses.infopro import Decoder
 from pglpipe.models import build
-from pglpipe.partition import analyse, published_balance, slices
+from pglpipe.plan.partition import analyse, published_balance, slices
 
 LAMBDAS = (5.0, 0.25, 0.5, 2.0)
 TYPED = ",".join(map(str, LAMBDAS))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from pglpipe.errors import ConfigError, PartitionError
-from pglpipe.memory import Memory, as_bytes, as_text, fit
+from pglpipe.plan.memory import Memory, as_bytes, as_text, fit
 
 BOTH = ("local", "global")
 

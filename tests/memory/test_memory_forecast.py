@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from pglpipe import ALWAYS, NEVER, Guidance
 from pglpipe.errors import ConfigError, PartitionError, PglpipeWarning
-from pglpipe.layer import Layer
-from pglpipe.memory import as_bytes
 from pglpipe.models import build
+from pglpipe.models.layer import Layer
+from pglpipe.plan.memory import as_bytes
 
 BATCHES = image_batches(13, 13)
 

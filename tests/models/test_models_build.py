@@ -9,12 +9,12 @@ import pytest
 from torch import nn
 
 from pglpipe.errors import ConfigError, PartitionError
-from pglpipe.layer import Layer
 from pglpipe.models import build
+from pglpipe.models.layer import Layer
 
 USER_FILE = """
 from torch import nn
-from pglpipe.layer import Layer
+from pglpipe.models.layer import Layer
 
 LIMIT = 3
 

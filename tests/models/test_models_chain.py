@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from pglpipe.errors import ConfigError, PartitionError
-from pglpipe.layer import Layer, assemble
 from pglpipe.models import as_layers
+from pglpipe.models.layer import Layer, assemble
 
 
 def test_a_sequential_becomes_the_same_network_with_the_same_parameter_names() -> None:

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 import pglpipe
 from pglpipe.errors import ConfigError
-from pglpipe.layer import assemble
 from pglpipe.models import build
-from pglpipe.shim import import_torchvision
+from pglpipe.models.layer import assemble
+from pglpipe.utils.torchvision import import_torchvision
 
 CLASSES = 5
 

@@ -10,8 +10,8 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from pglpipe.errors import ConfigError
-from pglpipe.layer import Layer, assemble
 from pglpipe.models import MODELS, build, resnet, vgg11
+from pglpipe.models.layer import Layer, assemble
 from pglpipe.models.resnet import BasicBlock
 
 CIFAR = (3, 32, 32)

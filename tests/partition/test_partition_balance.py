@@ -9,7 +9,7 @@ from itertools import combinations, pairwise
 import pytest
 
 from pglpipe.errors import PartitionError
-from pglpipe.partition import balance_by_cost, group
+from pglpipe.plan.partition import balance_by_cost, group
 
 
 def every_balance(num_layers: int, num_stages: int) -> Iterator[list[int]]:

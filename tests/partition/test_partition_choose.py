@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from pglpipe.errors import ConfigError, PartitionError
-from pglpipe.partition import MEASURES, LayerCost, choose_balance
+from pglpipe.plan.partition import MEASURES, LayerCost, choose_balance
 
 
 def cost(

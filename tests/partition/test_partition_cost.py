@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from pglpipe.errors import PartitionError
-from pglpipe.layer import Layer
 from pglpipe.models import as_layers, build
-from pglpipe.partition import activations, analyse
+from pglpipe.models.layer import Layer
+from pglpipe.plan.partition import activations, analyse
 
 
 def linear_head(shape: tuple[int, ...], position: int) -> nn.Module:

@@ -11,7 +11,7 @@ from torch import nn
 from pglpipe.errors import PartitionError
 from pglpipe.heads import Site, build_head
 from pglpipe.models import build
-from pglpipe.partition import Costs, analyse, published_balance, slices
+from pglpipe.plan.partition import Costs, analyse, published_balance, slices
 
 BLOCKS = {
     ("resnet32", 2): [7, 8],

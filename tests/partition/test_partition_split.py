@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 from pglpipe.errors import PartitionError
-from pglpipe.layer import Layer
 from pglpipe.models import as_layers
-from pglpipe.partition import (
+from pglpipe.models.layer import Layer
+from pglpipe.plan.partition import (
     LayerCost,
     check_cut,
     check_heads,

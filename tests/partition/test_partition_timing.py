@@ -12,9 +12,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from pglpipe.layer import Layer
 from pglpipe.models import as_layers, build
-from pglpipe.partition import analyse, measure
+from pglpipe.models.layer import Layer
+from pglpipe.plan.partition import analyse, measure
 
 
 def head(shape: tuple[int, ...], position: int) -> nn.Module:

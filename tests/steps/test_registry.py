@@ -10,7 +10,7 @@ from steps.twice import TwiceStep
 from testing.worlds import Trained, image_batches, small_resnet, train
 
 from pglpipe import NEVER, Checkpoints, Guidance
-from pglpipe.checkpoint import folder_of
+from pglpipe.checkpoint.disk import folder_of
 from pglpipe.steps import STEPS
 
 BATCHES = image_batches(8, 8, 5)

@@ -6,7 +6,7 @@ import queue
 from collections import deque
 from typing import Any
 
-from pglpipe.commands import Command, Message
+from pglpipe.messages.commands import Command, Message
 
 
 class Memory:

@@ -14,7 +14,9 @@ import torch
 from testing.sections import grouped
 from torch import nn
 
-from pglpipe.learning import Learning
+from pglpipe import Cut, Edges, Guidance, Memory
+from pglpipe.checkpoint.weights import StateLayout
+from pglpipe.engine.worker import Worker
 from pglpipe.losses import (
     InfoProOptions,
     LocalLoss,
@@ -22,12 +24,13 @@ from pglpipe.losses import (
     Supervised,
     build_loss,
 )
-from pglpipe.reports import Report
-from pglpipe.stage import Stage
-from pglpipe.state import StateLayout
+from pglpipe.messages.reports import Report
+from pglpipe.models.layer import Layer
+from pglpipe.plan.spec import Blueprint
+from pglpipe.schedules.timetable import one_forward_one_backward
+from pglpipe.stage.settings import Learning
+from pglpipe.stage.stage import Stage
 from pglpipe.steps import StepSettings
-from pglpipe.timetable import one_forward_one_backward
-from pglpipe.worker import Worker
 
 
 def plain_sgd(parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
@@ -64,6 +67,20 @@ def stage(
     """
     return kind(
         index, body, head, learning(**changes), lambda samples: min(parts, samples)
+    )
+
+
+def blueprint(layers: Sequence[Layer] = (), **changes: Any) -> Blueprint:
+    """What is asked for, by the names of options; :func:`learning` as it is."""
+    given = grouped(changes)
+    return Blueprint(
+        layers=layers,
+        cut=given.get("cut", Cut()),
+        learning=learning(),
+        guidance=given.get("guidance", Guidance()),
+        memory=given.get("memory", Memory()),
+        edges=given.get("edges", Edges()),
+        device=torch.device("cpu"),
     )
 
 

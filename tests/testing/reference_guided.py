@@ -26,10 +26,10 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from pglpipe import Guidance
-from pglpipe.guided import Gradients
 from pglpipe.heads import Site, build_head
-from pglpipe.layer import Layer, initialize
-from pglpipe.seeding import derive, seeded
+from pglpipe.models.layer import Layer, initialize
+from pglpipe.schedules.gradients import Gradients
+from pglpipe.utils.seeding import derive, seeded
 
 Grads = list[Tensor | None]
 

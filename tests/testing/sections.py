@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from pglpipe import Cut, Edges, Gradients, Guidance, Machine, Memory
-from pglpipe.options import Section, fields_of
+from pglpipe.utils.options import Section, fields_of
 
 SECTIONS: dict[str, type[Section]] = {
     "cut": Cut,

@@ -17,12 +17,12 @@ from testing.edges import Memory
 from testing.worlds import sgd
 from torch import Tensor, nn
 
-from pglpipe.commands import Message, TrainStep
-from pglpipe.stage import Stage
+from pglpipe.messages.commands import Message, TrainStep
+from pglpipe.stage.stage import Stage
 from pglpipe.steps.lanes import Lanes, Signal
 from pglpipe.steps.overlap import OverlappedStep
-from pglpipe.stopwatch import Figures
 from pglpipe.transport import Links
+from pglpipe.utils.clock import Figures
 
 Work = Callable[[], None]
 

@@ -27,13 +27,13 @@ from torch import Tensor, nn
 from torch.distributed import HashStore
 
 from pglpipe import EvaluationRecord, StepRecord, Summary, Trainer
-from pglpipe.blueprint import Blueprint
-from pglpipe.layer import Layer
+from pglpipe.cluster.world import World
 from pglpipe.losses import LocalLoss
 from pglpipe.models import build
-from pglpipe.partition import HeadBuilder, activations, analyse, check_cut
-from pglpipe.placing import head_builder, head_skeletons
-from pglpipe.transport import World
+from pglpipe.models.layer import Layer
+from pglpipe.plan.heads import head_builder, head_skeletons
+from pglpipe.plan.partition import HeadBuilder, activations, analyse, check_cut
+from pglpipe.plan.spec import Blueprint
 
 T = TypeVar("T")
 WATCHDOG = 60.0  # seconds
@@ -170,6 +170,7 @@ def trainer(world: World, layers: object, **options: Any) -> Trainer:
         head="1c2f",
         device="cpu",
         edge_timeout=30.0,
+        compare_every=0,
         # Tried by the tests of it; here it would cost every small run several steps.
         sanity_check=False,
     )
@@ -223,15 +224,15 @@ def plan_quickly(patch: pytest.MonkeyPatch, *, predicts_memory: bool = True) -> 
     Args:
         predicts_memory: whether what is kept for backward is still worked out.
     """
-    patch.setattr("pglpipe.plan.analyse", remembered(analyse))
-    patch.setattr("pglpipe.plan.activations", remembered(activations))
-    patch.setattr("pglpipe.plan.head_builder", named_builder)
-    patch.setattr("pglpipe.plan.check_cut", check_cut_once)
+    patch.setattr("pglpipe.plan.placement.analyse", remembered(analyse))
+    patch.setattr("pglpipe.plan.placement.activations", remembered(activations))
+    patch.setattr("pglpipe.plan.placement.head_builder", named_builder)
+    patch.setattr("pglpipe.plan.placement.check_cut", check_cut_once)
     if not predicts_memory:
-        patch.setattr("pglpipe.plan._predict_memory", nothing_predicted)
+        patch.setattr("pglpipe.plan.placement._predict_memory", nothing_predicted)
         # Where nothing is worked out with them, they are looked at alone.
-        patch.setattr("pglpipe.plan.head_skeletons", remembered_heads)
-        patch.setattr("pglpipe.plan.check_apart", lambda *given: None)
+        patch.setattr("pglpipe.plan.placement.head_skeletons", remembered_heads)
+        patch.setattr("pglpipe.plan.placement.check_apart", lambda *given: None)
         patch.setattr(Layer, "skeleton", remembered_skeleton)
 
 

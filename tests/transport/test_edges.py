@@ -22,7 +22,7 @@ from testing.worlds import outcomes
 from torch import Tensor
 from torch.distributed import FileStore
 
-from pglpipe.commands import Evaluate, Message, Microbatch, Stop, TrainStep
+from pglpipe.cluster.world import World
 from pglpipe.errors import (
     EdgeTimeout,
     PeerLeft,
@@ -30,15 +30,8 @@ from pglpipe.errors import (
     ProtocolError,
     WorkerError,
 )
-from pglpipe.transport import (
-    EdgePlan,
-    Links,
-    NullOutbox,
-    OpenEdges,
-    World,
-    p2p,
-    packing,
-)
+from pglpipe.messages.commands import Evaluate, Message, Microbatch, Stop, TrainStep
+from pglpipe.transport import EdgePlan, Links, NullOutbox, OpenEdges, p2p, packing
 from pglpipe.transport.packing import DTYPES
 
 Side = Callable[[Links], Any]
@@ -490,8 +483,9 @@ def test_close_waits_until_all_that_was_sent_has_arrived() -> None:
 CHILD = """
 import sys, time, torch
 from torch.distributed import FileStore
-from pglpipe.commands import TrainStep, Message
-from pglpipe.transport import EdgePlan, OpenEdges, World
+from pglpipe.messages.commands import TrainStep, Message
+from pglpipe.transport import EdgePlan, OpenEdges
+from pglpipe.cluster.world import World
 
 world = World(1, 2, 0, FileStore(sys.argv[1], 2))
 plan = EdgePlan(["rank 0 (stages 0-1)", "rank 1 (stage 2)"], [1024], [512], 1, 60.0)

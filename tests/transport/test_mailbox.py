@@ -9,13 +9,14 @@ import pytest
 from testing.worlds import on_every_rank, outcomes
 from torch.distributed import HashStore
 
+from pglpipe.cluster.mailbox import Mailbox
+from pglpipe.cluster.world import World
 from pglpipe.errors import EdgeTimeout, WorkerError
-from pglpipe.reports import (
+from pglpipe.messages.reports import (
     EvaluationReport,
     ExitCount,
     TrainReport,
 )
-from pglpipe.transport import Mailbox, World
 
 
 def mailboxes(size: int, timeout: float = 1.0) -> list[Mailbox]:

@@ -11,8 +11,8 @@ import pytest
 from testing.worlds import at_once
 from torch.distributed import HashStore, Store, TCPStore
 
+from pglpipe.cluster.rendezvous import Meeting, meet
 from pglpipe.errors import EdgeTimeout
-from pglpipe.transport.meeting import Meeting, meet
 
 SIZE = 3
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from pglpipe.commands import COMMANDS, Message, Microbatch, Stop, TrainStep
 from pglpipe.errors import ProtocolError
+from pglpipe.messages.commands import COMMANDS, Message, Microbatch, Stop, TrainStep
 from pglpipe.transport import is_dense, packing, payload_bytes
 
 CAPACITY = 4096

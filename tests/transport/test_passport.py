@@ -12,8 +12,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from pglpipe.transport import passport
-from pglpipe.transport.passport import ProcessId, own_passport
+from pglpipe.cluster import process as passport
+from pglpipe.cluster.process import ProcessId, own_passport
 
 
 @pytest.fixture

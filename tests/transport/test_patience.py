@@ -7,8 +7,8 @@ import time
 import pytest
 from torch.distributed import HashStore
 
+from pglpipe.cluster.timeouts import FIRST_SECONDS, TimeoutPolicy, Wait
 from pglpipe.errors import PeerLeft, PglpipeWarning
-from pglpipe.transport.patience import FIRST_SECONDS, TimeoutPolicy, Wait
 
 
 class Clock:

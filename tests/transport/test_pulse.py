@@ -8,19 +8,19 @@ import time
 import pytest
 from torch.distributed import HashStore, Store
 
-from pglpipe.commands import TrainStep
-from pglpipe.recent import Recent
-from pglpipe.transport import pulse as heartbeat
-from pglpipe.transport.mailbox import Mailbox
-from pglpipe.transport.passport import ProcessId
-from pglpipe.transport.pulse import Heartbeat
-from pglpipe.transport.signs import (
+from pglpipe.cluster import heartbeat
+from pglpipe.cluster.activity import Recent
+from pglpipe.cluster.beats import (
     EARLY_LOOKS,
     SILENT_LOOKS,
     STOPPED_LOOKS,
     Beat,
     Other,
 )
+from pglpipe.cluster.heartbeat import Heartbeat
+from pglpipe.cluster.mailbox import Mailbox
+from pglpipe.cluster.process import ProcessId
+from pglpipe.messages.commands import TrainStep
 
 NAMES = ["rank 0 (stage 0) on a", "rank 1 (stage 1) on b", "rank 2 (stage 2) on c"]
 ELSEWHERE = [ProcessId(host, "", 0, 0) for host in "abc"]

@@ -24,15 +24,15 @@ from torch import Tensor
 from torch.distributed import HashStore
 from torch.futures import Future
 
-from pglpipe.commands import Message, TrainStep
+from pglpipe.cluster.activity import Recent
+from pglpipe.cluster.timeouts import TimeoutPolicy
 from pglpipe.errors import EdgeTimeout, PeerLost, ProtocolError, WorkerError
-from pglpipe.recent import Recent
-from pglpipe.stopwatch import Stalls
+from pglpipe.messages.commands import Message, TrainStep
 from pglpipe.transport import packing
-from pglpipe.transport.patience import TimeoutPolicy
-from pglpipe.transport.rpc import RpcReceiver, RpcSender
-from pglpipe.transport.rpc_agent import Address, Agent, Reply
-from pglpipe.transport.rpc_line import Line
+from pglpipe.transport.rpc.agent import Address, Agent, Reply
+from pglpipe.transport.rpc.edges import RpcReceiver, RpcSender
+from pglpipe.transport.rpc.line import Line
+from pglpipe.utils.clock import Stalls
 
 
 class Calls(Agent):
@@ -174,7 +174,7 @@ def test_a_slow_receiver_makes_the_sender_wait_with_few_calls_under_way(
 def test_both_ends_note_when_a_gpu_waits(
     opened: Open, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pglpipe.stopwatch._now", lambda: None)
+    monkeypatch.setattr("pglpipe.utils.clock._now", lambda: None)
     stalls = Stalls()
     sender, receiver, _, _ = opened(depth=1, device=torch.device("cuda"), stalls=stalls)
 
@@ -312,8 +312,10 @@ PAIR = """
 import json, os, signal, subprocess, sys, time
 import torch
 from torch.distributed import TCPStore
-from pglpipe.commands import TrainStep, Message
-from pglpipe.transport import EdgePlan, OpenEdges, World, rpc_agent
+from pglpipe.messages.commands import TrainStep, Message
+from pglpipe.transport import EdgePlan, OpenEdges
+from pglpipe.cluster.world import World
+from pglpipe.transport.rpc.edges import agent as rpc_agent
 
 rank = len(sys.argv) - 1
 store = TCPStore("localhost", int(sys.argv[1]) if rank else 0, is_master=not rank)

@@ -9,9 +9,9 @@ from collections import Counter
 import pytest
 from torch.distributed import TCPStore
 
+from pglpipe.cluster.process import here
+from pglpipe.cluster.world import World, join
 from pglpipe.errors import ConfigError, EdgeTimeout
-from pglpipe.transport import World, join
-from pglpipe.transport.passport import here
 
 WORDS = (
     "RANK",
@@ -64,7 +64,7 @@ def test_half_a_launch_is_told_with_what_is_there(
 def test_a_store_where_nobody_is_is_named_within_the_time_out(
     environment: pytest.MonkeyPatch,
 ) -> None:
-    environment.setattr("pglpipe.transport.world.FIRST_SECONDS", 0.5)
+    environment.setattr("pglpipe.cluster.world.FIRST_SECONDS", 0.5)
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = str(free.getsockname()[1])
@@ -105,7 +105,7 @@ def test_under_torchrun_its_store_and_numbers_are_taken(
         joined.append(join())
         assert not joined[1].store.check(["here"])
         # Nor does an attempt after a restart, whose first trainer it is again.
-        environment.setattr("pglpipe.transport.world._joined", Counter())
+        environment.setattr("pglpipe.cluster.world._joined", Counter())
         joined.append(join())
         assert not joined[2].store.check(["here"])
         # But it may ask what the first attempt chose.

@@ -1,0 +1,1 @@
+"""Checks machines and the network between them."""

@@ -1,0 +1,282 @@
+"""The composition root: from a configuration to a finished run.
+
+The only file that knows every part. All workers run it alike; worker 0 alone loads the
+data, writes the run directory and shows anything.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import secrets
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from pglpipe import models
+from pglpipe.app.build import learning_rate, local_loss, optimizer
+from pglpipe.app.config import RunConfig
+from pglpipe.app.config_file import resolve
+from pglpipe.app.resume import Start
+from pglpipe.app.resume import start as start_of
+from pglpipe.app.run_data import Material, load
+from pglpipe.app.run_directory import RunDirectory, about_data, default_path, versions
+from pglpipe.app.signals import not_yet_saving, stopping
+from pglpipe.checkpoint import disk as checkpoint
+from pglpipe.checkpoint import weights as state
+from pglpipe.checkpoint.writer import Checkpoints
+from pglpipe.cluster.failure import fail
+from pglpipe.cluster.world import World, join
+from pglpipe.errors import Stopped, UserError, WorkerError, warn
+from pglpipe.observe import tables
+from pglpipe.observe import terminal as display
+from pglpipe.observe.observers import Observer, Observers
+from pglpipe.observe.records import Summary
+from pglpipe.plan.memory import as_text
+from pglpipe.plan.placement import Plan
+from pglpipe.trainer import Trainer
+from pglpipe.utils import device as devices
+
+_LINGER_SECONDS = 2.0
+
+
+def train(config: RunConfig) -> Summary:
+    """Trains as configured, with as many workers as were started.
+
+    Returns:
+        How it went, the same on every worker.
+
+    Raises:
+        UserError: something in the configuration cannot be done.
+        WorkerError: a worker failed; the message names it.
+    """
+    with not_yet_saving() as early:
+        world = join(config.edges.timeout)
+        try:
+            with _failing_together(world):
+                return _train(config, world, early)
+        finally:
+            world.leave()
+
+
+def plan(config: RunConfig, num_workers: int) -> Plan:
+    """Where the network is cut, and what each stage will hold and cost. Trains nothing."""
+    _set_threads(config)
+    world = World(size=num_workers)
+    material = load(config, world)
+    return _trainer(config, material, world).prepare(material.train)
+
+
+def evaluate(run_dir: Path, data_root: str = "") -> tuple[Plan, Summary]:
+    """The exits of a finished run on its test images.
+
+    Args:
+        data_root: where the data are now; empty for where they were.
+    """
+    about = about_data(run_dir)
+    config = resolve(run_dir / RunDirectory.SETTINGS, {})
+    if data_root:
+        config = config.replaced(data_root=data_root)
+    _set_threads(config)
+    world = World()
+    material = load(config, world, about)
+    weights = run_dir / RunDirectory.WEIGHTS
+    trainer = _trainer(config, material, world, weights=weights)
+    summary = trainer.evaluate(material.test)
+    trainer.close()
+    return trainer.plan, summary
+
+
+def export(run_dir: Path, output: Path) -> None:
+    """Writes the uncut network of a finished run as an ordinary ``state_dict``."""
+    about = about_data(run_dir)
+    weights = state.load(run_dir / RunDirectory.WEIGHTS)
+    state.export(output, state.without_heads(weights), about)
+
+
+def _train(asked: RunConfig, world: World, early: list[int]) -> Summary:
+    leads = world.rank == 0
+    # Before the data is read: a folder that cannot be written should not cost minutes.
+    start, folder = _start(asked, world)
+    config = start.config
+    world.recent.keep_in(start.folder)
+    world.recent.begin("loading the data")
+    _set_threads(config)
+    material = load(config, world)
+    observers = Observers()
+    trainer = _trainer(config, material, world, observer=observers, fits=start.is_new)
+    plan = trainer.prepare(material.train, material.test)
+    # What was chosen here, so that config.toml repeats the run to the bit.
+    root, memory = config.data.data_root, plan.memory
+    config = config.replaced(
+        # Evaluation may be asked for from another directory.
+        data_root=root and os.path.abspath(os.path.expanduser(root)),
+        balance=",".join(map(str, plan.balance)),
+        threads=torch.get_num_threads(),
+        device=devices.pick(config.machine.device, world.local_rank).type,
+        compare_every=trainer.compare_every,
+        recompute=memory.recompute,
+        microbatches=memory.microbatches,
+        local_microbatches=memory.local_microbatches,
+    )
+    if leads and not start.is_new:
+        _warn_beyond(config.memory.budget, plan)
+    total_steps = config.length.steps or config.length.epochs * material.steps_per_epoch
+    screen = display.screen(plan, total_steps, quiet=config.output.quiet or not leads)
+    observers.members.append(screen)
+    if folder:
+        folder.chosen = config
+        observers.members.insert(0, folder)
+    # To the end: who asks to stop when all steps are done has the weights written all the same.
+    with stopping(trainer.stop, trainer.checkpoint) as caught:
+        if early:
+            trainer.checkpoint()
+        with screen:
+            summary = trainer.fit(
+                material.train,
+                epochs=config.length.epochs or None,
+                steps=config.length.steps or None,
+                evaluate=material.test,
+                evaluate_every=config.length.evaluate_every,
+                checkpoints=_checkpoints(start.folder, config),
+                resume=start.checkpoint,
+            )
+        if trainer.ended_early:
+            trainer.close()
+            newest, _ = checkpoint.newest(start.folder / RunDirectory.CHECKPOINTS)
+            raise Stopped(newest, start.folder, caught[0] if caught else signal.SIGTERM)
+        body, heads = trainer.weights()
+        trainer.close()
+        if folder:
+            state.save(folder.weights, body, heads, material.about())
+            folder.finish(config, summary, material.about())
+    if folder:
+        tables.show_exits(plan, summary, folder.path)
+    return summary
+
+
+def _warn_beyond(budget: int | None, plan: Plan) -> None:
+    """What was fitted to a budget when the run began need not fit on other workers."""
+    if budget is None:
+        return
+    peaks = [max((kept or {}).values(), default=0) for kept in plan.predicted]
+    for rank, peak in enumerate(peaks):
+        if peak > budget:
+            warn(
+                f"{plan.name(rank)} will keep {as_text(peak)} for backward, more than --memory-budget: the "
+                "settings that change numbers stay as they were when the run began; use more workers"
+            )
+
+
+def _start(asked: RunConfig, world: World) -> tuple[Start, RunDirectory | None]:
+    """How the run begins, as worker 0 finds it, and its folder there."""
+    if world.rank > 0:
+        # All files of a checkpoint are read for it.
+        return Start.from_json(world.mailbox.broadcast(timeout=math.inf)), None
+    # An attempt that the launcher has restarted goes on in the folder of the first.
+    path = asked.output.run_dir or world.first_said("run_dir", str(default_path()))
+    mine = secrets.token_hex()
+    restarted = world.first_said("began", mine) != mine
+    folder = RunDirectory(Path(path))
+    folder.claim()
+    found = start_of(asked, folder.path, restarted=restarted)
+    world.mailbox.broadcast(found.to_json())
+    return found, folder
+
+
+def _checkpoints(folder: Path, config: RunConfig) -> Checkpoints:
+    return replace(
+        config.checkpoints,
+        folder=folder / RunDirectory.CHECKPOINTS,
+        about={"config": config.options(), "versions": versions()},
+    )
+
+
+def _trainer(
+    config: RunConfig,
+    material: Material,
+    world: World,
+    *,
+    observer: Observer | None = None,
+    weights: Path | None = None,
+    fits: bool = True,
+) -> Trainer:
+    """What trains the configured network.
+
+    Args:
+        fits: whether what is fitted to a memory budget is still open.
+    """
+    layers = models.build(
+        config.network.model,
+        image_shape=material.image_shape,
+        num_classes=len(material.classes),
+        width=config.network.width,
+    )
+    trainer = Trainer(
+        layers,
+        loss=nn.CrossEntropyLoss(),
+        optimizer=optimizer(config),
+        learning_rate=learning_rate(config, material.steps_per_epoch),
+        cut=replace(
+            config.cut,
+            local_loss=local_loss(config, material.recipe),
+            model=config.network.model,
+        ),
+        guidance=config.guidance,
+        gradients=config.gradients,
+        memory=config.memory if fits else replace(config.memory, budget=None),
+        machine=config.machine,
+        edges=config.edges,
+        observer=observer,
+        world=world,
+    )
+    if weights:
+        trainer.load(weights)
+    return trainer
+
+
+def _set_threads(config: RunConfig) -> None:
+    if config.machine.threads:
+        torch.set_num_threads(config.machine.threads)
+
+
+@contextmanager
+def _failing_together(world: World) -> Iterator[None]:
+    """Lets one worker's mistake end all of them, told once."""
+    if world.size > 1:
+        signal.signal(signal.SIGTERM, lambda *_: _linger(world))
+    try:
+        yield
+    except UserError as error:
+        error.already_reported = not world.mailbox.fail(str(error))
+        raise
+    except (WorkerError, Stopped):
+        raise
+    except BaseException as error:  # sys.exit, too, takes a worker from the others
+        if world.size == 1:
+            raise
+        if not isinstance(error, Exception):
+            fail(world, error)
+            raise
+        failure = WorkerError(fail(world, error))
+        failure.already_reported = True
+        raise failure from error
+
+
+def _linger(world: World) -> None:
+    """Gives the edges a moment to name the culprit before the launcher's SIGTERM is obeyed.
+
+    A launcher that sees one worker die ends the others at once, perhaps before a neighbour
+    has noticed who it was.
+    """
+    deadline = time.monotonic() + _LINGER_SECONDS
+    while not (failure := world.mailbox.failure()) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    world.recent.write(failure or "ended by its launcher")
+    os._exit(128 + signal.SIGTERM)

@@ -1,0 +1,1 @@
+"""Processes: who takes part, what they agree on, and whether they live."""

@@ -1,0 +1,1 @@
+"""Who decides and who obeys, from the first command to the last."""

@@ -1,0 +1,130 @@
+"""The pages before and after a run: what each stage holds, every exit, and what was kept."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+
+from pglpipe.observe.records import Summary
+from pglpipe.observe.terminal import clock, layers_of, number, percent, worker_of
+from pglpipe.plan.memory import as_text
+from pglpipe.plan.placement import KINDS, Plan
+
+_MIB = 2**20
+
+
+def show_plan(plan: Plan) -> None:
+    """Prints what each stage holds and costs."""
+    table = Table(
+        "stage",
+        "worker",
+        "layers",
+        "parameters",
+        "+ head",
+        "MMAC",
+        "KiB",
+        "ms",
+        "share",
+        box=SIMPLE_HEAD,
+    )
+    for row in plan.rows:
+        table.add_row(
+            str(row.index),
+            str(worker_of(plan, row.index)),
+            layers_of(row),
+            f"{row.parameters:,}",
+            f"{row.head_parameters:,}",
+            f"{row.macs / 1e6:.2f}",
+            f"{row.saved_bytes / 1024:.0f}",
+            f"{row.seconds * 1e3:.1f}" if row.seconds else "–",
+            percent(row.share),
+        )
+    console = Console(markup=False)
+    console.print(table)
+    console.print(
+        "Heads included. MMAC (forward) and KiB (saved for backward) are per image, ms per batch. "
+        "Repeat this cut with "
+        f"--balance {','.join(map(str, plan.balance))}"
+    )
+    console.print(_memory(plan, ()), _settings(plan))
+
+
+def show_exits(plan: Plan, summary: Summary, folder: Path | None = None) -> None:
+    """Prints how a run ended: every exit, and what it took."""
+    table = Table(
+        "exit",
+        "after",
+        "test accuracy",
+        "gradient cosine",
+        "worker",
+        "waiting",
+        "peak memory",
+        box=SIMPLE_HEAD,
+    )
+    exits = zip(plan.rows, summary.exit_accuracy, summary.gradient_cosine, strict=True)
+    for row, accuracy, cosine in exits:
+        worker = summary.workers[worker_of(plan, row.index)]
+        table.add_row(
+            str(row.index),
+            row.last,
+            percent(accuracy),
+            number(cosine),
+            str(worker["rank"]),
+            percent(1 - worker["busy_fraction"]),
+            f"{worker['peak_memory_bytes'] / _MIB:.0f} MiB",
+        )
+    console = Console(markup=False)
+    console.print(table)
+    if summary.steps:
+        console.print(_memory(plan, summary.workers), _settings(plan))
+        console.print(
+            f"{summary.steps} steps, {summary.guided_steps} of them guided, at "
+            f"{summary.samples_per_second:.0f} samples/s; {clock(summary.wall_seconds)} in all"
+        )
+        if summary.sanity_check_seconds:
+            console.print(
+                f"Every kind of step was tried in {summary.sanity_check_seconds:.1f} s before"
+            )
+    if any(summary.skipped_steps):
+        counts = ", ".join(map(str, summary.skipped_steps))
+        console.print(
+            f"Skipped, since a loss or gradient was not finite: {counts} steps by stage"
+        )
+    if folder:
+        # A folder's name may look like markup.
+        console.print(f"written to {folder}", soft_wrap=True, markup=False)
+
+
+def _memory(plan: Plan, workers: Sequence[dict[str, Any]]) -> Table:
+    """Bytes kept for backward at their peak: predicted, and counted by the workers that ran."""
+    table = Table("worker", "stages", box=SIMPLE_HEAD)
+    for kind in KINDS:
+        table.add_column(f"{kind} step keeps: predicted", justify="right")
+        if workers:
+            table.add_column("counted", justify="right")
+    for rank, predicted in enumerate(plan.predicted):
+        cells = [str(rank), ", ".join(map(str, plan.stages_of[rank]))]
+        for kind in KINDS:
+            cells.append(_bytes(predicted[kind] if predicted else 0))
+            if workers:
+                cells.append(_bytes(workers[rank]["peak_activation_bytes"][kind]))
+        table.add_row(*cells)
+    return table
+
+
+def _bytes(number: int) -> str:
+    return as_text(number) if number else "–"
+
+
+def _settings(plan: Plan) -> str:
+    """How steps come to keep as much, in the words of the command line."""
+    memory = plan.memory
+    return (
+        f"Kept for backward with{' --recompute' if memory.recompute else ''} "
+        f"--microbatches {memory.microbatches} --local-microbatches {memory.local_microbatches}"
+    )

@@ -1,0 +1,1 @@
+"""Who holds what, from what is asked for."""

@@ -1,0 +1,95 @@
+"""The heads of the stages: what is built where.
+
+How deep a head is may depend on which stage it ends, and nobody knows that before the network is
+cut. So there are two builders::
+
+    while the cut is chosen    a head after every layer, as far along as its layer is among the layers
+    once it is chosen          the heads of the stages, as far along as their stage is among the stages
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+
+from torch import Tensor, nn
+
+from pglpipe.checkpoint.weights import shapes_of
+from pglpipe.data.loader import Sample
+from pglpipe.errors import PartitionError, setting
+from pglpipe.heads import Site, build_head
+from pglpipe.models.layer import Layer
+from pglpipe.plan.partition import HeadBuilder, check_heads, slices
+from pglpipe.plan.spec import Blueprint
+from pglpipe.schedules.gradients import head_depth
+
+
+def head_builder(
+    blueprint: Blueprint, sample: Sample, output: Tensor, balance: Sequence[int] = ()
+) -> HeadBuilder:
+    """What makes a stage's head, and whatever its loss wants trained beside it.
+
+    Args:
+        output: of the network, ``[B, N]`` for N classes.
+        balance: layers of each stage; empty while they are not known.
+    """
+    layers, named = blueprint.layers, blueprint.cut.head
+    local_loss = blueprint.learning.local_loss
+    if not callable(named) and output.ndim != 2 and blueprint.cut.stages > 1:
+        raise PartitionError(
+            f"head {named!r} classifies like a network with outputs [B, classes], got outputs of "
+            f"shape {tuple(output.shape)}; give a function from shape to module as {setting('head')}"
+        )
+    depths = {
+        part.stop - 1: head_depth(stage, len(balance))
+        for stage, part in enumerate(slices(balance))
+    }
+
+    def build(shape: tuple[int, ...], position: int) -> nn.Module:
+        if callable(named):
+            head = named(shape)
+        else:
+            depth_fraction = depths.get(position, head_depth(position, len(layers)))
+            num_outputs = local_loss.outputs(output.shape[-1])
+            seed = blueprint.learning.machine.seed
+            site = Site(shape, num_outputs, position, layers, depth_fraction, seed)
+            head = build_head(named, site)
+        return local_loss.auxiliary(head, shape, tuple(sample.x.shape[1:]))
+
+    return build
+
+
+def head_skeletons(
+    head: HeadBuilder, balance: Sequence[int], outputs: Sequence[Tensor]
+) -> list[nn.Module]:
+    """The heads of all stages but the last, on the meta device.
+
+    Args:
+        outputs: of every layer for a batch, on the meta device.
+    """
+    return [
+        Layer("head", build).skeleton() for build in _builders(head, balance, outputs)
+    ]
+
+
+def check_apart(
+    head: HeadBuilder, balance: Sequence[int], outputs: Sequence[Tensor]
+) -> None:
+    """Raises PartitionError if two of them share a parameter or a buffer."""
+    check_heads(_builders(head, balance, outputs))
+
+
+def alike(some: Sequence[nn.Module], others: Sequence[nn.Module]) -> bool:
+    """Whether these heads have the same weights as those, by name and shape."""
+    mine, theirs = ([shapes_of(h.state_dict()) for h in x] for x in (some, others))
+    return mine == theirs
+
+
+def _builders(
+    head: HeadBuilder, balance: Sequence[int], outputs: Sequence[Tensor]
+) -> list[Callable[[], nn.Module]]:
+    def build(end: int) -> nn.Module:
+        output = outputs[end]
+        return head(tuple(output.shape[1:]), end).to(output.dtype)
+
+    return [partial(build, part.stop - 1) for part in slices(balance)[:-1]]

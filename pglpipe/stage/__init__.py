@@ -1,0 +1,1 @@
+"""One stage: its layers, its head, its loss and its optimizer."""

@@ -1,0 +1,1 @@
+"""Edges over torch.distributed.rpc."""
