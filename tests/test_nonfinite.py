@@ -257,7 +257,7 @@ def test_who_skips_a_gradient_that_one_stage_spoils(kind: str) -> None:
 
 @pytest.mark.parametrize(
     ("guidance", "options"),
-    [(NEVER, {"clip_norm": 0.1}), (ALWAYS, PARTS), (ALWAYS, {"guided": MIXED})],
+    [(NEVER, {"clip_norm": 0.1}), (ALWAYS, PARTS), (ALWAYS, MIXED)],
     ids=["local, clipped", "parts", "mixed"],
 )
 def test_a_run_with_a_bad_batch_ends_like_one_without_it(
