@@ -81,7 +81,7 @@ def clean_room() -> Iterator[None]:
 
 @pytest.fixture
 def planned_quickly(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Spares many small runs the plan, which takes longer than their training; nothing is foretold."""
+    """Spares many small runs the plan, which takes longer than their training; nothing is predicted."""
     from testing.worlds import plan_quickly  # where variables are set already
 
     plan_quickly(monkeypatch, predicts_memory=False)

@@ -76,7 +76,7 @@ def test_a_loss_is_told_image_and_place() -> None:
     # The first time on copies, too, to see whether it changes them.
     assert seen[1][0] is image and torch.equal(seen[0][0], image)
     assert seen[2][0] is None
-    assert [place for _, place in seen] == [0.25] * 3
+    assert [depth for _, depth in seen] == [0.25] * 3
 
 
 def test_weights_are_for_heads_and_depend_on_step_and_place() -> None:

@@ -279,7 +279,7 @@ def test_a_network_that_does_not_classify_has_losses_and_no_accuracy() -> None:
 def test_evaluation_needs_no_memory_budget_but_a_fit_after_it_does(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.undo()  # what is kept must be foretold
+    monkeypatch.undo()  # what is kept must be predicted
     made = trainer(World(), small_resnet("resnet8"), memory_budget=1)
     assert made.evaluate(image_batches(4)).exit_accuracy
     with pytest.raises(UserError, match="memory.budget.* of at least"):
