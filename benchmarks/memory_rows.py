@@ -51,7 +51,7 @@ class Row:
 
 def ours(name: str, stages: int, *, workers: int = 1, **options: Any) -> Row:
     """A row of pglpipe, its cut evened by memory."""
-    guidance = options.pop("guidance")
+    guidance = options.pop("guidance", LOCAL)
     given = {
         "cut": Cut(stages, balance="memory", head=HEAD, model=MODEL),
         "guidance": guidance,

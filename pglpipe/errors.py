@@ -148,13 +148,10 @@ IN_PYTHON: dict[str, tuple[str, str]] = {}
 # Options of the command line that have another form in Python: alone, and with a value.
 _OTHERWISE = {
     "data_root": ("root", "root={}"),
+    "model": ("Cut(model=)", "Cut(model={})"),
     "drop_last": ("DataLoader(drop_last=True)", "DataLoader(drop_last={})"),
     "batch_size": ("the loader's batch size", "a batch size of {} in the loader"),
     "lr": ("the optimizer's lr", "an lr of {} in the optimizer"),
-    "epochs": ("epochs", "epochs={}"),
-    "steps": ("steps", "steps={}"),
-    "evaluate_every": ("evaluate_every", "evaluate_every={}"),
-    "resume": ("resume", "resume={}"),
 }
 # Arguments in Python that are no option of the command line.
 ONLY_IN_PYTHON = frozenset(
@@ -199,7 +196,7 @@ def setting(name: str, value: object = None) -> str:
     """
     if _blocks and name not in ONLY_IN_PYTHON:
         return _as_option(name.replace("_", "-"), value)
-    if name in IN_PYTHON and name not in _OTHERWISE:
+    if name in IN_PYTHON:
         section, field = IN_PYTHON[name]
         return f"{section}({field}={'' if value is None else repr(value)})"
     alone, with_value = _OTHERWISE.get(name, (name, f"{name}={{}}"))

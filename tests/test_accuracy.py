@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -31,7 +30,7 @@ def test_every_row_is_a_run_and_has_a_name_of_its_own(scale: Scale) -> None:
     assert len({row.name for row in known}) == len(known)
     for row in known:
         config = resolve(None, underscored(row.options(scale, seed=1)))
-        assert config.seed == 1 and config.stages == row.stages
+        assert (config.machine.seed, config.cut.stages) == (1, row.stages)
         assert row.stages in (1, *scale.stages)
 
 
@@ -50,7 +49,7 @@ def pretend(tables: Tables, row: Row, seed: int, accuracies: list[float]) -> Non
     folder.mkdir(parents=True)
     config = resolve(None, underscored(row.options(tables.scale, seed)))
     summary = {
-        "config": {**dataclasses.asdict(config), "data_root": "elsewhere"},
+        "config": {**config.options(), "data_root": "elsewhere"},
         "versions": versions(),
         "steps": 200,
         "guided_steps": 20,

@@ -232,7 +232,9 @@ def test_whatever_a_manifest_says_it_is_read_or_refused(
     @settings(max_examples=examples, deadline=None, database=None, derandomize=True)
     @given(MANIFESTS)
     def read(said: dict[str, Any]) -> None:
-        (folder / MANIFEST).write_text(checkpoint._spelled(said), encoding="utf-8")
+        (folder / MANIFEST).write_text(
+            checkpoint.canonical_json(said), encoding="utf-8"
+        )
         with pytest.raises(Damaged):
             examine(folder)
 

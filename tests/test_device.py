@@ -18,7 +18,7 @@ def test_auto_takes_the_cpu_where_there_is_nothing_else(
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert devices.pick("auto", 3) == torch.device("cpu")
-    with pytest.raises(ConfigError, match="use device='cpu'"):
+    with pytest.raises(ConfigError, match="use Machine.device='cpu'"):
         devices.pick("cuda", 0)
 
 
@@ -37,7 +37,7 @@ def test_workers_share_the_gpus_in_turn(monkeypatch: pytest.MonkeyPatch) -> None
 
 def test_an_unknown_device_is_refused_with_the_nearest() -> None:
     with pytest.raises(ConfigError, match="did you mean 'cuda'"):
-        devices.pick("cudo", 0)
+        devices.Machine(device="cudo")
 
 
 def test_the_peak_of_the_process_grows_with_what_it_holds() -> None:

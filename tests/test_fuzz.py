@@ -18,9 +18,9 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.strategies import SearchStrategy
-from test_config import BESIDE, FIELDS, VALUES
+from test_config import BESIDE, FIELDS, HOMES, VALUES
 
-from pglpipe.app.config import DEFAULT_EPOCHS, RunConfig
+from pglpipe.app.config import RunConfig
 from pglpipe.app.config_file import read, resolve
 from pglpipe.errors import ConfigError, PartitionError, ProtocolError
 from pglpipe.plan.memory import as_bytes
@@ -71,7 +71,13 @@ def headers(draw: Any) -> list[int]:
     """A header with up to four tensors and some numbers replaced."""
     tensors = draw(st.lists(specs(), max_size=packing._MAX_TENSORS))
     code = draw(st.integers(-1, len(packing.COMMANDS)))
-    fields = draw(st.lists(st.integers(0, 99), min_size=5, max_size=5))
+    fields = draw(
+        st.lists(
+            st.integers(0, 99),
+            min_size=packing._MAX_FIELDS,
+            max_size=packing._MAX_FIELDS,
+        )
+    )
     nbytes = 0
     for dtype, ndim, *numbers in tensors:
         shape = tuple(numbers[:ndim])
@@ -108,7 +114,8 @@ def test_a_header_is_refused_or_describes_what_lies_within_the_slot(
         if envelope.command is not None:
             again = packing.encode(envelope.command, envelope.tensors, 5)
             assert packing.decode(again, 5, CAPACITY) == envelope
-            assert min(dataclasses.astuple(envelope.command), default=0) >= 0
+            values = dataclasses.astuple(envelope.command)
+            assert all(isinstance(v, str) or v >= 0 for v in values)
 
     check()
 
@@ -163,6 +170,13 @@ def options(draw: Any) -> dict[str, Any]:
     return found
 
 
+def as_read(name: str, value: Any) -> Any:
+    """A value as its section has it."""
+    if name == "memory_budget" and isinstance(value, str):
+        return as_bytes(value)
+    return 0.0 if name == "clip_norm" and value == math.inf else value
+
+
 @few_and_many
 def test_a_configuration_is_refused_or_survives_its_own_file(
     number: int, tmp_path: Path
@@ -177,7 +191,10 @@ def test_a_configuration_is_refused_or_survives_its_own_file(
         except ConfigError as error:
             assert len(str(error)) < 2000
             return
-        assert {name: getattr(config, name) for name in values} == values
+        found = config.options()
+        for name, value in values.items():
+            # What is left open is filled in.
+            assert value is None or found[name] == as_read(name, value)
         path.write_text(config.to_toml(), encoding="utf-8")
         assert RunConfig.of(**read(path)) == config
 
@@ -200,7 +217,11 @@ def toml_of(value: Any) -> str:
 @st.composite
 def files(draw: Any) -> bytes:
     """A file of options, some of whose characters are others."""
-    lines = [f"{k} = {toml_of(v)}" for k, v in draw(options()).items()]
+    given: dict[str, list[str]] = {}
+    for name, value in draw(options()).items():
+        line = f"{FIELDS[name].name} = {toml_of(value)}"
+        given.setdefault(HOMES[name], []).append(line)
+    lines = [line for t, keys in given.items() for line in (f"[{t}]", *keys)]
     lines += draw(st.lists(st.text(max_size=12), max_size=1))
     text = list("\n".join(lines))
     places = st.tuples(st.integers(0, max(0, len(text) - 1)), st.characters())
@@ -209,7 +230,11 @@ def files(draw: Any) -> bytes:
     return "".join(text).encode(errors="surrogatepass")
 
 
-NESTED = [b"a = " + b"[" * 5000, b"stages = " + b"1" * 5000, b"lr = 0x" + b"f" * 5000]
+NESTED = [
+    b"a = " + b"[" * 5000,
+    b"[cut]\nstages = " + b"1" * 5000,
+    b"[optimizer]\nlr = 0x" + b"f" * 5000,
+]
 
 
 @few_and_many
@@ -225,10 +250,11 @@ def test_a_file_is_refused_or_says_what_is_loaded(number: int, tmp_path: Path) -
         except ConfigError as error:
             assert len(str(error)) < 2000
             return
-        said = tomllib.loads(content.decode())
-        if not said.get("epochs") and not said.get("steps"):
-            said["epochs"] = DEFAULT_EPOCHS
-        assert {key: getattr(config, key) for key in said} == said
+        tables, found = tomllib.loads(content.decode()), config.options()
+        for name, field in FIELDS.items():
+            if field.name in (table := tables.get(HOMES[name], {})):
+                value = as_read(name, table[field.name])
+                assert found[name] == value or (name == "epochs" and not value)
 
     check()
 

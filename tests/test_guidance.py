@@ -113,7 +113,8 @@ def test_the_kinds_are_those_of_the_steps_that_a_long_run_has() -> None:
         GUIDED, ("local", "global"), (0, 2), (0, 2), (1, 3), (0, 1, 3)
     )
     for reach, warmup_kind, warmup, final, period, duration in settings:
-        if duration <= period:
+        is_used = (duration or reach == "global") and (warmup or warmup_kind == "local")
+        if duration <= period and is_used:
             guidance = Guidance(
                 period=period,
                 duration=duration,

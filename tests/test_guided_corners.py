@@ -147,7 +147,7 @@ def test_one_stage_alone_is_guided_at_once(delay: int) -> None:
     expected = run(every(2), **options)
     got = run(every(2, reach="stale", delay=delay), **options)
     assert alike(got, expected)
-    assert not alike(got, run(NEVER, **options))
+    assert not alike(got, run(NEVER, stages=1, balance="5"))
 
 
 @pytest.mark.filterwarnings("ignore:no stale gradient")
@@ -222,7 +222,8 @@ def test_without_a_weight_of_their_own_local_losses_do_not_count(reach: str) -> 
 def test_frozen_heads_keep_every_bit_in_steps_that_ask_them(reach: str) -> None:
     weight = 0.0 if reach == "window" else 0.5
     guided: dict[str, Any] = dict(guided_local_weight=weight, guided_heads="frozen")
-    always = run(Guidance(period=1, reach=reach, delay=0), **guided)
+    late = dict[str, Any](delay=0) if reach == "stale" else {}
+    always = run(Guidance(period=1, reach=reach, **late), **guided)
     at_start = run(NEVER, optimizer=still)
     # Statistics are told in local steps even where nothing is learned: names without them.
     for index, head in always.heads.items():
@@ -239,7 +240,7 @@ def test_frozen_heads_keep_every_bit_in_steps_that_ask_them(reach: str) -> None:
 
 @pytest.mark.parametrize("options", [{}, {"microbatches": 3}, {"recompute": True}])
 def test_comparing_gradients_changes_no_bit(options: dict[str, Any]) -> None:
-    expected = run(every(2), **options)
+    expected = run(every(2), compare_every=0, **options)
     for size, compare_every, known in ((2, 1, "G.G.G."), (1, 2, "G...G.")):
         got = run(every(2), size, compare_every=compare_every, **options)
         assert alike(got, expected)

@@ -204,14 +204,14 @@ def test_every_command_but_a_local_step_waits_for_all_lanes(
 
 def test_without_streams_stages_do_not_overlap() -> None:
     with pytest.raises(
-        ConfigError, match="a CUDA device for overlap_stages=True, got cpu"
+        ConfigError, match="a CUDA device for Machine.overlap_stages=True., got cpu"
     ):
         run(1, NEVER, overlap_stages=True)
 
 
 def test_compiled_stages_do_not_overlap(here: list[Immediate]) -> None:
     with pytest.raises(
-        ConfigError, match="overlap_stages=True or compile=True, got both"
+        ConfigError, match="overlap_stages=True. or Machine.compile=True., got both"
     ):
         run(1, NEVER, overlap_stages=True, compile=True)
 
@@ -290,6 +290,6 @@ def test_what_cannot_be_captured_is_told_with_the_remedy(
 
     monkeypatch.setattr(Immediate, "record", refuse)
     with pytest.raises(
-        ConfigError, match="stage 0 .* overlap_stages=True .*capturing; drop it"
+        ConfigError, match="stage 0 .*overlap_stages=True. .*capturing; drop it"
     ):
         run(1, NEVER, overlap_stages=True)

@@ -23,7 +23,7 @@ from pglpipe.app.run_data import Material
 from pglpipe.cluster.world import World
 from pglpipe.data import Recipe
 from pglpipe.heads import Site, build_head
-from pglpipe.losses import published_lambdas
+from pglpipe.losses import build_loss, published_lambdas
 from pglpipe.models.layer import Layer
 from pglpipe.plan.partition import (
     activations,
@@ -63,30 +63,32 @@ def network(model: str, side: int, classes: int) -> Sized:
 
 def sized(config: RunConfig) -> tuple[list[Layer], list[Tensor], int]:
     """The network of a configuration, its activations, and its number of classes."""
-    side = config.image_size or SIDES[config.dataset]
-    classes = 1000 if config.dataset == "imagefolder" else 10
-    return *network(config.model, side, classes), classes
+    side = config.data.image_size or SIDES[config.data.dataset]
+    classes = 1000 if config.data.dataset == "imagefolder" else 10
+    return *network(config.network.model, side, classes), classes
 
 
 def balance(config: RunConfig, layers: list[Layer], x: Tensor) -> list[int]:
     """The sizes of the stages."""
-    loss = local_loss(config, NORMALIZED)
+    loss = local_loss(config, NORMALIZED) or build_loss("ce")
 
     def head(shape: tuple[int, ...], position: int) -> torch.nn.Module:
-        return build_head(config.head, Site(shape, loss.outputs(10), position, layers))
+        return build_head(
+            config.cut.head, Site(shape, loss.outputs(10), position, layers)
+        )
 
     # Only a cut by what layers cost has to know what they cost.
-    costs = analyse(layers, x, head) if config.balance == "flops" else (layers, [])
-    return choose_balance(config.balance, *costs, config.stages, model=config.model)  # type: ignore[arg-type]
+    costs = analyse(layers, x, head) if config.cut.balance == "flops" else (layers, [])
+    return choose_balance(config.cut.balance, *costs, config.cut.stages, model=config.network.model)  # type: ignore[arg-type]
 
 
 @each_recipe
 def test_a_recipe_parses_for_every_cut_that_it_says_it_is_for(path: Path) -> None:
     named, default = cuts(path), resolve(path, {})
-    assert (default.model, default.stages) in named
+    assert (default.network.model, default.cut.stages) in named
     for model, stages in named:
         config = resolve(path, {"model": model, "stages": stages})
-        if config.balance == "published":
+        if config.cut.balance == "published":
             assert len(published_balance(model, stages)) == stages
 
 
@@ -95,22 +97,22 @@ def test_a_recipe_parses_for_every_cut_that_it_says_it_is_for(path: Path) -> Non
 def test_a_recipe_can_be_cut_as_it_says_and_has_heads_everywhere(path: Path) -> None:
     named = cuts(path)
     default = resolve(path, {})
-    assert (default.model, default.stages) in named
+    assert (default.network.model, default.cut.stages) in named
     for model, stages in named:
         config = resolve(path, {"model": model, "stages": stages})
         layers, outputs, classes = sized(config)
         assert outputs[-1].shape == (2, classes)
-        side = config.image_size or SIDES[config.dataset]
+        side = config.data.image_size or SIDES[config.data.dataset]
         sizes = balance(config, layers, torch.empty(2, 3, side, side))
         assert len(sizes) == stages and sum(sizes) == len(layers)
-        loss = local_loss(config, NORMALIZED)
+        loss = local_loss(config, NORMALIZED) or build_loss("ce")
         for stage, part in enumerate(slices(sizes)[:-1]):
             last, shape = part.stop - 1, tuple(outputs[part.stop - 1].shape[1:])
             place = head_depth(stage, stages)
             site = Site(shape, loss.outputs(classes), last, layers, place)
             with torch.device("meta"):
                 module = loss.auxiliary(
-                    build_head(config.head, site), shape, (3, side, side)
+                    build_head(config.cut.head, site), shape, (3, side, side)
                 )
             said = module(outputs[last].clone())
             logits = said[0] if isinstance(said, tuple) else said
@@ -121,7 +123,7 @@ def test_a_recipe_can_be_cut_as_it_says_and_has_heads_everywhere(path: Path) -> 
     "path", [p for p in RECIPES if p.stem.startswith("infopro")], ids=lambda p: p.stem
 )
 def test_a_recipe_of_infopro_names_the_cuts_with_published_weights(path: Path) -> None:
-    dataset = resolve(path, {}).dataset
+    dataset = resolve(path, {}).data.dataset
     for model, stages in cuts(path):
         assert len(published_lambdas(model, dataset, stages)) == 4
 
@@ -130,8 +132,8 @@ def test_auglocal_ends_with_as_many_blocks_as_its_deepest_head_and_one() -> None
     for path in RECIPES:
         config = resolve(path, {})
         if path.stem.startswith("auglocal"):
-            depth = int(config.head.split("-")[1])
-            *single, last = map(int, config.balance.split(","))
+            depth = int(config.cut.head.split("-")[1])
+            *single, last = map(int, config.cut.balance.split(","))
             assert set(single) == {1}
             assert last == depth + 1 + 1, "and the classifier"
 
@@ -140,7 +142,7 @@ def test_our_recipes_end_with_a_global_step() -> None:
     for path in RECIPES:
         if path.stem.startswith("pgl"):
             config = resolve(path, {})
-            epochs, steps = config.epochs, 10  # in an epoch
+            epochs, steps = config.length.epochs, 10  # in an epoch
             kinds = [
                 config.guidance.kind(step, step // steps, epochs * steps, epochs)
                 for step in range(epochs * steps)
@@ -183,7 +185,7 @@ def test_a_recipe_takes_a_local_step_and_a_global_one_as_it_stands(
 
 def check_steps(path: Path, monkeypatch: pytest.MonkeyPatch, **cut: Any) -> None:
     plan_quickly(monkeypatch, predicts_memory=False)
-    model = resolve(path, cut).model
+    model = resolve(path, cut).network.model
     size = {"width": NARROW.get(model, 8), "batch_size": 8, "image_size": 0}
     span = {"epochs": 0, "steps": 2, "guidance_unit": "step", "guidance_final": 1}
     config = resolve(path, {**cut, **size, **span, "device": "cpu"})
@@ -199,7 +201,7 @@ def check_steps(path: Path, monkeypatch: pytest.MonkeyPatch, **cut: Any) -> None
     trainer.close()
     assert seen.kinds == "LG"
     local, whole = seen.steps
-    assert len(local.losses) == config.stages
+    assert len(local.losses) == config.cut.stages
     assert all(math.isfinite(loss) for loss in local.losses)
     assert math.isfinite(whole.losses[-1]) and len(summary.exit_accuracy) == len(
         local.losses

@@ -364,7 +364,7 @@ def test_a_budget_that_one_worker_cannot_meet_keeps_nobody_from_evaluating(
     run = shutil.copytree(finished, tmp_path / "run")
     settings = (run / "config.toml").read_text()
     for now, then in (
-        ('memory_budget = ""', 'memory_budget = "1B"'),
+        ("[memory]\n", '[memory]\nbudget = "1B"\n'),
         ("compare_every = 10", "compare_every = 0"),
     ):
         assert now in settings

@@ -28,7 +28,7 @@ from testing.worlds import (
 from torch import Tensor, nn
 
 import pglpipe
-from pglpipe import Guidance, Trainer, UserError
+from pglpipe import Cut, Guidance, Trainer, UserError
 from pglpipe.checkpoint import weights as state
 from pglpipe.cluster.world import World
 from pglpipe.errors import DataError, PglpipeWarning
@@ -250,11 +250,10 @@ def test_ten_lines_are_enough() -> None:
     )
     made = Trainer(
         layers,
-        stages=2,
+        cut=Cut(2, head="0c1f"),
         loss=nn.CrossEntropyLoss(),
         optimizer=lambda params: torch.optim.SGD(params, lr=0.1, momentum=0.9),
-        guidance=Guidance(period=10, duration=1),
-        device="cpu",
+        guidance=Guidance(period=10),
     )
     summary = made.fit(TRAIN, epochs=2, evaluate=TEST)
     made.close()
@@ -282,7 +281,7 @@ def test_evaluation_needs_no_memory_budget_but_a_fit_after_it_does(
     monkeypatch.undo()  # what is kept must be predicted
     made = trainer(World(), small_resnet("resnet8"), memory_budget=1)
     assert made.evaluate(image_batches(4)).exit_accuracy
-    with pytest.raises(UserError, match="memory.budget.* of at least"):
+    with pytest.raises(UserError, match="Memory.budget=. of at least"):
         made.fit(image_batches(4), epochs=1)
     made.close()
 
@@ -302,18 +301,14 @@ def test_a_trainer_can_evaluate_before_it_fits() -> None:
 # -- what is refused ------------------------------------------------------------------
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
-    "no stage": ({"stages": 0}, "at least 1 for num_stages, got 0"),
-    "no microbatch": ({"microbatches": 0}, "at least 1 for microbatches"),
-    "no slot": ({"queue_depth": 0}, "at least 1 for queue_depth"),
+    "no stage": ({"stages": 0}, "at least 1 for Cut(stages=), got 0"),
+    "no microbatch": ({"microbatches": 0}, "at least 1 for Memory(microbatches=)"),
+    "no slot": ({"queue_depth": 0}, "at least 1 for Edges(queue_depth=)"),
     "timetable": ({"timetable": "1f2b"}, "did you mean '1f1b'"),
     "transport": ({"transport": "p2"}, "did you mean 'p2p'"),
-    "clipping to nothing": (
-        {"clip_norm": 0.0},
-        "above 0 for Gradients.clip_norm=., got 0",
-    ),
     "clipping to nonsense": (
         {"clip_norm": math.nan},
-        "above 0 for Gradients.clip_norm=., got nan",
+        "at least 0 for Gradients(clip_norm=), got nan",
     ),
     "reach": (
         {"guidance": Guidance(period=10, reach="windows")},

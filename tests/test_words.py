@@ -17,7 +17,13 @@ from torch.utils.data import DataLoader
 import pglpipe
 from pglpipe.app.config import RunConfig, option_fields, sections
 from pglpipe.data import load
-from pglpipe.errors import ONLY_IN_PYTHON, ConfigError, command_line_style, setting
+from pglpipe.errors import (
+    IN_PYTHON,
+    ONLY_IN_PYTHON,
+    ConfigError,
+    command_line_style,
+    setting,
+)
 from pglpipe.losses import build_loss
 from pglpipe.models import build
 from pglpipe.plan import checks
@@ -38,10 +44,7 @@ OBJECTS = {
 # What a trainer knows nothing of.
 TOLD = ("the optimizer's lr", "the loader's batch size")
 # What is told to users of the command line alone.
-COMMANDS = (
-    *("run", "config", "config_file", "resuming", "cli"),
-    *("findings", "tables", "run_directory", "ingredients", "material", "errors"),
-)
+COMMANDS = ("app", "cli", "errors", "observe")
 
 
 @functools.cache
@@ -59,8 +62,10 @@ def trees() -> Iterator[tuple[Path, ast.Module]]:
 def names() -> set[str]:
     """All that ``setting`` is asked for, here or there."""
     found = {*TRAINER, *FIT, *LOAD, "loss"}
-    found |= OPTIONS
-    for _, tree in trees():
+    found |= set(IN_PYTHON)
+    for path, tree in trees():
+        if path.parts[0] in COMMANDS:
+            continue
         for node in ast.walk(tree):
             if isinstance(node, ast.Call) and ast.unparse(node.func) == "setting":
                 if isinstance(node.args[0], ast.Constant):

@@ -31,7 +31,7 @@ DEFAULT_EPOCHS = 10
 
 
 @dataclass(frozen=True, kw_only=True)
-class Data(Section, title="Data"):
+class Data(Section, title="Data", in_python=False):
     """The images of a run."""
 
     dataset: str = option(
@@ -54,7 +54,7 @@ class Data(Section, title="Data"):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Network(Section, title="Network"):
+class Network(Section, title="Network", in_python=False):
     """The network of a run."""
 
     model: str = option(
@@ -64,7 +64,7 @@ class Network(Section, title="Network"):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Optimizer(Section, title="Optimizer"):
+class Optimizer(Section, title="Optimizer", in_python=False):
     """SGD, as in all published recipes for these networks, and its learning rate."""
 
     lr: float = option(0.1, "learning rate", number(0), common=True)
@@ -103,7 +103,7 @@ class Optimizer(Section, title="Optimizer"):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Length(Section, title="Length"):
+class Length(Section, title="Length", in_python=False):
     """How long a run is."""
 
     epochs: int = option(
@@ -128,7 +128,7 @@ class Length(Section, title="Length"):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Output(Section, title="Output"):
+class Output(Section, title="Output", in_python=False):
     """Where a run is written, and where it begins."""
 
     run_dir: str = option(

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Sequence
-from functools import cache
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -183,7 +183,7 @@ def _numbers(value: int | str, is_text: bool) -> tuple[int, ...]:
     return _text_numbers(str(value)) if is_text else (int(value),)
 
 
-@cache
+@lru_cache
 def _text_numbers(text: str) -> tuple[int, ...]:
     if not text.isascii() or len(text) > 2 * _TEXT:
         raise ProtocolError(
@@ -193,10 +193,13 @@ def _text_numbers(text: str) -> tuple[int, ...]:
     return tuple(int.from_bytes(part.encode()) for part in parts)
 
 
-@cache
+@lru_cache
 def _text(*numbers: int) -> str:
-    parts = (n.to_bytes(_TEXT).lstrip(b"\0") for n in numbers)
-    return b"".join(parts).decode("ascii", "replace")
+    """The text whose bytes these are."""
+    found = b"".join(number.to_bytes(_TEXT).lstrip(b"\0") for number in numbers)
+    if not found.isascii() or _text_numbers(found.decode()) != numbers:
+        raise ProtocolError(f"expected a name, got the numbers {list(numbers)}")
+    return found.decode()
 
 
 def _decode_spec(numbers: Sequence[int]) -> TensorSpec:

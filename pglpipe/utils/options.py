@@ -69,10 +69,17 @@ class Section:
     title: ClassVar[str]
     prefix: ClassVar[str]
 
-    def __init_subclass__(cls, *, title: str, prefix: str = "") -> None:
+    def __init_subclass__(
+        cls, *, title: str, prefix: str = "", in_python: bool = True
+    ) -> None:
+        """Enters the fields among the names of settings.
+
+        Args:
+            in_python: whether the section is an argument in Python, too.
+        """
         cls.title, cls.prefix = title, prefix
         for name, value in vars(cls).items():
-            if isinstance(value, dataclasses.Field) and value.metadata:
+            if in_python and isinstance(value, dataclasses.Field) and value.metadata:
                 option_name = value.metadata["name"] or prefix + name
                 IN_PYTHON[option_name] = cls.__name__, name
 

@@ -50,7 +50,7 @@ WINDOW = Guidance(period=2, reach="window", window=3)
 OFTEN = Guidance(period=2)
 ASKING: dict[str, dict[str, Any]] = {
     "nobody asked": {},
-    "nobody asked, the batch as a whole": {"microbatches": 1},
+    "nobody asked, the batch as a whole": {"microbatches": 1, "timetable": "1f1b"},
     "heads trained": TRAINED,
     "mixed": {"guided_local_weight": 0.5},
     "compared": {"compare_every": 1},
@@ -215,7 +215,7 @@ def test_a_forecast_that_fails_ends_no_run_unless_it_is_needed() -> None:
         trained = train(2, layers, BATCHES, **options)
     assert kept(trained, "predicted") == [None, None]
     assert min(min(by.values()) for by in kept(trained)) > 0
-    with pytest.raises(ConfigError, match="can be predicted for memory_budget, but"):
+    with pytest.raises(ConfigError, match="can be predicted for Memory.budget=., but"):
         train(2, layers, BATCHES, memory_budget=2**30, **options)
 
 

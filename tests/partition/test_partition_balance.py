@@ -90,7 +90,7 @@ def test_scaling_all_costs_changes_nothing() -> None:
 
 @pytest.mark.parametrize("num_stages", [-1, 0, 6])
 def test_stages_that_would_be_empty_are_refused(num_stages: int) -> None:
-    message = f"cannot cut 5 layers into {num_stages} stages: .*choose num_stages from 1 to 5$"
+    message = f"cannot cut 5 layers into {num_stages} stages: .*choose Cut.stages=. from 1 to 5$"
     with pytest.raises(PartitionError, match=message):
         balance_by_cost([1] * 5, [1] * 5, num_stages)
 

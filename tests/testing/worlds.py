@@ -174,7 +174,13 @@ def trainer(world: World, layers: object, **options: Any) -> Trainer:
         # Tried by the tests of it; here it would cost every small run several steps.
         sanity_check=False,
     )
-    return Trainer(layers, world=world, **grouped(defaults | options))
+    if "gradients" in options:
+        del defaults["compare_every"]
+    weights = options.pop("weights", None)
+    made = Trainer(layers, world=world, **grouped(defaults | options))
+    if weights is not None:
+        made.load(weights)
+    return made
 
 
 def train(

@@ -58,7 +58,7 @@ def test_everybody_gets_what_rank_0_shares() -> None:
     def work(world: World) -> list[Any]:
         box = Mailbox(world.store, world.rank, world.size, 5.0)
         mine = [[1, "two", None, 3.5], {"a": []}] if world.rank == 0 else ["x", "y"]
-        return [box.share(value) for value in mine]
+        return [box.broadcast(value) for value in mine]
 
     assert on_every_rank(3, work) == [[[1, "two", None, 3.5], {"a": []}]] * 3
 
@@ -85,7 +85,7 @@ def test_who_waits_for_rank_0_hears_of_a_failure_at_once() -> None:
         if world.rank == 0:
             time.sleep(0.1)
             return box.fail("rank 0 failed at the data")
-        return box.share()
+        return box.broadcast()
 
     began = time.perf_counter()
     said, error = outcomes(2, work)
@@ -98,7 +98,7 @@ def test_who_waits_for_nobody_gives_up_after_the_timeout() -> None:
     box = mailboxes(2, timeout=0.2)[1]
     began = time.perf_counter()
     with pytest.raises(EdgeTimeout, match="rank 0 has not said .* for 0.2 s") as silent:
-        box.share()
+        box.broadcast()
     assert silent.value.rank == 0
     assert time.perf_counter() - began < 5
 

@@ -1,1 +1,1 @@
-"""Edges over torch.distributed.rpc."""
+"""Edges over torch.distributed.rpc, for those who ask for it."""
