@@ -146,7 +146,7 @@ def doctor() -> None:
     if _leads():
         show_diagnosis(diagnosis)
     elif diagnosis.status:
-        time.sleep(_GRACE_SECONDS)  # as where a complaint is told
+        time.sleep(_GRACE_SECONDS)  # as where a complaint is printed
     _leave(diagnosis.status)
 
 
@@ -225,7 +225,7 @@ def _resolve(file: Path | None, options: dict[str, Any]) -> RunConfig:
 def _format_warning(
     message: Warning | str, category: type[Warning], *where: Any, **more: Any
 ) -> str:
-    """A warning as it is told: ours without the line of code that it comes from."""
+    """A warning as it is printed: ours without the line of code that it comes from."""
     if issubclass(category, PglpipeWarning):
         return f"pglpipe: warning: {message}\n"
     return _usual_warning(message, category, *where, **more)
@@ -239,7 +239,7 @@ def _show_cause(error: WorkerError) -> None:
 
 def _complain(text: str, *, already_reported: bool) -> None:
     if already_reported:
-        # A launcher ends all workers with the first; the one who tells must come first.
+        # A launcher ends all workers with the first; the one who prints must come first.
         time.sleep(_GRACE_SECONDS)
     elif text:  # without any argument the help says it all
         print(f"pglpipe: error: {text}", file=sys.stderr, flush=True)

@@ -1,4 +1,4 @@
-"""Everything that a run can be told on the command line or in a TOML file, in sections.
+"""All settings of a run on the command line or in a TOML file, in sections.
 
 A field of a section is an option of the command line (``--guidance-period``), a key in the section's table
 of the TOML file (``period`` in ``[guidance]``) and a line of the run directory's ``config.toml``. The command

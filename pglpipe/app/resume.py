@@ -35,7 +35,7 @@ class Start:
     """How a run begins.
 
     Attributes:
-        config: what it is told.
+        config: the options of the run.
         folder: its run directory.
         checkpoint: the folder of the one that it goes on from; None if it begins anew.
         step: steps that have been done there, if they are this run's own.

@@ -248,7 +248,7 @@ def _set_threads(config: RunConfig) -> None:
 
 @contextmanager
 def _failing_together(world: World) -> Iterator[None]:
-    """Lets one worker's mistake end all of them, told once."""
+    """Lets one worker's mistake end all of them, reported once."""
     if world.size > 1:
         signal.signal(signal.SIGTERM, lambda *_: _linger(world))
     try:

@@ -37,7 +37,7 @@ class Material:
 def load(
     config: RunConfig, world: World, about: Mapping[str, Any] | None = None
 ) -> Material:
-    """Loads the data on worker 0 and tells the others what they need to know of it.
+    """Loads the data on worker 0 and shares with the others what they need to know of it.
 
     Args:
         about: what :meth:`Material.about` said when the network was trained, if it has been.

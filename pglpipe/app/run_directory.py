@@ -197,7 +197,7 @@ def _lines_before(path: Path, step: int) -> str:
 
 
 def _step_of(line: str) -> float:
-    """Which step a line tells of; infinity for one that was cut off, or spoilt by a power cut."""
+    """Which step a line is about; infinity for one that was cut off, or spoilt by a power cut."""
     try:
         return float(json.loads(line)["step"])
     except (ValueError, TypeError, KeyError, RecursionError):

@@ -30,7 +30,7 @@ from pglpipe.utils.arguments import number, path, whole
 from pglpipe.utils.options import Section, option
 from pglpipe.utils.snapshot import Snapshot
 
-# After so long, a checkpoint that is not there is told of, and a run that is to end makes no other.
+# After so long, a checkpoint that is not there is reported, and a run that is to end makes no other.
 STUCK_SECONDS = 120.0
 
 
@@ -74,7 +74,7 @@ class Checkpoints(Section, title="Checkpoints"):
 
 
 def chosen(policy: Checkpoints | None, resume: Path | str | None) -> Path | None:
-    """The checkpoint to go on from; one that is not as it was written is told and left aside.
+    """The checkpoint to go on from; one that is not as it was written is reported and left aside.
 
     Args:
         resume: a checkpoint's folder, ``"auto"`` for the newest that is whole, or None for none.
@@ -153,7 +153,7 @@ class Writer:
         try:
             for index, snapshot in stages.items():
                 files.append(write_stage(folder, index, snapshot))
-        except Exception as reason:  # whatever it is, worker 0 waits to hear of it
+        except Exception as reason:  # whatever it is, worker 0 waits for it
             said = str(reason) or type(reason).__name__
             error = f"rank {self._rank} cannot write to {folder}: {said}"
         numbers = {index: snapshot.numbers for index, snapshot in stages.items()}
@@ -239,7 +239,7 @@ class CheckpointCoordinator:
             _begin(self._make, report.step, manifest, list(self._reports))
 
     def listen(self) -> None:
-        """Takes in what has become of the one under way, and tells of what went wrong."""
+        """Takes in what has become of the one under way, and reports what went wrong."""
         if self._made.is_set() and self.is_busy:
             self._pending, self._reports = None, []
             if self._complaint:

@@ -34,7 +34,7 @@ class Recent:
 
     Args:
         rank: the worker's number.
-        first: told True when the worker begins what it has not done before, False when it goes on
+        first: called with True when the worker begins what it has not done before, False when it goes on
             to something else.
 
     Attributes:

@@ -1,4 +1,4 @@
-"""What goes wrong on one worker ends all: one line that says who it was, told to the user once.
+"""What goes wrong on one worker ends all: one line that says who it was, shown to the user once.
 
 ::
 
@@ -32,9 +32,9 @@ def fail(world: World, error: BaseException) -> str:
 
 
 def declare(world: World, error: BaseException) -> str:
-    """Tells everybody; the first to do so also tells the user. Returns what stands.
+    """Informs all workers; the first to do so also informs the user. Returns what stands.
 
-    A mistake of the user's is told by who raises it.
+    A mistake of the user's is reported by whoever raises it.
     """
     is_mistake = isinstance(error, UserError)
     text = str(error) if is_mistake else failure_message(world, error)

@@ -10,7 +10,7 @@ Looks are counted, not seconds, and only one's own: a process that was itself st
 accuses nobody. Of a process on the same machine more is known: whether it is gone, whether it is stopped,
 and whether it computes, in which case it may be holding Python's lock and is not called silent.
 
-NullOutbox else ends a process whose main thread waits where no exception reaches it. So this works in processes
+Nobody else ends a process whose main thread waits where no exception reaches it. So this works in processes
 that the launcher started for the run alone, never where workers are threads.
 """
 
@@ -125,7 +125,7 @@ class Heartbeat:
         return self._thread is not None and self._others[rank].left
 
     def lost_store(self, error: Exception) -> str:
-        """Tells that the store is gone, where nobody else can be told; returns it."""
+        """Reports that the store is gone, where nobody else can; returns the message."""
         reason = (str(error).splitlines() or [""])[0]
         text = f"the run's store is gone, and with it the launcher or rank 0: {reason}"
         # One of those on this machine, and once.
@@ -196,7 +196,7 @@ class Heartbeat:
             os._exit(1)
 
     def _end_silent(self) -> None:
-        """Ends those on this machine that cannot hear that the run is over.
+        """Ends those on this machine that cannot notice that the run is over.
 
         A stopped process would stay until its launcher loses timeouts, and for ever without one.
         """
@@ -228,10 +228,10 @@ class NoPulse:
     """The heartbeat of a worker whose process is not the run's alone."""
 
     def start(self) -> None:
-        """NullOutbox looks."""
+        """Does nothing: nobody looks."""
 
     def leave(self) -> None:
-        """NullOutbox misses it."""
+        """Does nothing: nobody misses it."""
 
     def lost_store(self, error: Exception) -> str:
         """Why the store is gone."""

@@ -137,7 +137,7 @@ class Mailbox:
         return self._store.get("failure").decode().partition(":")[2]
 
     def check(self) -> None:
-        """Raises WorkerError, already told to the user, if a worker has declared failure."""
+        """Raises WorkerError, already shown to the user, if a worker has declared failure."""
         if failure := self.failure():
             error = WorkerError(failure)
             error.already_reported = True

@@ -41,7 +41,7 @@ class ProcessId:
 
     @staticmethod
     def from_json(text: str) -> ProcessId:
-        """The passport that :meth:`to_json` wrote."""
+        """The id that :meth:`to_json` wrote."""
         return ProcessId(**json.loads(text))
 
     def look(self) -> Sighting | None:

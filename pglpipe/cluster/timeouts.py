@@ -131,7 +131,7 @@ class TimeoutPolicy:
         return self._store.add(_KEY, 0) > 0
 
     def is_at_own_code(self, rank: int, wait: Wait) -> bool:
-        """Whether the user's own code is all that keeps a worker; told once, by one of those who wait."""
+        """Whether the user's own code is all that keeps a worker; reported once, by one of those who wait."""
         if not (found := self._own_code(rank)):
             return False
         if self._store.add(_TOLD, 1) == 1:

@@ -368,7 +368,7 @@ class Coordinator:
         return self._summary()
 
     def _await(self, heard: Callable[[], set[int]], what: str) -> None:
-        """Waits until all workers are among those that were heard."""
+        """Waits until all workers have reported."""
         self._listen()
         for rank in range(self._num_workers):
             wait = self._mailbox.wait_for(rank, self._timeout)

@@ -1,4 +1,4 @@
-"""What a worker tells: its steps a few times a second, its exits, and its last words.
+"""What a worker reports: its steps a few times a second, its exits, and its last words.
 
 Reporting never holds up training. The losses stay where they were computed until a report
 is due; reading them only then keeps a GPU's queue full.
@@ -38,7 +38,7 @@ class Reporter:
         device: where its stages are.
         post: sends a report on its way without waiting for anyone.
         idle_bytes: memory that is held, but not counted as allocated.
-        judge: raises for a step, and for the norms by stage that were told of it, if something is
+        judge: raises for a step, and for the norms by stage that were reported with it, if something is
             wrong with them.
     """
 

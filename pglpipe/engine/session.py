@@ -40,7 +40,7 @@ class Session:
     Args:
         world: who takes part.
         blueprint: what is to be built.
-        observer: told of every record, on worker 0.
+        observer: given every record, on worker 0.
     """
 
     def __init__(self, world: World, blueprint: Blueprint, observer: Observer) -> None:

@@ -110,7 +110,7 @@ class Worker:
         self._writer = Writer(checkpoints, self._settings.rank, self._post)
 
     def run(self, links: Links) -> None:
-        """Obeys until told to stop."""
+        """Runs commands until Stop comes."""
         if links.gradients_in is not None:
             links = replace(links, gradients_in=DemuxInbox(links.gradients_in))
         self._links = links

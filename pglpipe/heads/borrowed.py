@@ -9,7 +9,7 @@
                     evenly, so that the head is the rest of the network with layers left out
 
 A read-only layer begins as the layer itself does, and is renewed every ``--refresh-every`` steps
-(:mod:`pglpipe.refresh`). What is renewed are parameters, not BatchNorm's running statistics, which each
+(:mod:`pglpipe.steps.borrow`). What is renewed are parameters, not BatchNorm's running statistics, which each
 copy has for itself.
 
 Sources: MAN, Su et al. 2024, arXiv 2407.05623 (exponential moving average of the next block); SOLO, Yin

@@ -79,7 +79,7 @@ class Remembered:
 
     def __init__(self, loss: Any) -> None:
         self._loss = loss
-        # CountedTensor, so that no other tensor can be taken for one of these.
+        # Held, so that no other tensor can be taken for one of these.
         self._values = {name: _known(value) for name, value in _values(loss)}
 
     def changed(self, *, more: bool = True) -> str:
@@ -150,7 +150,7 @@ def _values(loss: Any) -> Iterator[tuple[str, Any]]:
 
 
 def _walk(value: Any, name: str, depth: int) -> Iterator[tuple[str, Any]]:
-    """What may change of what can be reached, and modules, each with the name of its depth_fraction."""
+    """What may change of what can be reached, and modules, each with the name of its place."""
     if isinstance(value, (Tensor, np.ndarray, Iterator, *GENERATORS, *_SIMPLE)):
         yield name or "value", value
         return

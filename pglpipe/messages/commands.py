@@ -9,7 +9,7 @@ barrier. A command is a handful of whole numbers; the tensors beside it make a m
     Microbatch           activation, targets     and image, scales
     Clip                 total gradient norm
     Evaluate             activation, targets     and scales
-    EndEvaluation             -                       the end of an evaluation
+    EndEvaluation        -                       the end of an evaluation
     Checkpoint           -                       every worker writes its stages to disk
     SanityCheck          -                       what follows is only tried, until the next one
     Collect              -                       every worker hands its weights up

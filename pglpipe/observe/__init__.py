@@ -1,1 +1,1 @@
-"""What is shown and written of a run. It hears, and never decides."""
+"""What is shown and written of a run. It decides nothing."""

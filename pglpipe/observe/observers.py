@@ -8,7 +8,7 @@ from pglpipe.observe.records import EvaluationRecord, StepRecord
 
 
 class Observer(Protocol):
-    """Is told of every record of a run, on worker 0.
+    """Is given every record of a run, on worker 0.
 
     It must change nothing that layers, losses, optimizers or the learning rate read: other workers do not see that.
     A method ``on_begin(step, total_steps)``, if there is one, is called before the first step, when all that

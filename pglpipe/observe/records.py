@@ -1,7 +1,7 @@
 """Numbers about a run: added, merged and summarized, never printed.
 
 Workers report on their own stages and at their own pace; a record speaks of the whole
-pipeline and is complete when every stage has been heard.
+pipeline and is complete when every stage has reported.
 """
 
 from __future__ import annotations

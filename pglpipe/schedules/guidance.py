@@ -1,4 +1,4 @@
-"""When do the stages hear from the true loss?
+"""When does the gradient of the true loss reach the stages?
 
 Most steps are *local*: every stage learns from its own loss. Guidance opens a window of
 *guided* steps, in which the true loss's gradient crosses the stages::
@@ -16,9 +16,9 @@ global    one synchronized backward pass crosses all stages
 window    the gradient of each stage's loss crosses ``window`` stages; each stage learns from the
           farthest that reaches it (Gomez et al. 2022, "Interlocking Backpropagation", arXiv
           2010.04116)
-stale     the gradient rises one cut every ``delay`` steps, while the pipeline goes on; a stage
+stale     the gradient moves up one stage every ``delay`` steps, while the pipeline goes on; a stage
           applies it to a replayed forward (Huo et al. 2018, "Features Replay", arXiv 1807.04511)
-stale-    both: each loss's gradient rises so, and crosses ``window`` stages
+stale-    both: each loss's gradient moves up so, and crosses ``window`` stages
 window
 ========= ==================================================================================
 

@@ -121,7 +121,7 @@ class FiniteCheck:
             buffer.copy_(before)
 
     def look(self) -> Tensor | None:
-        """The norms ``[1 + parameters]``, where they are told instead of looked at; else None."""
+        """The norms ``[1 + parameters]``, where they are reported instead of looked at; else None."""
         if not self._defers:
             return None
         # The first one is no parameter's: a stage may have none.
@@ -175,7 +175,7 @@ class FiniteCheck:
         """What was wrong in an earlier step, if anything was; its numbers are on the host by now.
 
         Args:
-            norms: by stage, of those who told some.
+            norms: by stage, of those that reported some.
         """
         if self._index in norms:
             own = norms[self._index][1:]

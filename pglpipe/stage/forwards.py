@@ -9,7 +9,7 @@ graph again: a second forward for the memory of a graph::
 
 Both runs give the same bits: they draw the same random numbers and begin with the same buffers,
 of which there are copies in between, and only the first run moves them. BatchNorm needs no
-copies: it uses the statistics of the batch, and is not told them twice. (Compiled stages
+copies: it uses the statistics of the batch, and does not count them twice. (Compiled stages
 agree to rounding: ``torch.compile`` makes other kernels where no graph is kept.)
 """
 

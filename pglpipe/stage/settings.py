@@ -1,4 +1,4 @@
-"""How stages learn: what all of them are told alike."""
+"""How stages learn: what is the same for all of them."""
 
 from __future__ import annotations
 

@@ -219,7 +219,7 @@ def make_optimizer(
 
 
 def needs_closure(kind: type[Any]) -> bool:
-    """Whether steps of a class of optimizers must be told how to compute the loss again, as LBFGS' must."""
+    """Whether steps of a class of optimizers must be given a function that computes the loss again, as LBFGS' must."""
     try:
         given = inspect.signature(kind.step).parameters.values()
     except (AttributeError, TypeError, ValueError):
@@ -238,7 +238,7 @@ def _described(kind: str, groups: int) -> str:
 
 
 def _groups(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
-    """What each group of parameters is told, beside which they are."""
+    """The options of each group of parameters."""
     return [
         {name: value for name, value in group.items() if name != "params"}
         for group in optimizer.param_groups

@@ -1,4 +1,4 @@
-"""Stale guidance: a gradient rises one cut every ``delay`` steps, while the pipeline goes on.
+"""Stale guidance: a gradient moves up one stage every ``delay`` steps, while the pipeline goes on.
 
 In a guided step a batch goes forward as in any local step. The gradients of its losses then rise from
 stage to stage; each stage keeps its input of that batch, runs it again when a gradient comes
@@ -50,7 +50,7 @@ Source = tuple[int, int]
 
 
 class StaleStep(Step):
-    """Takes the stages through local steps, of some of which the true loss's gradient rises.
+    """Takes the stages through local steps, in some of which the true loss's gradient starts on its way up.
 
     A stage to which a gradient comes learns from that instead of its own loss, or from both.
     """

@@ -87,7 +87,7 @@ class NullOutbox:
     sent_bytes = 0
 
     def put(self, message: Message) -> None:
-        """NullOutbox listens."""
+        """Sends nothing: there is no neighbour."""
 
 
 @dataclass(frozen=True)

@@ -77,7 +77,7 @@ class Channel:
             self.payloads.shutdown()
 
     def abort(self) -> None:
-        """Breaks the channel: whoever waits at either end, a GPU too, hears of it at once."""
+        """Breaks the channel: whoever waits at either end, a GPU too, is woken at once."""
         self.is_over.set()
         with suppress(RuntimeError):  # the run is over anyway
             if self.payloads is not self.headers:
@@ -140,7 +140,7 @@ class Watchdog:
             raise self._found from error
 
     def end(self) -> None:
-        """NullOutbox waits any more."""
+        """Ends the watch; nobody waits any more."""
         self._channel.is_over.set()
         self._thread.join()
 

@@ -11,12 +11,12 @@ so neither a ragged batch nor a microbatch pays for a full slot. A sender that f
 slots on the way waits: that is the back-pressure. The receiving thread exists because gloo
 never says that a receive has completed unless somebody waits for it.
 
-A gloo sender begins when it hears that the receiver is ready, so every receive is posted
+A gloo sender begins when it knows that the receiver is ready, so every receive is posted
 ahead, as soon as its slot is free: on a slow link the answer travels while other bytes do.
 Both ends have agreed on the slots' size: no payload can be larger, and gloo lets a shorter one
 into a slot, without telling how much came. The header is checked before the payload is used,
 but that the payload is as long as its header says rests on the sender. NCCL takes no shorter
-message: there a payload's receive is posted when the header has told its size.
+message: there a payload's receive is posted when the header with its size is here.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ class Sender:
             while self._under_way:
                 self._finish_oldest()
         except PeerLost:
-            # Whoever has left does not wait for ever to hear it.
+            # Whoever has left does not wait for it for ever.
             if not channel.timeouts.has_left(channel.rank):
                 raise
         self._watchdog.end()
@@ -220,7 +220,7 @@ class Receiver:
             with own_stream(self._channel.staging):
                 self._receive_until_closed()
         except Exception as error:
-            # Whatever it was, the one who waits for a message must hear of it.
+            # Whatever it was, the one who waits for a message must be woken.
             failure = (
                 error
                 if isinstance(error, WorkerError)
@@ -240,7 +240,7 @@ class Receiver:
             channel.wait(work, channel.headers, FOREVER)
             envelope = packing.decode(header.tolist(), sequence, self._capacity)
             if envelope.command is None:
-                # NullOutbox waits for a message after the last one, unless the neighbour gave up.
+                # Nobody waits for a message after the last one, unless the neighbour gave up.
                 channel.timeouts.left.add(channel.rank)
                 self._ready.put(channel.timeouts.left_alone(channel.rank))
                 return
@@ -249,7 +249,7 @@ class Receiver:
             sequence += 1
 
     def _offer(self, slot: Slot) -> None:
-        """Makes a slot free for the next payload, and tells the sender where that can be."""
+        """Makes a slot free for the next payload, and informs the sender where that can be."""
         channel, work = self._channel, None
         # Not where a GPU may still be copying out of the slot: there the thread waits for it.
         if channel.payloads is channel.headers and channel.device.type == "cpu":

@@ -72,7 +72,7 @@ class Timing:
     """A step whose seconds and figures are known already: the host's.
 
     Attributes:
-        norms: of gradients by stage, where they were told; known once the step is read.
+        norms: of gradients by stage, where they were reported; known once the step is read.
     """
 
     def __init__(self, step: StepReport, figures: Figures) -> None:
@@ -115,7 +115,7 @@ class _DeviceTiming(Timing):
         began: torch.cuda.Event,
         before: torch.cuda.Event | None,
     ) -> None:
-        # CountedTensor until they have passed, so that no stream reuses their memory too early.
+        # Held until they have passed, so that no stream reuses their memory too early.
         super().__init__(step, figures)
         parts = [figure.reshape(-1) for figure in figures.values()]
         joined = torch.cat(parts) if parts else torch.empty(0)

@@ -38,7 +38,7 @@ class SavedBytes:
         self.peak = 0
         self._current = 0
         self._holders: Counter[int] = Counter()
-        # CountedTensor, so that no other storage can get the same identity while this counts.
+        # Held, so that no other storage can get the same identity while this counts.
         self._excluded = {_identity(tensor): tensor for tensor in excluded}
         self._hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, _unpack)
 

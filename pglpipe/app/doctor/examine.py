@@ -30,7 +30,7 @@ TIMEOUT = 60.0  # seconds until a store or a neighbour counts as lost
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """All that was found; on worker 0, whom the others have told.
+    """All that was found; on worker 0, to which the others have reported.
 
     Attributes:
         facts: by rank.

@@ -55,7 +55,7 @@ class Network:
     Attributes:
         interfaces: IPv4 address by name.
         listens: address at which edges over gloo listen.
-        name: of this machine, where torchrun will have its workers meet unless it is told otherwise.
+        name: of this machine, where torchrun will have its workers meet by default.
         unresolved: why that name stands for no address; empty if it does.
         store: ``MASTER_ADDR``; empty without a launcher.
         route: this machine's address on its way to the store; empty if there is no way.
@@ -244,7 +244,7 @@ def _interfaces() -> Iterator[tuple[str, str]]:
 
 
 def _own_address() -> str:
-    """Where gloo listens if it is told nothing: what the host's name stands for, else loopback."""
+    """Where gloo listens by default: what the host's name stands for, else loopback."""
     try:
         found = socket.getaddrinfo(socket.gethostname(), None, socket.AF_INET)
     except OSError:

@@ -187,7 +187,7 @@ def _end_alone() -> None:
 
 
 def _adopt_interface() -> None:
-    """Lets RPC listen where gloo does, unless it has been told where."""
+    """Lets RPC listen where gloo does, unless an address is set for it."""
     if name := os.environ.get("GLOO_SOCKET_IFNAME", "").split(",")[0]:
         os.environ.setdefault("TP_SOCKET_IFNAME", name)
 

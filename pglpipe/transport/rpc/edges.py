@@ -12,7 +12,7 @@ from a failed call that its neighbour is gone. A receiver learns it from a call 
 watch, which the sender answers only when it has closed in peace.
 
 Tensors of a GPU travel through host memory. RPC is in maintenance mode in PyTorch, and
-pickles what surrounds our tensors (see ``rpc_agent.py``): point to point is the default.
+pickles what surrounds our tensors (see :mod:`pglpipe.transport.rpc.agent`): point to point is the default.
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ class RpcReceiver:
     """The receiving end: an :class:`~pglpipe.transport.base.Inbox`.
 
     Args:
-        on_failure: told, by one of RPC's threads, when the edge breaks.
+        on_failure: called, by one of RPC's threads, when the edge breaks.
     """
 
     def __init__(self, line: Line, on_failure: Callable[[WorkerError], None]) -> None:
@@ -193,7 +193,7 @@ class RpcReceiver:
             )
         self._expected += 1
         if envelope.command is None:
-            # NullOutbox waits for a message after the last one, unless the neighbour gave up.
+            # Nobody waits for a message after the last one, unless the neighbour gave up.
             self._line.timeouts.left.add(self._line.peer)
             self._ready.put(self._line.timeouts.left_alone(self._line.peer))
             self._ended.set()
