@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[1] / "pglpipe"
+ROOT = Path(__file__).resolve().parents[2] / "pglpipe"
 DRAWING = (ROOT.parent / "ARCHITECTURE.md").read_text(encoding="utf-8")
 
 

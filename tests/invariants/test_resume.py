@@ -1,6 +1,6 @@
 """A run that goes on from a checkpoint ends as if it had never been interrupted, to the bit.
 
-That it does so with every kind of guidance, on any number of workers, is in ``test_same_numbers.py``.
+That it does so with every kind of guidance, on any number of workers, is in ``invariants/test_same_numbers.py``.
 """
 
 from __future__ import annotations

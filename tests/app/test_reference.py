@@ -6,7 +6,7 @@ from pathlib import Path
 
 from pglpipe.app.reference import reference
 
-FILE = Path(__file__).resolve().parents[1] / "docs" / "reference.md"
+FILE = Path(__file__).resolve().parents[2] / "docs" / "reference.md"
 
 
 def test_the_file_is_what_the_settings_give() -> None:

@@ -18,7 +18,7 @@ from benchmarks.line import VNET_HEADER, Line, queue_bytes, wire_bytes
 from benchmarks.link import Link, Unavailable
 from benchmarks.link_check import check
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 MEGABIT = 1e6
 
 

@@ -17,7 +17,7 @@ from pglpipe.__version__ import __version__
 
 pytestmark = pytest.mark.together
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 # Stands for Python: `-m venv DIR` puts itself there as python, pip and every tool; all it
 # does besides is to write down the words it was called with.
