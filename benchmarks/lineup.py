@@ -10,12 +10,13 @@ from benchmarks.pglpipe_rows import Alone, InTurns, Pipeline, Saving, Unconnecte
 from benchmarks.plain_rows import Accumulated, Checkpointed, DataParallel, EndToEnd
 from benchmarks.rows import Row, Track
 from benchmarks.schedule_rows import SCHEDULES, Schedule
-from benchmarks.workload import Workload, resnet32, tiny
+from benchmarks.workload import Workload, demo, resnet32, tiny
 from pglpipe import NEVER, Guidance
 
 # By the number of ranks.
 WORKLOADS: dict[str, Callable[[int], Workload]] = {
     "resnet32": lambda ranks: resnet32(),
+    "demo": lambda ranks: demo(),
     "emulated": emulated,
     "tiny": lambda ranks: tiny(),
 }
@@ -67,6 +68,7 @@ SEARCHED: dict[str, Searched] = {
     "pgl-bf16": _pgl(10, 1, edge_dtype="bf16"),
     "pgl-bursts": _pgl(50, 5),
     "pgl-short-bursts": _pgl(20, 2),
+    "global": _pgl(1, 1),
     **{name: _schedule(name) for name in SCHEDULES},
 }
 # Peers that exchange tensors in a group of all ranks.
@@ -84,8 +86,10 @@ def candidates(name: str, ranks: int) -> tuple[int, ...]:
     """The numbers of microbatches to try: as many as ranks, and more.
 
     Guided rows are tried for a whole period each, and begin below, for most of their steps are local;
-    bursts, whose period is long, with two numbers only.
+    bursts, whose period is long, with two numbers only. Where all steps are global, one is a number, too.
     """
+    if name == "global":
+        return 1, ranks, 2 * ranks, 4 * ranks
     if name.endswith("bursts"):
         return 2 * ranks, 4 * ranks
     first = max(2, ranks // 2) if name.startswith("pgl") else ranks

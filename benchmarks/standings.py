@@ -32,6 +32,7 @@ COUNTED = (
     ),
     *(
         "pgl-short-bursts",
+        "global",
         "stale",
         "stale-tenth",
         "unconnected",
@@ -48,6 +49,7 @@ TITLES = {
     "pgl-bf16": "pglpipe PGL 10 %, single steps, bf16 edges",
     "pgl-bursts": "pglpipe PGL 10 %, bursts of 5 in 50 steps",
     "pgl-short-bursts": "pglpipe PGL 10 %, bursts of 2 in 20 steps",
+    "global": "pglpipe global steps only",
     "stale": "pglpipe stale guidance, every step",
     "stale-tenth": "pglpipe stale guidance, 10 %",
     "unconnected": "pglpipe local, no communication",

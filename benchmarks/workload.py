@@ -124,6 +124,11 @@ def resnet32(width: int = 16, size: int = 32, batch: int = 128) -> Workload:
     return _images("resnet32", width, size, batch)
 
 
+def demo() -> Workload:
+    """The network and the batches of ``make demo``."""
+    return _images("resnet8", width=8, size=32, batch=64)
+
+
 def tiny() -> Workload:
     """A network of a second, to try a race out."""
     return _images("resnet8", width=4, size=8, batch=16)

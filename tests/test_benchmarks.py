@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -27,18 +28,44 @@ def test_every_option_of_a_benchmark_is_one_of_the_command_line(
     resolve(None, {key.replace("-", "_"): value for key, value in options.items()})
 
 
-def test_the_demo_reports_what_guidance_does_not_buy() -> None:
+def test_the_demo_reports_what_guidance_does_not_buy(tmp_path: Path) -> None:
+    accuracies = (0.8, 0.75, 0.85, 0.95, 0.9)
     found = {
         name: summary(accuracy)
-        for name, accuracy in zip(demo.WAYS, (0.8, 0.75, 0.85, 0.9), strict=True)
+        for name, accuracy in zip(demo.WAYS, accuracies, strict=True)
     }
-    text = demo.verdict(found)
-    assert "+10.0 points from local only, a guided tenth -5.0 at the end" in text
-    assert "+5.0 one by one" in text
+    text = demo.verdict(found, 2)
+    assert "one step in ten -5.0, the last tenth +5.0" in text
+    assert "the recommended recipe +15.0, end to end +10.0" in text
+    assert "end to end (microbatches: 2), in speed: local only 1.00x" in text
     console = Console(width=120, record=True, file=io.StringIO())
     console.print(demo.table(found))
     shown = console.export_text()
     assert "75.0 %" in shown and "2.0 MiB" in shown and "25 %" in shown
+    picture = tmp_path / "new" / "demo.png"
+    assert demo.draw(found, picture) == f"picture: {picture}"
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_without_matplotlib_the_demo_says_that_there_is_no_picture(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    said = demo.draw({}, tmp_path / "demo.png")
+    assert said == "no picture: pip install matplotlib"
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", demo.WAYS)
+def test_every_way_of_the_demo_takes_the_same_steps(name: str) -> None:
+    given = {k.replace("-", "_"): v for k, v in demo.options(name, 4).items()}
+    config, common = resolve(None, given), demo.COMMON
+    assert (config.epochs, config.batch_size) == (
+        common["epochs"],
+        common["batch-size"],
+    )
+    assert config.train_limit == common["train-limit"]
+    assert config.microbatches == (1 if name == demo.LOCAL else 4)
 
 
 def test_a_ring_can_save_no_more_than_all_that_messages_cost() -> None:

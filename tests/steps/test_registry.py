@@ -27,7 +27,7 @@ def run(size: int, **options: Any) -> Trained:
 
 
 def test_a_new_kind_of_step_trains_resumes_and_is_reported(tmp_path: Path) -> None:
-    told = Checkpoints(tmp_path, every=1, keep=9)
+    told = Checkpoints(tmp_path, every=3)
     whole = run(1, epochs=2, guidance=EVERY_OTHER, checkpoints=told)
     assert [record.kind for record in whole.records.steps] == ["twice", "local"] * 3
     plain = run(1, epochs=2, guidance=NEVER)

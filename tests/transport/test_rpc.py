@@ -315,7 +315,7 @@ from torch.distributed import TCPStore
 from pglpipe.messages.commands import TrainStep, Message
 from pglpipe.transport import EdgePlan, OpenEdges
 from pglpipe.cluster.world import World
-from pglpipe.transport.rpc.edges import agent as rpc_agent
+from pglpipe.transport.rpc import agent as rpc_agent
 
 rank = len(sys.argv) - 1
 store = TCPStore("localhost", int(sys.argv[1]) if rank else 0, is_master=not rank)
