@@ -183,6 +183,7 @@ class Trainer:
     ) -> None:
         world = world or join(edges.timeout)
         check_workers(cut.stages, world.size)
+        machine.set_threads()
         device = devices.pick(machine.device, world.local_rank)
         if machine.overlap_stages:
             check_device(device)

@@ -67,7 +67,7 @@ def train(config: RunConfig) -> Summary:
 
 def plan(config: RunConfig, num_workers: int) -> Plan:
     """Where the network is cut, and what each stage will hold and cost. Trains nothing."""
-    _set_threads(config)
+    config.machine.set_threads()
     world = World(size=num_workers)
     material = load(config, world)
     return _trainer(config, material, world).prepare(material.train)
@@ -83,7 +83,7 @@ def evaluate(run_dir: Path, data_root: str = "") -> tuple[Plan, Summary]:
     config = resolve(run_dir / RunDirectory.SETTINGS, {})
     if data_root:
         config = config.replaced(data_root=data_root)
-    _set_threads(config)
+    config.machine.set_threads()
     world = World()
     material = load(config, world, about)
     weights = run_dir / RunDirectory.WEIGHTS
@@ -107,7 +107,7 @@ def _train(asked: RunConfig, world: World, early: list[int]) -> Summary:
     config = start.config
     world.recent.keep_in(start.folder)
     world.recent.begin("loading the data")
-    _set_threads(config)
+    config.machine.set_threads()
     material = load(config, world)
     observers = Observers()
     trainer = _trainer(config, material, world, observer=observers, fits=start.is_new)
@@ -239,11 +239,6 @@ def _trainer(
     if weights:
         trainer.load(weights)
     return trainer
-
-
-def _set_threads(config: RunConfig) -> None:
-    if config.machine.threads:
-        torch.set_num_threads(config.machine.threads)
 
 
 @contextmanager

@@ -72,6 +72,11 @@ class Machine(Section, title="Machine"):
         flag(),
     )
 
+    def set_threads(self) -> None:
+        """Has this process compute with as many CPU threads, if a number was given."""
+        if self.threads:
+            torch.set_num_threads(self.threads)
+
     @property
     def bf16(self) -> bool:
         """Whether forwards run under autocast to bfloat16."""

@@ -60,12 +60,12 @@ def test_without_matplotlib_the_demo_says_that_there_is_no_picture(
 def test_every_way_of_the_demo_takes_the_same_steps(name: str) -> None:
     given = {k.replace("-", "_"): v for k, v in demo.options(name, 4).items()}
     config, common = resolve(None, given), demo.COMMON
-    assert (config.epochs, config.batch_size) == (
+    assert (config.length.epochs, config.data.batch_size) == (
         common["epochs"],
         common["batch-size"],
     )
-    assert config.train_limit == common["train-limit"]
-    assert config.microbatches == (1 if name == demo.LOCAL else 4)
+    assert config.data.train_limit == common["train-limit"]
+    assert config.memory.microbatches == (1 if name == demo.LOCAL else 4)
 
 
 def test_a_ring_can_save_no_more_than_all_that_messages_cost() -> None:

@@ -14,12 +14,13 @@ from testing.commands import ROOT, call
 from testing.worlds import image_batches, small_resnet, train
 from torch import nn
 
-from pglpipe import NEVER
+from pglpipe import NEVER, errors
 from pglpipe.app.config import RunConfig
 from pglpipe.app.config_file import resolve
 from pglpipe.errors import ConfigError
 from pglpipe.heads import HEADS, Site, build_head
 from pglpipe.losses import LOSSES, LossKind, build_loss
+from pglpipe.utils import options
 
 GUIDE = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
 
@@ -41,6 +42,8 @@ def example(path: str) -> types.ModuleType:
 @pytest.fixture
 def registered(monkeypatch: pytest.MonkeyPatch) -> None:
     """Both examples under the names, and by the lines, that the guide gives them."""
+    monkeypatch.setattr(errors, "IN_PYTHON", dict(errors.IN_PYTHON))
+    monkeypatch.setattr(options, "IN_PYTHON", errors.IN_PYTHON)
     for path, registry in (
         ("pglpipe/losses/smooth.py", LOSSES),
         ("pglpipe/heads/peak.py", HEADS),
