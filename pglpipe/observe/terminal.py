@@ -24,6 +24,7 @@ from rich.table import Table
 from pglpipe.observe.records import EvaluationRecord, StepRecord
 from pglpipe.plan.partition import StageRow
 from pglpipe.plan.placement import Plan
+from pglpipe.steps import find_step
 
 _REFRESH_SECONDS = 0.25
 _LINE_SECONDS = 10.0
@@ -97,7 +98,7 @@ class Lines(Blank):
 
     def on_step(self, record: StepRecord) -> None:
         """Prints a line when the last one is old."""
-        self._guided_steps += record.kind != "local"
+        self._guided_steps += find_step(record.kind).is_guided
         if self._first is None:
             self._first = record.step  # not 0 where a run goes on
         self._losses = merge(self._losses, record.losses)

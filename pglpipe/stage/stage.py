@@ -50,7 +50,7 @@ class Stage:
 
     Attributes:
         learning: how it learns.
-        input_gradient: what it does with gradients from elsewhere.
+        guided_backward: what it does with gradients from elsewhere.
         optimizer: turns its gradients into a change of its weights.
         attributes: what the body's modules remember beside parameters and buffers.
     """
