@@ -43,7 +43,10 @@ UsageError: Any = typer.BadParameter.__mro__[1]
 Config = Annotated[
     Optional[Path], typer.Option("--config", help="TOML file of options")
 ]
+# How long a worker stays whose message another worker prints, because a launcher ends all workers
+# with the first one. torchrun ends it as soon as the other has left; other launchers may not.
 _GRACE_SECONDS = 1.0
+_TORCHRUN_SECONDS = 30.0
 _usual_warning = warnings.formatwarning
 
 RunDir = Annotated[Path, typer.Option("--run-dir", help="folder of a finished run")]
@@ -146,7 +149,7 @@ def doctor() -> None:
     if _leads():
         show_diagnosis(diagnosis)
     elif diagnosis.status:
-        time.sleep(_GRACE_SECONDS)  # as where a complaint is printed
+        _let_another_tell(has_told=False)
     _leave(diagnosis.status)
 
 
@@ -188,15 +191,12 @@ def _main(arguments: Sequence[str] | None) -> None:
                 "expected torchrun, got python -m torch.distributed.launch, which passes --local-rank; start "
                 "workers with torchrun --nproc_per_node=N -m pglpipe.train"
             )
-        _complain(text, already_reported=not _leads())
-        _leave(2)
+        _fail(text, 2, already_reported=not _leads())
     except UserError as error:
-        _complain(str(error), already_reported=error.already_reported)
-        _leave(2)
+        _fail(str(error), 2, already_reported=error.already_reported)
     except WorkerError as error:
         _show_cause(error)
-        _complain(str(error), already_reported=error.already_reported)
-        _leave(1)
+        _fail(str(error), 1, already_reported=error.already_reported)
     except Stopped as stopped:
         if _leads():
             print(f"pglpipe: {stopped}", file=sys.stderr, flush=True)
@@ -237,12 +237,18 @@ def _show_cause(error: WorkerError) -> None:
         traceback.print_exception(error.__cause__)
 
 
-def _complain(text: str, *, already_reported: bool) -> None:
-    if already_reported:
-        # A launcher ends all workers with the first; the one who prints must come first.
-        time.sleep(_GRACE_SECONDS)
+def _fail(text: str, status: int, *, already_reported: bool) -> None:
+    """Ends this worker with a message, or without one where another worker has told it."""
+    if already_reported:  # of a lost worker it has been, of a mistake perhaps not yet
+        _let_another_tell(has_told=status == 1)
     elif text:  # without any argument the help says it all
         print(f"pglpipe: error: {text}", file=sys.stderr, flush=True)
+    _leave(status)
+
+
+def _let_another_tell(*, has_told: bool) -> None:
+    under_torchrun = "TORCHELASTIC_RUN_ID" in os.environ
+    time.sleep(_TORCHRUN_SECONDS if under_torchrun and not has_told else _GRACE_SECONDS)
 
 
 def _leads() -> bool:

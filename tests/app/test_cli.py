@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NoReturn
 
 import pytest
@@ -58,9 +59,11 @@ def plan(images: Path, tmp_path: Path) -> Plan:
 
 
 @pytest.fixture(autouse=True)
-def no_grace(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A worker that keeps silent leaves at once; it has nobody here to wait for."""
-    monkeypatch.setattr(cli, "_GRACE_SECONDS", 0.0)
+def stays(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The seconds that a worker would stay while another prints; here it leaves at once."""
+    seconds: list[float] = []
+    monkeypatch.setattr(cli, "time", SimpleNamespace(sleep=seconds.append))
+    return seconds
 
 
 def failing(error: BaseException) -> Callable[..., NoReturn]:
@@ -142,6 +145,23 @@ def test_of_several_workers_the_first_tells_a_wrong_option(
     monkeypatch.setenv("WORLD_SIZE", "4")
     ended = call("train", "--stagse", "2", cwd=tmp_path)
     assert (ended.status, len(ended.said)) == (2, lines)
+
+
+def test_under_torchrun_a_worker_stays_until_another_has_printed_the_mistake(
+    stays: list[float], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # torchrun ends all workers with the first one; rank 0 may be slow to start.
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    call("train", "--stagse", "2", cwd=tmp_path)
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    call("train", "--stagse", "2", cwd=tmp_path)
+    # A lost worker has been named before any other one ends.
+    lost = PeerLost("no")
+    lost.already_reported = True
+    monkeypatch.setattr(run, "train", failing(lost))
+    call("train", cwd=tmp_path)
+    assert stays == [1.0, 30.0, 1.0]
 
 
 def test_a_bug_is_no_mistake_of_the_user_and_keeps_its_traceback(
