@@ -65,7 +65,9 @@ def failure_message(world: World, error: BaseException) -> str:
     text, rank = str(error), error.rank
     if rank is not None and (heard := heartbeat.last_heard_of(rank)):
         text = f"{text}, last heard of {heard}"
-        if (culprit := heartbeat.suspect(rank)) != rank:
+        # Whoever is gone waits for nobody, whatever it waited for when it was last heard of.
+        is_silent = isinstance(error, EdgeTimeout)
+        if is_silent and (culprit := heartbeat.suspect(rank)) != rank:
             at = heartbeat.last_heard_of(culprit)
             text = f"{names[culprit]} keeps the others waiting {at}: {text}"
     text = f"{text} (noticed by {me} {recent.doing})"

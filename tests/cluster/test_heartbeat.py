@@ -17,9 +17,12 @@ from pglpipe.cluster.beats import (
     Beat,
     Other,
 )
+from pglpipe.cluster.failure import failure_message
 from pglpipe.cluster.heartbeat import Heartbeat
 from pglpipe.cluster.mailbox import Mailbox
 from pglpipe.cluster.process import ProcessId
+from pglpipe.cluster.world import World
+from pglpipe.errors import EdgeTimeout, PeerLost
 from pglpipe.messages.commands import TrainStep
 
 NAMES = ["rank 0 (stage 0) on a", "rank 1 (stage 1) on b", "rank 2 (stage 2) on c"]
@@ -162,3 +165,12 @@ def test_whoever_waits_in_a_circle_is_named_itself() -> None:
     for waits_for in (2, 0):  # this worker waits, too
         store.set("alive/1", json.dumps(Beat(waits_for=waits_for)))
         assert one.suspect(2) == 2
+
+
+def test_who_is_gone_is_named_and_not_the_one_for_whom_it_waited() -> None:
+    world = World(rank=0, size=3, workers=ELSEWHERE)
+    world.store.set("alive/2", json.dumps(Beat(waits_for=1)))
+    gone = failure_message(world, PeerLost("rank 2 is gone", rank=2))
+    assert gone.startswith("rank 2 is gone") and "rank 1" not in gone
+    silent = failure_message(world, EdgeTimeout("rank 2 is silent", rank=2))
+    assert silent.startswith("rank 1 on b") and "keeps the others waiting" in silent
