@@ -5,10 +5,10 @@ complete there is not run again, so the table can be interrupted, and grows over
 
     python -m benchmarks.accuracy --scale small --data-root DIR             all rows, seed by seed
     python -m benchmarks.accuracy --scale small --data-root DIR --rows pgl-10-k8-1c2f,local-k8-1c2f
-    python -m benchmarks.accuracy --scale small --measure                   times of the stages
-    python -m benchmarks.accuracy --scale small --report                    the tables alone
-    python -m benchmarks.accuracy --scale small --data-root DIR --try mine \\
-        --options guidance_reach=stale,guidance_delay=2,stages=16           one run beside the table
+    python -m benchmarks.accuracy --scale small --only measure              times of the stages
+    python -m benchmarks.accuracy --scale small --only report               the tables alone
+    python -m benchmarks.accuracy --scale small --data-root DIR \\
+        --try mine:guidance_reach=stale,guidance_delay=2,stages=16          one run beside the table
 
 Writes results/accuracy_SCALE.json, .md and pictures. The accuracy of a run does not depend on how
 busy the machine is, so several may run at once; the times of the stages do, and are measured apart.
@@ -156,12 +156,12 @@ def main(
     names: Annotated[str, typer.Option("--rows", help="these rows alone")] = "",
     seeds: Annotated[str, typer.Option(help="instead of the rows' own")] = "",
     jobs: Annotated[int, typer.Option(help="runs at a time, one thread each")] = 1,
-    measure: Annotated[bool, typer.Option("--measure", help="time the stages")] = False,
-    report: Annotated[bool, typer.Option("--report", help="only write")] = False,
-    attempted: Annotated[
-        str, typer.Option("--try", help="name of one run beside the table")
+    only: Annotated[
+        str, typer.Option(help="measure: time the stages; report: only write")
     ] = "",
-    options: Annotated[str, typer.Option(help="its options: key=value,…")] = "",
+    attempted: Annotated[
+        str, typer.Option("--try", help="a run beside the table: NAME:key=value,…")
+    ] = "",
     folder: Annotated[Path, typer.Option(help="where the runs go")] = RUNS,
 ) -> None:
     """Runs what is missing and writes tables and pictures."""
@@ -169,16 +169,19 @@ def main(
     tables = Tables(SCALES[scale], folder, RESULTS)
     known = chosen_rows(tables.scale, names)
     numbers = [int(seed) for seed in seeds.split(",") if seed]
-    if measure:
+    if only:
+        one_of("--only", [only], ["measure", "report"])
+    if only == "measure":
         measure_places(tables.scale, known, stages_path(RESULTS, tables.scale))
-    if measure or report:
+    if only:
         write(tables)
         return
     if data_root is None:
         refuse("expected --data-root for runs, got none")
     if attempted:
+        name, _, options = attempted.partition(":")
         for seed in numbers or [0]:
-            print(attempt(tables, attempted, options, data_root, seed))
+            print(attempt(tables, name, options, data_root, seed))
         return
     fine = run_all(tables, tasks(known, numbers), data_root, jobs)
     write(tables)

@@ -11,7 +11,6 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -194,19 +193,18 @@ class Trainer:
         local_loss = placed_locally(cut.local_loss or loss, device)
         asked = Asked(cut, guidance, gradients, memory, machine, local_loss)
         asked.check()
-        compare_every = asked.compare_every()
+        self._asked = asked = asked.resolved()
         learning = Learning(
             loss=placed(loss, device),
             local_loss=local_loss,
             optimizer=optimizer,
             learning_rate=learning_rate,
-            gradients=replace(gradients, compare_every=compare_every),
+            gradients=asked.gradients,
             machine=machine,
-            retains=compare_every > 0 or find_step(guidance.reach).crosses_window,
+            retains=self.compare_every > 0 or find_step(guidance.reach).crosses_window,
         )
         blueprint = Blueprint(chain, cut, learning, guidance, memory, edges, device)
         self._session = Session(world, blueprint, observer or Observers())
-        self._asked, self._compare_every = asked, compare_every
         self._fitted = False
         self._functions: dict[str, Any] = {
             "loss": loss,
@@ -236,7 +234,7 @@ class Trainer:
     @property
     def compare_every(self) -> int:
         """Global steps from one comparison of gradients to the next; 0 for none."""
-        return self._compare_every
+        return self._asked.gradients.compare_every or 0
 
     @checked(FIT)
     def fit(
@@ -299,8 +297,8 @@ class Trainer:
         span = Span(*self._session.agree(span_or_error))
         if self._session.leads:
             borrowing = plan.borrow_plan.borrowing
-            asked = self._asked, self._compare_every, span.total_steps, span.epochs
-            for text in idle(*asked, borrowing):
+            length = span.total_steps, span.epochs
+            for text in idle(self._asked, *length, borrowing):
                 warn(text)
         self._session.build().set_total_steps(span.total_steps)
         self._session.configure_checkpoints(checkpoints, folder)

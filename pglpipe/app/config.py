@@ -199,7 +199,7 @@ class RunConfig:
         return {
             name: value
             for section in self.tables().values()
-            for name, value in _values(section)
+            for name, _, value in _given(section)
         }
 
     def replaced(self, **options: Any) -> RunConfig:
@@ -216,7 +216,8 @@ class RunConfig:
         """The whole configuration as a TOML document that :func:`~pglpipe.app.config_file.read` accepts."""
         tables = (
             "\n".join(
-                [f"[{table}]", *(f"{k} = {to_toml(v)}" for k, v in _keys(section))]
+                [f"[{table}]"]
+                + [f"{key} = {to_toml(v)}" for _, key, v in _given(section)]
             )
             for table, section in self.tables().items()
         )
@@ -247,18 +248,12 @@ def _table(losses_options: type[Section]) -> str:
     return losses_options.prefix.rstrip("_")
 
 
-def _values(section: Section) -> Iterator[tuple[str, Any]]:
-    """What is not left open, by the names of the options."""
+def _given(section: Section) -> Iterator[tuple[str, str, Any]]:
+    """What is not left open: the names of option and field, and the value."""
     for name, each in fields_of(type(section)):
         value = getattr(section, each.name)
         if value is not None:
-            yield name, value
-
-
-def _keys(section: Section) -> Iterator[tuple[str, Any]]:
-    """The same by the names of the fields."""
-    names = {name: each.name for name, each in fields_of(type(section))}
-    return ((names[name], value) for name, value in _values(section))
+            yield name, each.name, value
 
 
 def _check(config: RunConfig) -> None:

@@ -243,8 +243,6 @@ def _length(sized: Any) -> int | None:
     """Of a loader or a sampler; None if it has none, as where the data set has none."""
     try:
         return len(sized) or None
-    except (
-        TypeError,
-        NotImplementedError,
-    ):  # what PyTorch's loaders and samplers raise
+    # PyTorch's loaders raise the one, its samplers without a length the other.
+    except (TypeError, NotImplementedError):
         return None

@@ -49,7 +49,7 @@ from pglpipe.messages.reports import (
 )
 from pglpipe.stage.finite import judge
 from pglpipe.stage.stage import Stage
-from pglpipe.steps import Step, StepSettings, make_steps
+from pglpipe.steps import MEMORY_KINDS, Step, StepSettings, make_steps
 from pglpipe.steps.borrow import Borrowing, BorrowPlan, DemuxInbox
 from pglpipe.steps.sweep import Sweep
 from pglpipe.transport import Links
@@ -89,7 +89,7 @@ class Worker:
         self._stages = stages
         self._reporter = Reporter(rank, device, post, self._idle_bytes, self._judge)
         self._stopwatch = Stopwatch(device, len(stages) if settings.overlaps else 1)
-        self._saved = {kind: _saved_bytes(stages) for kind in ("local", "global")}
+        self._saved = {kind: _saved_bytes(stages) for kind in MEMORY_KINDS}
         self._counted: set[str] = set()
         self._training: bool | None = None
         self._trial: Trial | None = None
@@ -256,7 +256,8 @@ class Worker:
         self._links.outbox.put(Message(command))
         peaks = {kind: saved.peak for kind, saved in self._saved.items()}
         for step in self._steps.values():
-            peaks["local"] = max(peaks["local"], step.saved_bytes or 0)
+            kind = step.memory_kind()
+            peaks[kind] = max(peaks[kind], step.saved_bytes or 0)
         forward, backward = self._sent_bytes()
         self._reporter.finished(
             {stage.index: digests(stage.body.state_dict()) for stage in self._stages},
@@ -309,7 +310,7 @@ class Worker:
             known and not step.keeps_more(command.step)
         ):
             return nullcontext()
-        return self._saved["global" if step.in_microbatches else "local"]
+        return self._saved[step.memory_kind()]
 
 
 def _saved_bytes(stages: Sequence[Stage]) -> SavedBytes:

@@ -13,7 +13,8 @@ from rich.table import Table
 from pglpipe.observe.records import Summary
 from pglpipe.observe.terminal import clock, layers_of, number, percent, worker_of
 from pglpipe.plan.memory import as_text
-from pglpipe.plan.placement import KINDS, Plan
+from pglpipe.plan.placement import Plan
+from pglpipe.steps import MEMORY_KINDS
 
 _MIB = 2**20
 
@@ -103,13 +104,13 @@ def show_exits(plan: Plan, summary: Summary, folder: Path | None = None) -> None
 def _memory(plan: Plan, workers: Sequence[dict[str, Any]]) -> Table:
     """Bytes kept for backward at their peak: predicted, and counted by the workers that ran."""
     table = Table("worker", "stages", box=SIMPLE_HEAD)
-    for kind in KINDS:
+    for kind in MEMORY_KINDS:
         table.add_column(f"{kind} step keeps: predicted", justify="right")
         if workers:
             table.add_column("counted", justify="right")
     for rank, predicted in enumerate(plan.predicted):
         cells = [str(rank), ", ".join(map(str, plan.stages_of[rank]))]
-        for kind in KINDS:
+        for kind in MEMORY_KINDS:
             cells.append(_bytes(predicted[kind] if predicted else 0))
             if workers:
                 cells.append(_bytes(workers[rank]["peak_activation_bytes"][kind]))

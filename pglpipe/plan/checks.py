@@ -7,7 +7,7 @@ What a value may be stands on its field (:mod:`pglpipe.utils.options`), what a k
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from pglpipe.errors import ConfigError, setting
 from pglpipe.heads import borrows
@@ -69,14 +69,14 @@ class Asked:
         self._check_guided()
         self._check_kinds()
 
-    def compare_every(self) -> int:
-        """Global steps from one comparison of gradients to the next; 0 for none.
+    def resolved(self) -> Asked:
+        """The same, with how often gradients are compared filled in.
 
         Where that is left open, nothing is compared at the price of something else that was asked for,
         nor in microbatches where the loss compares samples: of those it is another loss.
         """
         if self.gradients.compare_every is not None:
-            return self.gradients.compare_every
+            return self
         compares = self.local_loss is not None and self.local_loss.compares
         excluded = (
             self.machine.compile
@@ -84,7 +84,8 @@ class Asked:
             or (compares and self.memory.microbatches > 1)
             or not self.any_step("compares_gradients")
         )
-        return 0 if excluded else COMPARE_EVERY
+        every = 0 if excluded else COMPARE_EVERY
+        return replace(self, gradients=replace(self.gradients, compare_every=every))
 
     # -- private ----------------------------------------------------------------------
 
@@ -99,7 +100,7 @@ class Asked:
         for kind in self.kinds:
             for option, reason in find_step(kind).conflicts.items():
                 if found[option]:
-                    value = True if found[option] and option in _FLAGS else None
+                    value = True if option in _FLAGS else None
                     raise ConfigError(
                         f"expected {setting('guidance_reach', kind)} or {setting(option, value)}, got both: {reason}; "
                         "drop one"
@@ -148,8 +149,11 @@ class Asked:
     def _check_guided(self) -> None:
         """What belongs to guided steps, or to one reach, is not given where it would do nothing."""
         gradients, guidance = self.gradients, self.guidance
-        given = [(name, getattr(gradients, name)) for name in _GUIDED]
-        given = [pair for pair in given if is_given(gradients, pair[0])]
+        given = [
+            (name, getattr(gradients, name))
+            for name in _GUIDED
+            if is_given(gradients, name)
+        ]
         if is_given(guidance, "unit"):
             given.append(("guidance_unit", guidance.unit))
         if self.kinds == ("local",) and given:
@@ -200,7 +204,6 @@ class Asked:
 
 def idle(
     asked: Asked,
-    compare_every: int,
     total_steps: int,
     total_epochs: int,
     borrowing: Sequence[set[int]],
@@ -208,7 +211,6 @@ def idle(
     """What is asked for and never happens in a run as long as this.
 
     Args:
-        compare_every: global steps from one comparison of gradients to the next; 0 for none.
         total_steps, total_epochs: of the run.
         borrowing: the layers that each stage's head borrows.
     """
@@ -239,7 +241,7 @@ def idle(
             f"there is no final phase: {guidance.final:g} of one epoch is no whole one; choose "
             f"{setting('guidance_unit', 'step')}"
         )
-    if compare_every and not asked.any_step("compares_gradients"):
+    if asked.gradients.compare_every and not asked.any_step("compares_gradients"):
         yield f"no gradients are compared: no step is global; drop {setting('compare_every')}"
     if any(borrowing) and refresh_every >= total_steps:
         yield (

@@ -48,10 +48,8 @@ from pglpipe.plan.spec import Blueprint
 from pglpipe.schedules.guidance import Guidance
 from pglpipe.schedules.timetable import TIMETABLES
 from pglpipe.stage.forwards import dense
-from pglpipe.steps import find_steps
+from pglpipe.steps import MEMORY_KINDS, find_steps
 from pglpipe.steps.borrow import BorrowPlan
-
-KINDS = ("local", "global")
 
 Skeleton = tuple[nn.Module, nn.Module | None]  # body and head, on the meta device
 
@@ -257,7 +255,7 @@ def _weigh(
         )
     peaks = {kind: prediction.peaks(kind, memory) for kind in kinds}
     predicted: list[dict[str, int] | None] = [
-        {kind: peaks[kind][rank] if kind in peaks else 0 for kind in KINDS}
+        {kind: peaks[kind][rank] if kind in peaks else 0 for kind in MEMORY_KINDS}
         for rank in range(len(stages_of))
     ]
     return asdict(memory), predicted
@@ -265,6 +263,5 @@ def _weigh(
 
 def _weighed_kinds(guidance: Guidance) -> list[str]:
     """Of the steps that will be taken, for what they keep depends on whether they come in microbatches."""
-    steps = find_steps(guidance.kinds)
-    kinds = ["global" if step.in_microbatches else "local" for step in steps]
+    kinds = [step.memory_kind() for step in find_steps(guidance.kinds)]
     return list(dict.fromkeys(kinds))

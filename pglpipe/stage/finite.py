@@ -220,14 +220,14 @@ class FiniteCheck:
         )
 
 
-def watch(
+def finite_check(
     index: int,
     body: nn.Module,
     head: nn.Module | None,
     policy: str,
     device: torch.device,
 ) -> FiniteCheck:
-    """The watch of a stage; ``policy`` is ``"stop"`` or ``"skip"``."""
+    """The check of a stage; ``policy`` is ``"stop"`` or ``"skip"``."""
     skips = policy == "skip"
     defers = not skips and device.type != "cpu"
     return FiniteCheck(index, body, head, device, skips=skips, defers=defers)

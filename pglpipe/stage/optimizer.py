@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from pglpipe.stage.finite import watch
+from pglpipe.stage.finite import finite_check
 from pglpipe.stage.settings import Learning
 from pglpipe.stage.updates import Updates
 from pglpipe.utils.snapshot import Snapshot
@@ -42,7 +42,7 @@ class StageOptimizer:
     ) -> None:
         self.total_steps = 1
         self.checks = False
-        self.finite_check = watch(
+        self.finite_check = finite_check(
             index, body, head, learning.gradients.on_nonfinite, device
         )
         self._body, self._head = body, head

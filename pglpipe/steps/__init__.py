@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 
 from pglpipe.errors import ConfigError, nearest, setting, shown
 from pglpipe.stage.stage import Stage
-from pglpipe.steps.base import Step, StepSettings
+from pglpipe.steps.base import MEMORY_KINDS, Step, StepSettings
 from pglpipe.steps.global_ import GlobalStep
 from pglpipe.steps.local import LocalStep
 from pglpipe.steps.overlap import OverlappedStep
@@ -60,6 +60,7 @@ def make_steps(
 
 
 __all__ = [
+    "MEMORY_KINDS",
     "STEPS",
     "Step",
     "StepSettings",

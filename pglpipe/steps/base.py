@@ -22,10 +22,14 @@ from pglpipe.messages.commands import Command, Message, TrainStep
 from pglpipe.schedules.gradients import Gradients
 from pglpipe.schedules.guidance import Guidance
 from pglpipe.schedules.timetable import Row, Timetable
+from pglpipe.schedules.windows import losses_passing
 from pglpipe.stage.stage import Stage
 from pglpipe.transport import Links
 from pglpipe.utils.clock import Figures
 from pglpipe.utils.snapshot import Snapshot
+
+# What is kept for backward is counted and predicted apart for steps on whole batches, and in microbatches.
+MEMORY_KINDS = ("local", "global")
 
 
 @dataclass(frozen=True)
@@ -106,7 +110,14 @@ class Step(ABC):
     @classmethod
     def gradients_together(cls, stage: int, guidance: Guidance, num_stages: int) -> int:
         """How many gradients go up from a stage in one message, at most."""
-        return 1
+        if not cls.crosses_window:
+            return 1
+        return len(losses_passing(stage, guidance.window, num_stages))
+
+    @classmethod
+    def memory_kind(cls) -> str:
+        """Of :data:`MEMORY_KINDS` the one whose peak it counts for: a whole batch, or microbatches."""
+        return MEMORY_KINDS[cls.in_microbatches]
 
     # -- a run ------------------------------------------------------------------------
 

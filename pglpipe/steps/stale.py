@@ -68,6 +68,11 @@ class StaleStep(Step):
         self._delay = settings.guidance.delay
         self._num_stages = settings.num_stages
         self._window = self._window_of(settings.guidance, settings.num_stages)
+        # The losses whose gradients pass from a stage here, and from the one after, to the one before.
+        self._losses = {
+            index: losses_passing(index, self._window, self._num_stages)
+            for index in range(stages[0].index, stages[-1].index + 2)
+        }
         self._next_step = 0
         self._first_guided: int | None = None
         self._guided: set[int] = set()
@@ -174,11 +179,8 @@ class StaleStep(Step):
         links: Links,
     ) -> bool:
         """Runs earlier batches again, for the gradients that have come; whether the stage learned from one."""
-        passing, last, learned = (
-            self._passing(stage.index, step),
-            self._farthest(stage),
-            False,
-        )
+        passing, last = self._passing(stage.index, step), self._farthest(stage)
+        learned = False
         shrink = self._settings.gradients.guided_shrink
         gradients = self._arrived(stage, step - self._delay, arriving, links)
         for (source, guided), gradient in zip(arriving, gradients, strict=True):
@@ -219,9 +221,7 @@ class StaleStep(Step):
 
     def _passing(self, stage: int, step: int) -> list[Source]:
         """What passes from a stage to the one before it in a step."""
-        if stage >= self._num_stages:
-            return []
-        losses = losses_passing(stage, self._window, self._num_stages)
+        losses = self._losses[stage]
         pairs = ((loss, step - self._delay * (loss - stage)) for loss in losses)
         return [pair for pair in pairs if pair[1] in self._guided]
 
@@ -320,11 +320,6 @@ class StaleWindowStep(StaleStep):
     @classmethod
     def _window_of(cls, guidance: Guidance, num_stages: int) -> int:
         return min(guidance.window, num_stages)
-
-    @classmethod
-    def gradients_together(cls, stage: int, guidance: Guidance, num_stages: int) -> int:
-        """Those of the losses that the stages before learn from."""
-        return len(losses_passing(stage, guidance.window, num_stages))
 
     def _own_loss(
         self, visit: Visit, step: int, has_gradient_due: bool

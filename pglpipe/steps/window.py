@@ -20,7 +20,6 @@ import torch
 from torch import Tensor
 
 from pglpipe.messages.commands import Microbatch
-from pglpipe.schedules.guidance import Guidance
 from pglpipe.schedules.windows import farthest_loss, losses_passing
 from pglpipe.steps.base import only
 from pglpipe.steps.microbatched import MicrobatchedStep
@@ -30,11 +29,6 @@ class WindowStep(MicrobatchedStep):
     """Takes the stages through windowed steps."""
 
     crosses_window = True
-
-    @classmethod
-    def gradients_together(cls, stage: int, guidance: Guidance, num_stages: int) -> int:
-        """Those of the losses that the stages before learn from."""
-        return len(losses_passing(stage, guidance.window, num_stages))
 
     def _backward(self, expected: Microbatch) -> Tensor | None:
         joined: Tensor | None = None
@@ -56,10 +50,8 @@ class WindowStep(MicrobatchedStep):
 
     def _passing(self, stage: int) -> list[int]:
         """The losses whose gradients pass from a stage to the one before it."""
-        num_stages = self._settings.num_stages
-        if stage >= num_stages:
-            return []
-        return losses_passing(stage, self._settings.guidance.window, num_stages)
+        settings = self._settings
+        return losses_passing(stage, settings.guidance.window, settings.num_stages)
 
     def _update(self, finite: Sequence[bool]) -> None:
         for stage, is_finite in zip(self._stages, finite, strict=True):

@@ -226,6 +226,12 @@ def expected_in_double(name: str) -> Reference:
     )
 
 
+def piped_in_double(name: str, size: int, microbatches: int) -> Trained:
+    """The same by a pipeline, in parts."""
+    options = dict(head="0c1f", microbatches=microbatches)
+    return piped(size, double_layers(), DOUBLES, IN_DOUBLE[name], **options)
+
+
 @pytest.mark.parametrize("size", [pytest.param(1, marks=pytest.mark.slow), 2])
 @pytest.mark.parametrize(
     ("name", "microbatches"),
@@ -239,14 +245,7 @@ def test_in_float64_parts_sum_to_what_a_plain_loop_finds_for_the_batch(
     name: str, microbatches: int, size: int
 ) -> None:
     by_hand = expected_in_double(name)
-    got = piped(
-        size,
-        double_layers(),
-        DOUBLES,
-        IN_DOUBLE[name],
-        head="0c1f",
-        microbatches=microbatches,
-    )
+    got = piped_in_double(name, size, microbatches)
     for one, other in ((got.body.values(), by_hand.body), (heads(got), by_hand.head)):
         pairs = list(zip(one, other, strict=True))
         assert all(torch.allclose(a, b, rtol=0, atol=1e-12) for a, b in pairs)
@@ -260,14 +259,7 @@ def test_cosines_are_those_of_gradients_found_by_hand(
     name: str, size: int, microbatches: int
 ) -> None:
     by_hand = expected_in_double(name)
-    got = piped(
-        size,
-        double_layers(),
-        DOUBLES,
-        IN_DOUBLE[name],
-        head="0c1f",
-        microbatches=microbatches,
-    )
+    got = piped_in_double(name, size, microbatches)
     rows = [r.cosines for r in got.records.steps if r.kind == "global"]
     assert [row[-1] for row in rows] == [None] * 3
     for row, expected_row in zip(rows, by_hand.cosines, strict=True):

@@ -6,7 +6,7 @@ import dataclasses
 from pathlib import Path
 
 import pytest
-from rich.console import Console
+from testing.screen import printed, wide_console
 from torch import nn
 
 from pglpipe import Summary
@@ -67,16 +67,7 @@ SUMMARY = Summary(
 @pytest.fixture(autouse=True)
 def wide(monkeypatch: pytest.MonkeyPatch) -> None:
     """A page on which no table has to break its words."""
-    monkeypatch.setattr(
-        tables,
-        "Console",
-        lambda **options: Console(width=120, force_terminal=False, **options),
-    )
-
-
-def printed(capsys: pytest.CaptureFixture[str]) -> list[str]:
-    """The lines since the last look, each with single spaces."""
-    return [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
+    monkeypatch.setattr(tables, "Console", wide_console)
 
 
 def test_the_plan_shows_what_each_stage_holds_and_how_to_repeat_it(

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 from rich.console import Console
+from testing.screen import printed, wide_console
 from torch import nn
 
 from pglpipe import EvaluationRecord, StepRecord
@@ -66,16 +67,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 @pytest.fixture(autouse=True)
 def wide(monkeypatch: pytest.MonkeyPatch) -> None:
     """A page on which no table has to break its words."""
-    monkeypatch.setattr(
-        display,
-        "Console",
-        lambda **options: Console(width=120, force_terminal=False, **options),
-    )
-
-
-def printed(capsys: pytest.CaptureFixture[str]) -> list[str]:
-    """The lines since the last look, each with single spaces."""
-    return [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
+    monkeypatch.setattr(display, "Console", wide_console)
 
 
 # -- no terminal ----------------------------------------------------------------------

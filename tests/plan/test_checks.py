@@ -35,8 +35,10 @@ def idle(
     **options: Any,
 ) -> list[str]:
     """What is said of a run of four stages."""
-    told = asked(guidance, stages=stages, head="man", **options)
-    return list(checks.idle(told, compare_every, steps, epochs, borrowing))
+    told = asked(
+        guidance, stages=stages, head="man", compare_every=compare_every, **options
+    )
+    return list(checks.idle(told, steps, epochs, borrowing))
 
 
 def kinds(guidance: Guidance, steps: int, epochs: int) -> set[str]:
@@ -150,7 +152,7 @@ def test_nothing_is_said_of_what_happens(guidance: Guidance) -> None:
 def test_gradients_are_compared_as_asked_or_where_nothing_speaks_against_it(
     guidance: Guidance, options: dict[str, Any], expected: int
 ) -> None:
-    assert asked(guidance, **options).compare_every() == expected
+    assert asked(guidance, **options).resolved().gradients.compare_every == expected
 
 
 @pytest.mark.parametrize("name", LOSSES)
@@ -161,7 +163,9 @@ def test_microbatches_are_compared_if_their_losses_sum_to_that_of_the_batch(
     for microbatches in (1, 2):
         sums = microbatches == 1 or not loss.compares
         told = asked(LAST_TENTH, microbatches=microbatches)
-        assert replace(told, local_loss=loss).compare_every() == (10 if sums else 0)
+        assert replace(told, local_loss=loss).resolved().gradients.compare_every == (
+            10 if sums else 0
+        )
 
 
 FACTS = LossFacts(mean=(0.5,), std=(0.5,))
