@@ -36,7 +36,8 @@ from torch.distributed import TCPStore
 from benchmarks.runs import machine, train
 from pglpipe.cluster.world import World
 from pglpipe.messages.commands import Message, TrainStep
-from pglpipe.transport import EdgePlan, Links, OpenEdges, packing
+from pglpipe.messages.packet import Packet
+from pglpipe.transport import Capacity, EdgePlan, Links, OpenEdges, packing
 
 FOLDER = Path("runs/transports")
 RESULTS = Path(__file__).parent / "results" / "transports.json"
@@ -77,7 +78,7 @@ class Ring:
 
     def __init__(self, context: SpawnContext) -> None:
         self.free, self.full = context.Semaphore(DEPTH), context.Semaphore(0)
-        self.header_bytes = 8 * packing.HEADER_LENGTH
+        self.header_bytes = 8 * packing.header_length(1)
         self.slot_bytes = self.header_bytes + max(SIZES.values())
         self.memory = SharedMemory(create=True, size=DEPTH * self.slot_bytes)
         self.sequence = 0
@@ -87,7 +88,7 @@ class Ring:
         self.free.acquire()
         header, payload = self._slot()
         numbers, _ = packing.write(payload, message, self.sequence)
-        header.copy_(torch.tensor(numbers))
+        header[: len(numbers)] = torch.tensor(numbers)
         self.sequence += 1
         self.full.release()
 
@@ -95,12 +96,14 @@ class Ring:
         """Copies the next message out of its slot."""
         self.full.acquire()
         header, payload = self._slot()
-        envelope = packing.decode(header.tolist(), self.sequence, len(payload))
-        tensors = [view.clone() for view in packing.views(payload, envelope.tensors)]
+        room = Capacity(len(payload), tensors=1)
+        command, specs, _ = packing.decode(header.tolist(), self.sequence, room)
+        views = packing.views(payload, specs)
+        packet = Packet({name: view.clone() for name, view in views.items()})
         self.sequence += 1
         self.free.release()
-        assert envelope.command is not None
-        return Message(envelope.command, tuple(tensors))
+        assert command is not None
+        return Message(command, packet)
 
     def _slot(self) -> tuple[torch.Tensor, torch.Tensor]:
         start = self.sequence % DEPTH * self.slot_bytes
@@ -121,8 +124,8 @@ class Edge:
 @contextmanager
 def edge(world: World, name: str, ring: Ring) -> Iterator[tuple[End, OpenEdges]]:
     """The end of the edge to measure, and edges over p2p or RPC for the answers."""
-    size = 2 * max(SIZES.values())
-    plan = EdgePlan(["rank 0", "rank 1"], [size], [size], DEPTH, 60.0)
+    room = Capacity(2 * max(SIZES.values()), tensors=1)
+    plan = EdgePlan(["rank 0", "rank 1"], [room], [room], DEPTH, 60.0)
     backend = BACKENDS.get(name, "gloo")
     edges = OpenEdges(world, plan, torch.device("cpu"), backend, lambda error: None)
     links = edges.links(Silent())
@@ -143,7 +146,7 @@ class Silent:
 def measure(world: World, name: str, nbytes: int, count: int, ring: Ring) -> float:
     """Seconds per message of ``count``, after as many to warm up; on rank 1 nothing of use."""
     message = Message(
-        TrainStep("local", 0, 0, 1), (torch.zeros(nbytes, dtype=torch.uint8),)
+        TrainStep("local", 0, 0, 1), Packet(x=torch.zeros(nbytes, dtype=torch.uint8))
     )
     seconds = 0.0
     with edge(world, name, ring) as (end, edges):

@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from pglpipe.checkpoint import weights as state
 from pglpipe.checkpoint.disk import Manifest, read_stage
@@ -19,6 +19,7 @@ from pglpipe.data.loader import Sample
 from pglpipe.engine.worker import Worker
 from pglpipe.errors import ConfigError, DataError, WorkerError, warn
 from pglpipe.messages.codec import Wire
+from pglpipe.messages.packet import Packet
 from pglpipe.messages.reports import Report
 from pglpipe.models.layer import initialize
 from pglpipe.plan.partition import slices
@@ -28,7 +29,8 @@ from pglpipe.schedules.gradients import head_depth
 from pglpipe.schedules.timetable import TIMETABLES, parts_of
 from pglpipe.stage.stage import Stage
 from pglpipe.steps import StepSettings, find_steps
-from pglpipe.transport import EdgePlan, OpenEdges, payload_bytes
+from pglpipe.steps.base import named_by_loss
+from pglpipe.transport import EdgePlan, OpenEdges, capacity_for
 from pglpipe.utils.seeding import Draws, derive
 from pglpipe.utils.snapshot import Snapshot, fill_module, module_snapshot
 
@@ -73,7 +75,7 @@ class Pipeline:
             stages,
             post,
             layouts=plan.layouts,
-            piece_bytes=min(edge_plan.up_bytes, default=1 << 20),
+            piece_bytes=min((room.nbytes for room in edge_plan.up), default=1 << 20),
             borrow_plan=plan.borrow_plan,
             recent=world.recent,
         )
@@ -206,15 +208,14 @@ def _edge_plan(
 ) -> EdgePlan:
     ends = [stages[-1] for stages in plan.stages_of[:-1]]
     boundaries = [plan.activations[end] for end in ends]
-    image = blueprint.image(sample.x)
-    beside = [sample.targets] if image is None else [sample.targets, image]
+    batch = Packet(targets=sample.targets)
+    if (image := blueprint.image(sample.x)) is not None:
+        batch["image"] = image
     # Beside gradients, the norms of all parameters travel up.
     parameters = sum(len(layout.body) + 1 for layout in plan.layouts)
-    norms = torch.empty(parameters, dtype=torch.float64, device="meta")
+    norms = Packet(norms=_meta(parameters))
     # Before a batch in microbatches come the shares of their losses.
-    shares = torch.empty(
-        2, plan.memory.microbatches, dtype=torch.float64, device="meta"
-    )
+    shares = Packet(shares=_meta(2, plan.memory.microbatches))
     # Where gradients cross windows, those of several losses travel together.
     guidance, num_stages = blueprint.guidance, len(plan.balance)
     steps = find_steps({"local", *guidance.kinds})
@@ -222,28 +223,19 @@ def _edge_plan(
         max(s.gradients_together(end + 1, guidance, num_stages) for s in steps)
         for end in ends
     ]
-    borrow_plan = [
-        torch.empty(plan.borrow_plan.nbytes(end + 1), dtype=torch.uint8, device="meta")
+    borrowed = [
+        Packet(weights=_meta(plan.borrow_plan.nbytes(end + 1), dtype=torch.uint8))
         for end in ends
     ]
     return EdgePlan(
         names=world.names,
-        down_bytes=[
-            max(
-                payload_bytes([*wire.pack(activation), *beside]),
-                payload_bytes([shares]),
-            )
+        down=[
+            capacity_for([batch.then(wire.pack(activation)), shares])
             for activation in boundaries
         ],
-        up_bytes=[
-            max(
-                number * payload_bytes([activation]),
-                payload_bytes([norms]),
-                payload_bytes([loan]),
-            )
-            for number, activation, loan in zip(
-                together, boundaries, borrow_plan, strict=True
-            )
+        up=[
+            capacity_for([named_by_loss(dict(enumerate([x] * number))), norms, weights])
+            for number, x, weights in zip(together, boundaries, borrowed, strict=True)
         ],
         depth=max(
             blueprint.edges.queue_depth, *(s.waiting_messages(guidance) for s in steps)
@@ -251,3 +243,7 @@ def _edge_plan(
         timeout=blueprint.edges.timeout,
         opening=FIRST_SECONDS,
     )
+
+
+def _meta(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
+    return torch.empty(*shape, dtype=dtype, device="meta")

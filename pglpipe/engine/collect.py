@@ -10,6 +10,7 @@ from torch import Tensor
 from pglpipe.checkpoint.weights import StateLayout, flatten, pieces
 from pglpipe.errors import ProtocolError
 from pglpipe.messages.commands import Collect, Message, WeightChunk
+from pglpipe.messages.packet import Packet
 from pglpipe.stage.stage import Stage
 from pglpipe.transport import Links
 
@@ -50,15 +51,16 @@ class Collecting:
         below = self._layouts[self._stages[-1].index + 1 :]
         remaining = sum(layout.nbytes for layout in below)
         while remaining and links.gradients_in is not None:
-            state, (piece,) = links.gradients_in.get()
+            state, packet = links.gradients_in.get()
             if not isinstance(state, WeightChunk):
                 raise ProtocolError(f"expected a piece of the weights, got {state}")
-            self._hand_up(state, piece.cpu(), links)
+            piece = packet["weights"].cpu()
+            self._hand_up(state, piece, links)
             remaining -= len(piece)
 
     def _hand_up(self, state: WeightChunk, piece: Tensor, links: Links) -> None:
         if self._rank > 0:
-            links.gradients_out.put(Message(state, (piece,)))
+            links.gradients_out.put(Message(state, Packet(weights=piece)))
             return
         size = self._layouts[state.stage].nbytes
         whole = self.collected.setdefault(

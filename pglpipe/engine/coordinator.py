@@ -38,6 +38,7 @@ from pglpipe.messages.commands import (
     Stop,
     TrainStep,
 )
+from pglpipe.messages.packet import Packet
 from pglpipe.messages.reports import (
     CheckedReport,
     EvaluationReport,
@@ -192,7 +193,7 @@ class Coordinator:
             for _ in range(latency):  # until the last gradient has arrived
                 yield from self._step_of("local", next(step), 0, *batches[0], False)
         if test is not None:
-            yield Message(Evaluate(0, 0), test.first())
+            yield Message(Evaluate(0, 0), _packet(*test.first()))
             yield Message(EndEvaluation(0, 0))
         yield Message(SanityCheck(0))
         # Nothing is written or learned before all workers have come so far.
@@ -300,24 +301,25 @@ class Coordinator:
         """A step of a kind; ``compares`` if gradients are compared in it, should they ever be."""
         samples, kind_of_step = len(targets), find_step(kind)
         if not kind_of_step.in_microbatches:
-            yield Message(TrainStep(kind, step, epoch, samples), (x, targets))
+            command = TrainStep(kind, step, epoch, samples)
+            yield Message(command, _packet(x, targets))
             return
         parts = self._parts(samples)
         each = targets.tensor_split(parts)
         shares = self._shares(each) if parts > 1 else None
         asked = self._spec.compare_every > 0 and kind_of_step.compares_gradients
         command = TrainStep(kind, step, epoch, samples, parts, int(asked and compares))
-        yield Message(command, () if shares is None else (shares,))
+        yield Message(command, Packet() if shares is None else Packet(shares=shares))
         chunks = zip(x.tensor_split(parts), each, strict=True)
         for index, chunk in enumerate(chunks):
-            yield Message(Microbatch(step, index), chunk)
+            yield Message(Microbatch(step, index), _packet(*chunk))
 
     def _evaluate(self, test: BatchReader, epoch: int) -> Iterator[Message]:
         is_empty = True
         for x, targets in test.once():
             is_empty = False
             self._check_size((x, targets))
-            yield Message(Evaluate(self._at.step, epoch), (x, targets))
+            yield Message(Evaluate(self._at.step, epoch), _packet(x, targets))
             self._listen()
             if self._may_end():
                 self._breaks_off = self.ended_early = True
@@ -436,3 +438,7 @@ class Coordinator:
             cosines=self._merger.cosines,
             skipped=self._merger.skipped,
         )
+
+
+def _packet(x: Tensor, targets: Tensor) -> Packet:
+    return Packet(x=x, targets=targets)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from pglpipe.messages.commands import Message, has_training_batch
+from pglpipe.messages.packet import Packet
 from pglpipe.utils.device import upload
 
 Image = Callable[[Tensor], Tensor]
@@ -33,8 +34,8 @@ class Source:
 
     def get(self) -> Message:
         """The next message, on the worker's device."""
-        command, tensors = next(self._messages)
-        here = tuple(upload(t, self._device) for t in tensors)
+        command, packet = next(self._messages)
+        here = Packet({name: upload(t, self._device) for name, t in packet.items()})
         if self._image and has_training_batch(command):
-            here = *here, self._image(here[0])
+            here["image"] = self._image(here["x"])
         return Message(command, here)

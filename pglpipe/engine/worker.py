@@ -40,6 +40,7 @@ from pglpipe.messages.commands import (
     Stop,
     TrainStep,
 )
+from pglpipe.messages.packet import Packet
 from pglpipe.messages.reports import (
     CheckedReport,
     Report,
@@ -139,16 +140,16 @@ class Worker:
 
     def _obey(self, message: Message) -> Figures:
         """Does one command; returns what came of it, nothing where nothing was learned."""
-        command, tensors = message
+        command, packet = message
         if not isinstance(command, SanityCheck) and not self._trial:
             self.state.resend_in_flight(self._links)
         if isinstance(command, TrainStep):
-            return self._train(command, tensors)
+            return self._train(command, packet)
         if self._step is not None:
             self._step.drain()
         match command:
             case Evaluate():
-                self._evaluate(command, tensors)
+                self._evaluate(command, packet)
             case EndEvaluation():
                 self._end_evaluation(command)
             case Checkpoint():
@@ -188,7 +189,7 @@ class Worker:
 
     # -- training ---------------------------------------------------------------------
 
-    def _train(self, command: TrainStep, tensors: tuple[Tensor, ...]) -> Figures:
+    def _train(self, command: TrainStep, packet: Packet) -> Figures:
         """Takes the stages through one step; returns what there is to report."""
         step = self._steps.get(command.kind)
         if step is None:
@@ -200,11 +201,11 @@ class Worker:
         self._switch(training=True)
         if self._trial:
             with self._trial.naming(command, command.samples):
-                step.run(command, tensors, self._links)
+                step.run(command, packet, self._links)
             return {}
         with self._counting(step, command):
             figures: Mapping[tuple[str, int], Tensor] = step.run(
-                command, tensors, self._links
+                command, packet, self._links
             )
         for stage in self._stages:
             if found := stage.optimizer.finite_check.take_figures():
@@ -221,10 +222,9 @@ class Worker:
 
     # -- evaluation and weights -------------------------------------------------------
 
-    def _evaluate(self, command: Evaluate, tensors: tuple[Tensor, ...]) -> None:
+    def _evaluate(self, command: Evaluate, packet: Packet) -> None:
         self._switch(training=False)
         wire, outbox = self._settings.wire, self._links.outbox
-        packet = wire.packet(tensors, learns=False)
         for visit in Sweep(self._stages, packet, wire, command, outbox):
             visit.pass_on(visit.stage.evaluate(visit.x, visit.targets))
 

@@ -21,43 +21,17 @@ int8   1               256 even steps from each sample's least value to its larg
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from pglpipe.messages.packet import Packet
 
 WIRE_FORMATS = ("same", "bf16", "fp8", "int8")
 
 _FP8 = torch.float8_e4m3fn
 _STEPS = 255  # between the 256 codes of int8, which are kept as uint8
-
-
-class Packet(NamedTuple):
-    """What stands behind a command that has data.
-
-    Attributes:
-        codes: an activation ``[B, ...]`` as it travels.
-        targets: ``[B, ...]``.
-        image: the network's input ``[B, ...]``, where a local loss needs it.
-        scales: of the codes, where they have some.
-    """
-
-    codes: Tensor
-    targets: Tensor
-    image: Tensor | None = None
-    scales: Tensor | None = None
-
-    @property
-    def tensors(self) -> tuple[Tensor, ...]:
-        """Those that there are, in the order in which they travel."""
-        return tuple(tensor for tensor in self if tensor is not None)
-
-    def then(self, packed: Sequence[Tensor]) -> Packet:
-        """The same batch one stage further down; ``packed`` is what :meth:`Wire.pack` gave."""
-        scales = packed[1] if len(packed) > 1 else None
-        return self._replace(codes=packed[0], scales=scales)
 
 
 @dataclass(frozen=True)
@@ -67,28 +41,16 @@ class Wire:
     Attributes:
         format: one of ``WIRE_FORMATS``.
         dtype: of the activations where they are computed with.
-        images: whether the network's input travels with what is learned from.
     """
 
     format: str = "same"
     dtype: torch.dtype = torch.float32
-    images: bool = False
-
-    def packet(self, tensors: Sequence[Tensor], *, learns: bool = True) -> Packet:
-        """The tensors of a message, by name.
-
-        Args:
-            learns: whether there will be a local loss of this batch.
-        """
-        codes, targets, *others = tensors
-        image = others.pop(0) if self.images and learns else None
-        return Packet(codes, targets, image, others[0] if others else None)
 
     def open(self, packet: Packet) -> Tensor:
         """The activation ``[B, ...]`` of a packet, rounded if it was packed."""
-        return self.unpack(packet.codes, packet.scales)
+        return self._unpacked(packet["x"], packet.get("x.scale"))
 
-    def pack(self, x: Tensor, *, ends: bool = False) -> tuple[Tensor, ...]:
+    def pack(self, x: Tensor, *, ends: bool = False) -> Packet:
         """What travels for an activation ``[B, ...]``: codes of its shape, and perhaps scales.
 
         Scales are float32, one row per sample: ``[B, 1, ..., 1]`` (fp8: the value of code 1), or
@@ -99,21 +61,24 @@ class Wire:
             ends: whether no stage comes after; the network's own output is not rounded.
         """
         if ends or self.format == "same" or not x.is_floating_point() or x.ndim < 2:
-            return (x,)
+            return Packet(x=x)
         if self.format == "bf16":
-            return (x.to(torch.bfloat16),)
+            return Packet(x=x.to(torch.bfloat16))
         x = x.float()
         axes = tuple(range(1, x.ndim))
         if self.format == "fp8":
             scale = _not_zero(x.abs().amax(axes, keepdim=True) / torch.finfo(_FP8).max)
-            return (x / scale).to(_FP8), scale
+            return _scaled((x / scale).to(_FP8), scale)
         least = x.amin(axes, keepdim=True)
         step = _not_zero((x.amax(axes, keepdim=True) - least) / _STEPS)
         codes = ((x - least) / step).round().to(torch.uint8)
-        return codes, torch.cat([least, step], dim=1)
+        return _scaled(codes, torch.cat([least, step], dim=1))
 
-    def unpack(self, codes: Tensor, scales: Tensor | None = None) -> Tensor:
-        """The activation ``[B, ...]`` that was packed, rounded; others come as they are."""
+    def rounded(self, x: Tensor) -> Tensor:
+        """What the next stage makes of ``x``, whoever hosts it."""
+        return self.open(self.pack(x))
+
+    def _unpacked(self, codes: Tensor, scales: Tensor | None) -> Tensor:
         if scales is None:
             packed = self.format == "bf16" and codes.dtype == torch.bfloat16
             return codes.to(self.dtype) if packed else codes
@@ -122,9 +87,9 @@ class Wire:
         least, step = scales[:, :1], scales[:, 1:]
         return (codes.float() * step + least).to(self.dtype)
 
-    def rounded(self, x: Tensor) -> Tensor:
-        """What the next stage makes of ``x``, whoever hosts it."""
-        return self.unpack(*self.pack(x))
+
+def _scaled(codes: Tensor, scale: Tensor) -> Packet:
+    return Packet({"x": codes, "x.scale": scale})
 
 
 def _not_zero(scale: Tensor) -> Tensor:

@@ -2,13 +2,14 @@
 
 A **command** is in band: it stands in front of its data on the same first-in-first-out
 edge, so every worker meets the same commands in the same order and nobody needs a
-barrier. A command is a handful of whole numbers; the tensors beside it make a message::
+barrier. A command is a handful of whole numbers; with the tensors beside it, which have names
+(:mod:`pglpipe.messages.packet`), it makes a message::
 
-    TrainStep            activation, targets     and image, scales, where they are needed
+    TrainStep            x, targets              and image, x.scale, where they are needed
     TrainStep            shares, or -            then Microbatch x M, and Clip if norms count
-    Microbatch           activation, targets     and image, scales
-    Clip                 total gradient norm
-    Evaluate             activation, targets     and scales
+    Microbatch           x, targets              and image, x.scale
+    Clip                 norms
+    Evaluate             x, targets              and x.scale
     EndEvaluation        -                       the end of an evaluation
     Checkpoint           -                       every worker writes its stages to disk
     SanityCheck          -                       what follows is only tried, until the next one
@@ -23,7 +24,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from torch import Tensor
+from pglpipe.messages.packet import Packet
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,10 +148,10 @@ COMMANDS: tuple[type[Command], ...] = (
 
 
 class Message(NamedTuple):
-    """A command and the tensors that belong to it."""
+    """A command and the tensors that belong to it; both are left as they are."""
 
     command: Command
-    tensors: tuple[Tensor, ...] = ()
+    packet: Packet = Packet()
 
 
 def kind_of(command: Command) -> str:

@@ -141,7 +141,7 @@ class Blueprint:
         Under autocast a stage computes with bfloat16 whatever it is given.
         """
         dtype = torch.bfloat16 if self.learning.machine.bf16 else activation.dtype
-        return Wire(self.edges.dtype, dtype, self.learning.image is not None)
+        return Wire(self.edges.dtype, dtype)
 
     def image(self, x: Tensor) -> Tensor | None:
         """What local losses want to see of the network's input ``[B, ...]``."""

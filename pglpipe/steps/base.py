@@ -8,7 +8,7 @@ coordinator, the worker, the plan and the checks ask the class.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import ClassVar
@@ -19,6 +19,7 @@ from torch import Tensor
 from pglpipe.errors import ProtocolError
 from pglpipe.messages.codec import Wire
 from pglpipe.messages.commands import Command, Message, TrainStep
+from pglpipe.messages.packet import Packet
 from pglpipe.schedules.gradients import Gradients
 from pglpipe.schedules.guidance import Guidance
 from pglpipe.schedules.timetable import Row, Timetable
@@ -122,13 +123,11 @@ class Step(ABC):
     # -- a run ------------------------------------------------------------------------
 
     @abstractmethod
-    def run(
-        self, command: TrainStep, tensors: Sequence[Tensor], links: Links
-    ) -> Figures:
+    def run(self, command: TrainStep, packet: Packet, links: Links) -> Figures:
         """Takes the worker's stages through one step.
 
         Args:
-            tensors: what stands beside the command.
+            packet: what stands beside the command.
 
         Returns:
             The losses of the stages that took one, and what else there is to report, by name and stage.
@@ -168,8 +167,18 @@ class Step(ABC):
         return nullcontext()
 
 
-def only(expected: Command, message: Message) -> tuple[Tensor, ...]:
+def only(expected: Command, message: Message) -> Packet:
     """The tensors of a message that must be the expected one."""
     if message.command != expected:
         raise ProtocolError(f"expected {expected}, got {message.command}")
-    return message.tensors
+    return message.packet
+
+
+def named_by_loss(gradients: Mapping[int, Tensor]) -> Packet:
+    """Gradients of several losses, by the stage of the loss, as they travel."""
+    return Packet({f"x.{loss}": gradients[loss] for loss in sorted(gradients)})
+
+
+def by_loss(packet: Packet, losses: Iterable[int]) -> dict[int, Tensor]:
+    """What :func:`named_by_loss` gave for these losses."""
+    return {loss: packet[f"x.{loss}"] for loss in losses}

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from pglpipe.heads import borrowed
 from pglpipe.messages.commands import BorrowedWeights, Message
+from pglpipe.messages.packet import Packet
 from pglpipe.stage.stage import Stage
 from pglpipe.transport import Inbox, Links
 from pglpipe.utils.snapshot import Snapshot, by_number, numbered
@@ -150,7 +151,8 @@ class Borrowing:
             flat = torch.cat(
                 [_bytes(tensor) for _, layer in layers for tensor in layer]
             )
-            links.gradients_out.put(Message(BorrowedWeights(self._times), (flat,)))
+            packet = Packet(weights=flat)
+            links.gradients_out.put(Message(BorrowedWeights(self._times), packet))
 
     def _handed_up(self, stage: int, links: Links) -> Named:
         """What a stage offered the time before, to the stage before it."""
@@ -162,7 +164,7 @@ class Borrowing:
         assert isinstance(
             links.gradients_in, DemuxInbox
         ), "weights come up among gradients"
-        (flat,) = links.gradients_in.weights().tensors
+        flat = links.gradients_in.weights().packet["weights"]
         return _unflattened(flat, {p: self._borrow_plan.shapes[p] for p in offered})
 
 

@@ -14,13 +14,14 @@ worker that has found one says NaN for its norms.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from math import isfinite, nan
 
 import torch
 from torch import Tensor
 
 from pglpipe.messages.commands import Clip, Message, Microbatch
+from pglpipe.messages.packet import Packet
 from pglpipe.steps.base import only
 from pglpipe.steps.microbatched import MicrobatchedStep
 
@@ -30,10 +31,10 @@ class GlobalStep(MicrobatchedStep):
 
     compares_gradients = True
 
-    def _backward(self, expected: Microbatch) -> Tensor | None:
+    def _backward(self, expected: Microbatch) -> Mapping[str, Tensor]:
         gradient: Tensor | None = None
         if self._links.gradients_in is not None:
-            (gradient,) = only(expected, self._links.gradients_in.get())
+            gradient = only(expected, self._links.gradients_in.get())["x"]
         for stage in reversed(self._stages):
             loss: Tensor | None = None
             if stage.is_last:
@@ -45,7 +46,7 @@ class GlobalStep(MicrobatchedStep):
                 )
             if loss is not None:
                 self._losses[stage.index].append(loss)
-        return gradient
+        return {} if gradient is None else {"x": gradient}
 
     def _collect_figures(self) -> dict[tuple[str, int], Tensor]:
         figures = super()._collect_figures()
@@ -74,12 +75,12 @@ class GlobalStep(MicrobatchedStep):
         if not finite:
             norms = torch.full_like(norms, nan)
         if self._links.gradients_in is not None:
-            (below,) = only(expected, self._links.gradients_in.get())
-            norms = torch.cat([norms, below])
-        self._links.gradients_out.put(Message(expected, (norms,)))
+            below = only(expected, self._links.gradients_in.get())
+            norms = torch.cat([norms, below["norms"]])
+        self._links.gradients_out.put(Message(expected, Packet(norms=norms)))
         if self._settings.rank == 0:
             total: Tensor = torch.linalg.vector_norm(norms)
         else:
-            (total,) = only(expected, self._links.inbox.get())
-        self._links.outbox.put(Message(expected, (total,)))
+            total = only(expected, self._links.inbox.get())["norms"]
+        self._links.outbox.put(Message(expected, Packet(norms=total)))
         return total

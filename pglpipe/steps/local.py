@@ -9,11 +9,10 @@ So one stage's graph is alive at a time, and the next worker does not wait for a
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from torch import Tensor
 
 from pglpipe.messages.commands import TrainStep
+from pglpipe.messages.packet import Packet
 from pglpipe.stage.stage import Stage
 from pglpipe.steps.base import Step
 from pglpipe.steps.sweep import Sweep, Visit
@@ -26,14 +25,10 @@ class LocalStep(Step):
 
     is_guided = False
 
-    def run(
-        self, command: TrainStep, tensors: Sequence[Tensor], links: Links
-    ) -> Figures:
+    def run(self, command: TrainStep, packet: Packet, links: Links) -> Figures:
         """Does one step; returns the losses of all stages."""
         wire, losses = self._settings.wire, {}
-        for visit in Sweep(
-            self._stages, wire.packet(tensors), wire, command, links.outbox
-        ):
+        for visit in Sweep(self._stages, packet, wire, command, links.outbox):
             loss = self.learn(visit, command.step)
             losses["losses", visit.stage.index] = loss
         return losses

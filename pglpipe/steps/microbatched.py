@@ -17,13 +17,14 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import zip_longest
 
 import torch
 from torch import Tensor
 
 from pglpipe.messages.commands import Message, Microbatch, TrainStep
+from pglpipe.messages.packet import Packet
 from pglpipe.schedules.timetable import Action
 from pglpipe.stage.stage import Stage
 from pglpipe.steps.base import Step, StepSettings, only
@@ -41,19 +42,18 @@ class MicrobatchedStep(Step):
         super().__init__(stages, settings)
         self._wire = settings.wire
 
-    def run(
-        self, command: TrainStep, tensors: Sequence[Tensor], links: Links
-    ) -> Figures:
+    def run(self, command: TrainStep, packet: Packet, links: Links) -> Figures:
         """Does one step; returns the losses, and what was compared, of the stages that know.
 
         Args:
-            tensors: what the loss of each microbatch counts for, ``[2, M]``: the true loss, and the
-                local losses. None if these are its samples.
+            packet: what the loss of each microbatch counts for, if that is not its samples: ``shares``
+                ``[2, M]``, of the true loss and of the local losses.
         """
         self._links, self._command = links, command
-        self._shares = [row.tolist() for row in tensors[0]] if tensors else []
+        shares = packet.get("shares")
+        self._shares = [] if shares is None else shares.tolist()
         self._losses: dict[int, list[Tensor]] = defaultdict(list)
-        links.outbox.put(Message(command, tuple(tensors)))
+        links.outbox.put(Message(command, packet))
         for stage in self._stages:
             stage.optimizer.zero_grad()
         row = self._settings.row(command.microbatches)
@@ -62,21 +62,21 @@ class MicrobatchedStep(Step):
             if action.kind == "F":
                 self._forward(expected, turns=following == Action("B", expected.index))
                 continue
-            gradient = self._backward(expected)
+            gradients = self._backward(expected)
             if following is None:
                 figures = self._collect_figures()
                 finite = self._are_finite(figures)
-            if gradient is not None:
-                links.gradients_out.put(Message(expected, (gradient,)))
+            if gradients:
+                links.gradients_out.put(Message(expected, Packet(gradients)))
         self._update(finite)
         return figures
 
     @abstractmethod
-    def _backward(self, expected: Microbatch) -> Tensor | None:
+    def _backward(self, expected: Microbatch) -> Mapping[str, Tensor]:
         """Takes a microbatch's gradients back through all stages here.
 
         Returns:
-            What goes on to the worker above, None from the first one.
+            What goes on to the worker above, by its name in the packet; nothing from the first one.
         """
 
     @abstractmethod
@@ -90,7 +90,7 @@ class MicrobatchedStep(Step):
             turns: whether it comes straight back; the last stage here then loses nothing by
                 keeping its graph until then.
         """
-        packet = self._wire.packet(only(expected, self._links.inbox.get()))
+        packet = only(expected, self._links.inbox.get())
         for visit in Sweep(
             self._stages, packet, self._wire, expected, self._links.outbox
         ):

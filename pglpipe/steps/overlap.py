@@ -27,6 +27,7 @@ from torch import Tensor
 from pglpipe.errors import ConfigError, setting
 from pglpipe.messages.codec import Wire
 from pglpipe.messages.commands import Message, TrainStep
+from pglpipe.messages.packet import Packet
 from pglpipe.stage.stage import Stage
 from pglpipe.steps.base import StepSettings
 from pglpipe.steps.lanes import CudaLanes, Lanes
@@ -38,9 +39,7 @@ from pglpipe.utils.saved_bytes import SavedBytes
 DEVICES = ("cuda",)  # where there are lanes
 WARMUP_STEPS = 3  # not recorded: libraries choose and allocate in the first ones
 
-# What a message holds: a packet's tensors.
-Tensors = tuple[Tensor, ...]
-Send = Callable[[Tensors], None]
+Send = Callable[[Packet], None]
 
 
 def check_device(device: torch.device) -> None:
@@ -81,24 +80,21 @@ class OverlappedStep(LocalStep):
         ]
         self._layout: object = None
 
-    def run(
-        self, command: TrainStep, tensors: Sequence[Tensor], links: Links
-    ) -> Figures:
+    def run(self, command: TrainStep, packet: Packet, links: Links) -> Figures:
         """Queues one local step of every stage; its losses are to be read in :meth:`joined`, or after :meth:`drain`.
 
         A batch that is not as the first one was goes through the stages one after another.
         """
-        batch = tuple(tensors)
-        if not self._takes(batch):
+        if not self._takes(packet):
             self.drain()
-            return super().run(command, batch, links)
+            return super().run(command, packet, links)
         losses: dict[tuple[str, int], Tensor] = {}
 
-        def send(output: Tensors) -> None:
+        def send(output: Packet) -> None:
             links.outbox.put(Message(command, output))
 
         for lane, track in enumerate(self._tracks):
-            work = partial(track.step, command.step, batch, send, losses)
+            work = partial(track.step, command.step, packet, send, losses)
             self._lanes.run(lane, work)
         return losses
 
@@ -120,9 +116,9 @@ class OverlappedStep(LocalStep):
         """Its block comes after all steps so far, and keeps none that follow waiting."""
         return self._lanes.joined()
 
-    def _takes(self, batch: Tensors) -> bool:
+    def _takes(self, packet: Packet) -> bool:
         """Whether a batch is as the first one was: what is recorded has one shape."""
-        layout = [(t.shape, t.stride(), t.dtype) for t in batch]
+        layout = [(n, t.shape, t.stride(), t.dtype) for n, t in packet.items()]
         self._layout = self._layout or layout
         return layout == self._layout
 
@@ -133,15 +129,15 @@ class _Slot:
     def __init__(self, lanes: Lanes) -> None:
         self._filled = lanes.signal(given=False)
         self._emptied = lanes.signal(given=True)
-        self._buffers: list[Tensor] = []
+        self._buffers = Packet()
 
-    def fill(self, tensors: Tensors) -> None:
+    def fill(self, packet: Packet) -> None:
         """Said in the lane before."""
         self._emptied.take()
-        _copy(tensors, self._buffers)
+        _copy(packet, self._buffers)
         self._filled.give()
 
-    def empty(self, into: list[Tensor]) -> None:
+    def empty(self, into: Packet) -> None:
         """Said in the lane after."""
         self._filled.take()
         _copy(self._buffers, into)
@@ -163,14 +159,14 @@ class _Track:
         self.saved = SavedBytes(stage.tensors())
         self._stage, self._lanes, self._lane = stage, lanes, lane
         self._wire, self._source, self._sink = wire, source, sink
-        self._inputs: list[Tensor] = []
+        self._inputs = Packet()
         self._steps = 0
         self._replay: tuple[Callable[[], None], Callable[[], None]] | None = None
 
     def step(
         self,
         step: int,
-        batch: Tensors,
+        batch: Packet,
         send: Send,
         losses: dict[tuple[str, int], Tensor],
     ) -> None:
@@ -196,11 +192,11 @@ class _Track:
             self._replay[0]()
 
     def _compute(self, step: int) -> None:
-        packet = self._wire.packet(self._inputs)
+        packet = self._inputs
         y = self._stage.forward(
-            self._wire.open(packet), packet.targets, step, image=packet.image
+            self._wire.open(packet), packet["targets"], step, image=packet.get("image")
         )
-        self._output = packet.then(self._wire.pack(y, ends=self._stage.is_last)).tensors
+        self._output = packet.then(self._wire.pack(y, ends=self._stage.is_last))
 
     def _learn(self, step: int) -> Tensor:
         if self._replay is None:
@@ -236,9 +232,9 @@ class _Track:
             ) from error
 
 
-def _copy(tensors: Sequence[Tensor], into: list[Tensor]) -> None:
+def _copy(packet: Packet, into: Packet) -> None:
     """Copies into memory that is made when it is first needed."""
     if not into:
-        into += [torch.empty_like(tensor) for tensor in tensors]
-    for buffer, tensor in zip(into, tensors, strict=True):
-        buffer.copy_(tensor, non_blocking=True)
+        into.update({name: torch.empty_like(t) for name, t in packet.items()})
+    for name, tensor in packet.items():
+        into[name].copy_(tensor, non_blocking=True)

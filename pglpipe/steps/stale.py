@@ -30,15 +30,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-import torch
 from torch import Tensor
 
 from pglpipe.errors import ConfigError, setting
 from pglpipe.messages.commands import Message, Microbatch, TrainStep
+from pglpipe.messages.packet import Packet
 from pglpipe.schedules.guidance import Guidance
 from pglpipe.schedules.windows import farthest_loss, losses_passing
+from pglpipe.stage.forwards import dense
 from pglpipe.stage.stage import Stage
-from pglpipe.steps.base import Step, StepSettings, only
+from pglpipe.steps.base import Step, StepSettings, by_loss, named_by_loss, only
 from pglpipe.steps.sweep import Sweep, Visit
 from pglpipe.transport import Links
 from pglpipe.utils.clock import Figures
@@ -76,12 +77,12 @@ class StaleStep(Step):
         self._next_step = 0
         self._first_guided: int | None = None
         self._guided: set[int] = set()
-        # By stage and step: inputs of guided batches, and what came up to a stage's output from here.
+        # By stage and step: inputs of guided batches, and what came up to a stage's output from here, by loss.
         self._inputs: dict[tuple[int, int], CountedTensor] = {}
-        self._risen: dict[tuple[int, int], CountedTensor] = {}
+        self._risen: dict[tuple[int, int], dict[int, CountedTensor]] = {}
         # What was handed to the worker above and is not taken there yet, by step: a checkpoint of
         # this worker holds what is on the edge.
-        self._on_edge: dict[int, Tensor] = {}
+        self._on_edge: dict[int, dict[int, Tensor]] = {}
 
     @classmethod
     def _window_of(cls, guidance: Guidance, num_stages: int) -> int:
@@ -99,9 +100,7 @@ class StaleStep(Step):
 
     # -- a step -----------------------------------------------------------------------
 
-    def run(
-        self, command: TrainStep, tensors: Sequence[Tensor], links: Links
-    ) -> Figures:
+    def run(self, command: TrainStep, packet: Packet, links: Links) -> Figures:
         """Does one step, guided or local; returns the losses of the stages that took one."""
         step, wire = command.step, self._settings.wire
         losses: dict[tuple[str, int], Tensor] = {}
@@ -111,7 +110,6 @@ class StaleStep(Step):
             self._guided.add(step)
             if self._first_guided is None:
                 self._first_guided = step
-        packet = wire.packet(tensors)
         for visit in Sweep(self._stages, packet, wire, command, links.outbox):
             stage = visit.stage
             index, last = stage.index, self._farthest(stage)
@@ -183,7 +181,8 @@ class StaleStep(Step):
         learned = False
         shrink = self._settings.gradients.guided_shrink
         gradients = self._arrived(stage, step - self._delay, arriving, links)
-        for (source, guided), gradient in zip(arriving, gradients, strict=True):
+        for source, guided in arriving:
+            gradient = gradients[source]
             passed = stage.guided_backward.replay(
                 self._inputs[stage.index, guided].tensor,
                 guided,
@@ -211,7 +210,7 @@ class StaleStep(Step):
         is_true_loss = stage.is_last and step in self._guided
         stage.optimizer.finish(step, loss, guided=learned or is_true_loss)
         if passing := self._passing(stage.index, step):
-            self._rise(stage, step, [leaving[source] for source, _ in passing], links)
+            self._rise(stage, step, {loss: leaving[loss] for loss, _ in passing}, links)
 
     # -- what is on its way -----------------------------------------------------------
 
@@ -227,27 +226,28 @@ class StaleStep(Step):
 
     def _arrived(
         self, stage: Stage, began: int, arriving: Sequence[Source], links: Links
-    ) -> Sequence[Tensor]:
-        """The gradients that have come to a stage's output; they were handed to it in the step ``began``."""
+    ) -> Mapping[int, Tensor]:
+        """The gradients that have come to a stage's output, by loss; they were handed to it in the step ``began``."""
         if stage is self._stages[-1]:
             assert links.gradients_in is not None, "nothing comes to the last stage"
-            (joined,) = only(Microbatch(began, 0), links.gradients_in.get())
-        else:
-            joined = self._risen.pop((stage.index, began)).tensor
-        sizes = [len(self._inputs[stage.index, step].tensor) for _, step in arriving]
-        return torch.split(joined, sizes)
+            packet = only(Microbatch(began, 0), links.gradients_in.get())
+            return by_loss(packet, [loss for loss, _ in arriving])
+        risen = self._risen.pop((stage.index, began))
+        return {loss: held.tensor for loss, held in risen.items()}
 
     def _rise(
-        self, stage: Stage, step: int, gradients: list[Tensor], links: Links
+        self, stage: Stage, step: int, leaving: Mapping[int, Tensor], links: Links
     ) -> None:
-        """Hands gradients to the stage before, here or on the worker above, as one tensor."""
-        joined = gradients[0] if len(gradients) == 1 else torch.cat(gradients)
+        """Hands gradients to the stage before, here or on the worker above."""
+        gradients = {loss: dense(gradient) for loss, gradient in leaving.items()}
         if stage is self._stages[0]:
-            links.gradients_out.put(Message(Microbatch(step, 0), (joined,)))
+            packet = named_by_loss(gradients)
+            links.gradients_out.put(Message(Microbatch(step, 0), packet))
             if stage.index > 0:
-                self._on_edge[step] = joined
+                self._on_edge[step] = gradients
         else:
-            self._risen[stage.index - 1, step] = CountedTensor(joined)
+            held = {loss: CountedTensor(gradients[loss]) for loss in gradients}
+            self._risen[stage.index - 1, step] = held
 
     def _forget_done(self, step: int) -> None:
         self._next_step = step + 1
@@ -276,13 +276,21 @@ class StaleStep(Step):
 
     def snapshot(self, stage: Stage) -> Snapshot:
         """What waits at a stage between two steps: inputs, and gradients on their way from it, by step."""
-        rising = self._on_edge
+        rising: Mapping[int, Mapping[int, Tensor]] = self._on_edge
         if stage is not self._stages[0]:
-            rising = _waiting_at(stage.index - 1, self._risen)
+            rising = {
+                step: {loss: held.tensor for loss, held in risen.items()}
+                for (at, step), risen in self._risen.items()
+                if at == stage.index - 1
+            }
         found = Snapshot()
         found.numbers |= {"step": self._next_step, "guided": sorted(self._guided)}
-        found.add("inputs", by_number(_waiting_at(stage.index, self._inputs)))
-        found.add("rising", by_number(rising))
+        inputs = {
+            s: x.tensor for (at, s), x in self._inputs.items() if at == stage.index
+        }
+        found.add("inputs", by_number(inputs))
+        for step, gradients in rising.items():
+            found.add(f"rising.{step}", by_number(gradients))
         return found
 
     def load(self, snapshots: Mapping[int, Snapshot], links: Links) -> None:
@@ -295,8 +303,11 @@ class StaleStep(Step):
             self._guided = set(snapshot.numbers["guided"])
             for step, x in numbered(snapshot.part("inputs")):
                 self._inputs[stage.index, step] = CountedTensor(x.to(stage.device))
-            for step, joined in numbered(snapshot.part("rising")):
-                self._rise(stage, step, [joined.to(stage.device)], links)
+            rising = snapshot.part("rising")
+            for step in sorted({int(name.split(".")[0]) for name in rising.tensors}):
+                gradients = numbered(rising.part(str(step)))
+                leaving = {loss: g.to(stage.device) for loss, g in gradients}
+                self._rise(stage, step, leaving, links)
 
 
 class StaleWindowStep(StaleStep):
@@ -334,10 +345,3 @@ class StaleWindowStep(StaleStep):
             {}, farthest_here, own, guided=guided
         )
         return loss, leaving
-
-
-def _waiting_at(
-    index: int, waiting: Mapping[tuple[int, int], CountedTensor]
-) -> dict[int, Tensor]:
-    """What waits at a stage, by step."""
-    return {step: held.tensor for (at, step), held in waiting.items() if at == index}

@@ -11,8 +11,9 @@ from collections.abc import Iterator, Sequence
 
 from torch import Tensor
 
-from pglpipe.messages.codec import Packet, Wire
+from pglpipe.messages.codec import Wire
 from pglpipe.messages.commands import Command, Message
+from pglpipe.messages.packet import Packet
 from pglpipe.stage.stage import Stage
 from pglpipe.transport import Outbox
 
@@ -32,7 +33,7 @@ class Visit:
     def __init__(self, stage: Stage, packet: Packet, sweep: Sweep) -> None:
         self.stage = stage
         self.x = sweep.wire.open(packet)
-        self.targets, self.image = packet.targets, packet.image
+        self.targets, self.image = packet["targets"], packet.get("image")
         self._packet, self._sweep = packet, sweep
 
     def pass_on(self, y: Tensor) -> None:
@@ -44,7 +45,7 @@ class Visit:
         packed = sweep.wire.pack(y, ends=self.stage.is_last)
         sweep.packet = self._packet.then(packed)
         if self.stage is sweep.stages[-1]:
-            sweep.outbox.put(Message(sweep.command, sweep.packet.tensors))
+            sweep.outbox.put(Message(sweep.command, sweep.packet))
 
 
 class Sweep:

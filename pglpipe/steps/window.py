@@ -5,23 +5,22 @@
     gradients_in ─▶ [loss 3 | loss 4] ─▶ B ─▶ [loss 2 | loss 3] ─▶ gradients_out
 
 Each stage learns from the farthest loss that reaches it (:mod:`pglpipe.schedules.windows`), and is clipped alone,
-as in local steps, whose losses these are. Between two stages the gradients are one tensor, the batch
-dimension of one behind that of the other, so that one message has room for any number. They are on one
-worker, too: how they lie in memory must not depend on where the stages live.
+as in local steps, whose losses these are. How gradients lie in memory does not depend on where the
+stages live: they are dense on one worker, too.
 
 Source: Gomez et al. 2022, "Interlocking Backpropagation", arXiv 2010.04116.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
-import torch
 from torch import Tensor
 
 from pglpipe.messages.commands import Microbatch
 from pglpipe.schedules.windows import farthest_loss, losses_passing
-from pglpipe.steps.base import only
+from pglpipe.stage.forwards import dense
+from pglpipe.steps.base import by_loss, named_by_loss, only
 from pglpipe.steps.microbatched import MicrobatchedStep
 
 
@@ -30,23 +29,21 @@ class WindowStep(MicrobatchedStep):
 
     crosses_window = True
 
-    def _backward(self, expected: Microbatch) -> Tensor | None:
-        joined: Tensor | None = None
+    def _backward(self, expected: Microbatch) -> Mapping[str, Tensor]:
+        gradients: dict[int, Tensor] = {}
         window, num_stages = self._settings.guidance.window, self._settings.num_stages
         below = self._passing(self._stages[-1].index + 1)
         if below and self._links.gradients_in is not None:
-            (joined,) = only(expected, self._links.gradients_in.get())
+            gradients = by_loss(only(expected, self._links.gradients_in.get()), below)
         for stage in reversed(self._stages):
-            parts = [] if joined is None else joined.tensor_split(len(below))
             leaving, loss = stage.guided_backward.backward_window(
-                dict(zip(below, parts, strict=True)),
+                gradients,
                 farthest_loss(stage.index, window, num_stages),
                 self._passing(stage.index),
             )
             self._losses[stage.index].append(loss)
-            below = sorted(leaving)
-            joined = torch.cat([leaving[loss] for loss in below]) if below else None
-        return joined
+            gradients = {loss: dense(gradient) for loss, gradient in leaving.items()}
+        return named_by_loss(gradients)
 
     def _passing(self, stage: int) -> list[int]:
         """The losses whose gradients pass from a stage to the one before it."""

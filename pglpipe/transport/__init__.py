@@ -2,9 +2,10 @@
 
 from pglpipe.transport.base import Inbox, Links, NullOutbox, Outbox
 from pglpipe.transport.links import EdgePlan, Edges, OpenEdges, pick_backend
-from pglpipe.transport.packing import is_dense, payload_bytes
+from pglpipe.transport.packing import Capacity, capacity_for, is_dense
 
 __all__ = [
+    "Capacity",
     "EdgePlan",
     "Edges",
     "OpenEdges",
@@ -12,7 +13,7 @@ __all__ = [
     "Links",
     "NullOutbox",
     "Outbox",
+    "capacity_for",
     "is_dense",
-    "payload_bytes",
     "pick_backend",
 ]

@@ -222,9 +222,9 @@ def own_stream(device: torch.device) -> AbstractContextManager[object]:
     return torch.cuda.stream(torch.cuda.Stream(device))  # type: ignore[no-untyped-call]
 
 
-def greet(channel: Channel, capacity: int) -> None:
+def greet(channel: Channel, capacity: packing.Capacity) -> None:
     """Warms up a direction and says what will travel on it."""
-    about = packing.MAGIC, packing.VERSION, channel.nonce, capacity
+    about = packing.MAGIC, packing.VERSION, channel.nonce, *capacity
     greeting = torch.tensor(about, dtype=torch.int64)
     work = channel.headers.send([greeting], channel.peer, HEADER)
     channel.wait(work, channel.headers, timedelta(seconds=channel.opening))
@@ -233,11 +233,11 @@ def greet(channel: Channel, capacity: int) -> None:
         channel.payloads.send([warm_up], channel.peer, PAYLOAD).wait()
 
 
-def check_greeting(channel: Channel, capacity: int) -> None:
-    greeting = torch.zeros(4, dtype=torch.int64)
+def check_greeting(channel: Channel, capacity: packing.Capacity) -> None:
+    greeting = torch.zeros(5, dtype=torch.int64)
     work = channel.headers.recv([greeting], channel.peer, HEADER)
     channel.wait(work, channel.headers, timedelta(seconds=channel.opening))
-    magic, version, nonce, offered = greeting.tolist()
+    magic, version, nonce, *offered = greeting.tolist()
     if magic != packing.MAGIC:
         raise ProtocolError(
             f"expected pglpipe's greeting from {channel.name}, got {magic:#x}; something else speaks "
@@ -253,10 +253,10 @@ def check_greeting(channel: Channel, capacity: int) -> None:
             f"expected {channel.name} of this run, got that of another run or of an earlier attempt (nonce "
             f"{nonce:x} instead of {channel.nonce:x}); give every run a port of its own"
         )
-    if offered != capacity:
+    if offered != [*capacity]:
         raise ProtocolError(
-            f"expected slots of {capacity} bytes from {channel.name}, which has {offered}; start every "
-            "worker with the same options"
+            f"expected slots of {capacity.nbytes} bytes for {capacity.tensors} tensors from {channel.name}, which has "
+            f"{offered[0]} for {offered[1]}; start every worker with the same options"
         )
     if channel.payloads is not channel.headers:
         warm_up = torch.zeros(1, dtype=torch.uint8, device=channel.staging)

@@ -31,6 +31,7 @@ from pglpipe.messages.codec import WIRE_FORMATS
 from pglpipe.transport.base import Inbox, Links, NullOutbox, ReceivingEnd, SendingEnd
 from pglpipe.transport.channel import Channel
 from pglpipe.transport.p2p import Receiver, Sender
+from pglpipe.transport.packing import Capacity
 from pglpipe.utils.arguments import choice, number, whole
 from pglpipe.utils.clock import Stalls
 from pglpipe.utils.options import Section, option
@@ -88,15 +89,15 @@ class EdgePlan:
 
     Attributes:
         names: what to call each worker in messages, by rank.
-        down_bytes, up_bytes: size of the largest message of each edge and direction.
+        down, up: room for the largest message of each edge and direction.
         depth: slots at either end of a direction.
         timeout: seconds to wait for a silent neighbour.
         opening: seconds to wait for one while the edges are opened, if more.
     """
 
     names: Sequence[str]
-    down_bytes: Sequence[int]
-    up_bytes: Sequence[int]
+    down: Sequence[Capacity]
+    up: Sequence[Capacity]
     depth: int
     timeout: float
     opening: float = 0.0
@@ -129,12 +130,12 @@ class OpenEdges:
         self._rpc = self._rpc_opener() if backend == "rpc" and world.size > 1 else None
         if world.rank > 0:
             edge = world.rank - 1
-            self._inbox = self._receiver(edge, "down", plan.down_bytes[edge])
-            self._gradients_out = self._sender(edge, "up", plan.up_bytes[edge])
+            self._inbox = self._receiver(edge, "down", plan.down[edge])
+            self._gradients_out = self._sender(edge, "up", plan.up[edge])
         if world.rank < world.size - 1:
             edge = world.rank
-            self._outbox = self._sender(edge, "down", plan.down_bytes[edge])
-            self._gradients_in = self._receiver(edge, "up", plan.up_bytes[edge])
+            self._outbox = self._sender(edge, "down", plan.down[edge])
+            self._gradients_in = self._receiver(edge, "up", plan.up[edge])
         if self._rpc:
             self._rpc.meet()
 
@@ -168,7 +169,7 @@ class OpenEdges:
         for channel in self._channels:
             channel.abort()
 
-    def _sender(self, edge: int, direction: str, capacity: int) -> SendingEnd:
+    def _sender(self, edge: int, direction: str, capacity: Capacity) -> SendingEnd:
         sender: SendingEnd
         if self._rpc:
             sender = self._rpc.sender(edge, direction, capacity)
@@ -183,7 +184,7 @@ class OpenEdges:
         self._senders.append(sender)
         return sender
 
-    def _receiver(self, edge: int, direction: str, capacity: int) -> ReceivingEnd:
+    def _receiver(self, edge: int, direction: str, capacity: Capacity) -> ReceivingEnd:
         receiver: ReceivingEnd
         if self._rpc:
             receiver = self._rpc.receiver(edge, direction, capacity)

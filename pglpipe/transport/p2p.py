@@ -13,8 +13,8 @@ never says that a receive has completed unless somebody waits for it.
 
 A gloo sender begins when it knows that the receiver is ready, so every receive is posted
 ahead, as soon as its slot is free: on a slow link the answer travels while other bytes do.
-Both ends have agreed on the slots' size: no payload can be larger, and gloo lets a shorter one
-into a slot, without telling how much came. The header is checked before the payload is used,
+Both ends have agreed on the slots' size and the longest header: nothing can be larger, and gloo lets
+what is shorter into a buffer, without telling how much came. The header is checked before the payload is used,
 but that the payload is as long as its header says rests on the sender. NCCL takes no shorter
 message: there a payload's receive is posted when the header with its size is here.
 """
@@ -35,6 +35,7 @@ from torch.distributed import ProcessGroup, Work
 
 from pglpipe.errors import PeerLost, WorkerError
 from pglpipe.messages.commands import Message
+from pglpipe.messages.packet import Packet
 from pglpipe.transport import packing
 from pglpipe.transport.channel import (
     CHECK_SECONDS,
@@ -49,6 +50,7 @@ from pglpipe.transport.channel import (
     greet,
     own_stream,
 )
+from pglpipe.transport.packing import Capacity
 from pglpipe.utils.clock import Stalls, stalling
 
 _ABANDON_SECONDS = 5.0
@@ -58,13 +60,13 @@ class Sender:
     """The sending end: an :class:`~pglpipe.transport.base.Outbox`."""
 
     def __init__(
-        self, channel: Channel, *, capacity: int, depth: int, stalls: Stalls
+        self, channel: Channel, *, capacity: Capacity, depth: int, stalls: Stalls
     ) -> None:
         self.waited = 0.0
         self._stalls = stalls
         self.sent_bytes = 0
         self._channel = channel
-        self._slots = [channel.slot(capacity) for _ in range(depth)]
+        self._slots = [channel.slot(capacity.nbytes) for _ in range(depth)]
         self._under_way: list[tuple[list[tuple[Work, ProcessGroup]], Tensor]] = []
         self._sequence = 0
         greet(channel, capacity)
@@ -136,7 +138,7 @@ class Receiver:
         self,
         channel: Channel,
         *,
-        capacity: int,
+        capacity: Capacity,
         depth: int,
         stalls: Stalls,
         on_failure: Callable[[WorkerError], None],
@@ -152,7 +154,7 @@ class Receiver:
         check_greeting(channel, capacity)
         for _ in range(depth):
             fence = Fence(channel.staging, channel.device)
-            self._offer(Slot(channel.slot(capacity), fence))
+            self._offer(Slot(channel.slot(capacity.nbytes), fence))
         self._thread = threading.Thread(
             target=self._run, name=f"pglpipe receiver from {channel.name}", daemon=True
         )
@@ -198,22 +200,22 @@ class Receiver:
         return channel.silent(wait)
 
     def _open(self, arrival: _Arrival) -> Message:
-        assert arrival.envelope.command is not None, "the thread ends with its edge"
-        if arrival.slot is None:
-            empty = (
-                torch.empty_strided(spec.shape, spec.stride, dtype=spec.dtype)
-                for spec in arrival.envelope.tensors
-            )
-            tensors = tuple(tensor.to(self._channel.device) for tensor in empty)
-            return Message(arrival.envelope.command, tensors)
-        slot = arrival.slot
-        tensors = tuple(
-            view.to(self._channel.device, non_blocking=True, copy=True)
-            for view in packing.views(slot.buffer, arrival.envelope.tensors)
+        command, specs, _ = arrival.envelope
+        assert command is not None, "the thread ends with its edge"
+        device, slot = self._channel.device, arrival.slot
+        if slot is None:
+            empty = torch.empty(0, dtype=torch.uint8, device=device)
+            return Message(command, packing.views(empty, specs))
+        views = packing.views(slot.buffer, specs)
+        packet = Packet(
+            {
+                name: v.to(device, non_blocking=True, copy=True)
+                for name, v in views.items()
+            }
         )
         slot.fence.emptied()
         self._offer(slot)
-        return Message(arrival.envelope.command, tensors)
+        return Message(command, packet)
 
     def _run(self) -> None:
         try:
@@ -233,7 +235,7 @@ class Receiver:
 
     def _receive_until_closed(self) -> None:
         channel = self._channel
-        header = torch.empty(packing.HEADER_LENGTH, dtype=torch.int64)
+        header = torch.empty(self._capacity.header_length, dtype=torch.int64)
         work = self._post(channel.headers, header, HEADER)
         sequence = 0
         while True:

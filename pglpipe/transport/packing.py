@@ -1,8 +1,8 @@
 """How a message looks on the wire: a typed header, then the bytes of its tensors.
 
-The header is a fixed row of whole numbers; nothing is ever unpickled::
+The header is a row of whole numbers; nothing is ever unpickled::
 
-    magic version sequence command f0 … f6 bytes tensors | dtype ndim shape x6 stride x6 | x4
+    magic version sequence command f0 … f6 bytes tensors | name x2 dtype ndim shape x6 stride x6 | …
 
 The payload is one run of bytes in which every tensor starts at a multiple of 64, as
 PyTorch's own allocations do, and keeps its strides: a kernel meets the same memory layout
@@ -12,7 +12,7 @@ on either side of an edge and therefore computes the same bits.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -21,18 +21,17 @@ from torch import Tensor
 
 from pglpipe.errors import ProtocolError
 from pglpipe.messages.commands import COMMANDS, Command, Message
+from pglpipe.messages.packet import Packet
 
 MAGIC = 0x70676C70697065  # "pglpipe"
-VERSION = 4
+VERSION = 5
 ALIGNMENT = 64  # bytes
 
 _MAX_FIELDS = 7
 _TEXT = 8  # characters of a text in a number
-_MAX_TENSORS = 4
 _MAX_DIMS = 6
 _FIXED = 6 + _MAX_FIELDS
-_PER_TENSOR = 2 + 2 * _MAX_DIMS
-HEADER_LENGTH = _FIXED + _MAX_TENSORS * _PER_TENSOR  # int64 numbers
+_PER_TENSOR = 4 + 2 * _MAX_DIMS
 
 # The fields of each command, and whether they are texts.
 _FIELDS = {
@@ -72,17 +71,41 @@ class TensorSpec(NamedTuple):
         return -(-size // ALIGNMENT) * ALIGNMENT
 
 
+class Capacity(NamedTuple):
+    """What an edge has room for in one message: bytes of tensors, and how many tensors."""
+
+    nbytes: int
+    tensors: int
+
+    @property
+    def header_length(self) -> int:
+        """Numbers in the longest header."""
+        return header_length(self.tensors)
+
+
 class Envelope(NamedTuple):
-    """A decoded header: a command (None at the end of an edge) and what its payload holds."""
+    """A decoded header: a command (None at the end of an edge) and what its payload holds, by name."""
 
     command: Command | None
-    tensors: list[TensorSpec]
+    specs: dict[str, TensorSpec]
     nbytes: int
 
 
-def payload_bytes(tensors: Sequence[Tensor]) -> int:
+def capacity_for(packets: Iterable[Packet]) -> Capacity:
+    """Room for any one of some packets, whose tensors may be meta ones."""
+    sizes = [(payload_bytes(packet.values()), len(packet)) for packet in packets]
+    nbytes, tensors = zip(*sizes, strict=True)
+    return Capacity(max(nbytes), max(tensors))
+
+
+def payload_bytes(tensors: Iterable[Tensor]) -> int:
     """Bytes that a message with these tensors (meta ones will do) takes in a slot."""
     return sum(spec_of(tensor).nbytes for tensor in tensors)
+
+
+def header_length(tensors: int) -> int:
+    """Numbers in the header of a message with so many tensors, int64 each."""
+    return _FIXED + tensors * _PER_TENSOR
 
 
 def spec_of(tensor: Tensor) -> TensorSpec:
@@ -103,7 +126,9 @@ def is_dense(tensor: Tensor) -> bool:
     )
 
 
-def encode(command: Command, specs: Sequence[TensorSpec], sequence: int) -> list[int]:
+def encode(
+    command: Command, specs: Mapping[str, TensorSpec], sequence: int
+) -> list[int]:
     """The header of message number ``sequence`` of an edge."""
     kind = type(command)
     fields = [
@@ -113,26 +138,27 @@ def encode(command: Command, specs: Sequence[TensorSpec], sequence: int) -> list
     ]
     header = [MAGIC, VERSION, sequence, COMMANDS.index(kind)]
     header += fields + [0] * (_MAX_FIELDS - len(fields))
-    header += [sum(spec.nbytes for spec in specs), len(specs)]
-    for dtype, shape, stride in specs:
+    header += [sum(spec.nbytes for spec in specs.values()), len(specs)]
+    for name, (dtype, shape, stride) in specs.items():
         padding = [0] * (_MAX_DIMS - len(shape))
-        header += [DTYPES.index(dtype), len(shape), *shape, *padding, *stride, *padding]
-    return header + [0] * (HEADER_LENGTH - len(header))
+        header += [*_text_numbers(name), DTYPES.index(dtype), len(shape)]
+        header += [*shape, *padding, *stride, *padding]
+    return header
 
 
 def encode_closed(sequence: int) -> list[int]:
     """The header that ends an edge."""
     header = [MAGIC, VERSION, sequence, CLOSED]
-    return header + [0] * (HEADER_LENGTH - len(header))
+    return header + [0] * (_FIXED - len(header))
 
 
-def decode(header: Sequence[int], sequence: int, capacity: int) -> Envelope:
+def decode(header: Sequence[int], sequence: int, capacity: Capacity) -> Envelope:
     """Checks a header before anything is made of its payload.
 
     Args:
-        header: ``HEADER_LENGTH`` numbers.
+        header: its numbers; what follows them is ignored.
         sequence: the number that the message must have.
-        capacity: bytes of the slot that will hold the payload.
+        capacity: of the slot that will hold the payload.
 
     Raises:
         ProtocolError: the header is not one, is out of order, or announces too much.
@@ -148,19 +174,25 @@ def decode(header: Sequence[int], sequence: int, capacity: int) -> Envelope:
         )
     code, nbytes, num_tensors = header[3], header[_FIXED - 2], header[_FIXED - 1]
     if code == CLOSED:
-        return Envelope(None, [], 0)
-    if not (0 <= code < len(COMMANDS) and 0 <= num_tensors <= _MAX_TENSORS):
+        return Envelope(None, {}, 0)
+    if not (0 <= code < len(COMMANDS) and 0 <= num_tensors <= capacity.tensors):
         raise ProtocolError(
-            f"expected a known command, got code {code} with {num_tensors} tensors"
+            f"expected a known command and at most {capacity.tensors} tensors, got code {code} with "
+            f"{num_tensors} tensors"
         )
-    specs = [
-        _decode_spec(header[_FIXED + i * _PER_TENSOR :]) for i in range(num_tensors)
-    ]
-    if sum(spec.nbytes for spec in specs) != nbytes or nbytes > capacity:
+    if len(header) < header_length(num_tensors):
         raise ProtocolError(
-            f"expected at most {capacity} bytes for {COMMANDS[code].__name__}, got a header that "
-            f"announces {nbytes} bytes for tensors of shape {[spec.shape for spec in specs]}; "
-            "no batch may be larger than the first"
+            f"expected {header_length(num_tensors)} numbers for {num_tensors} tensors, got {len(header)}"
+        )
+    specs = dict(
+        _decode_spec(header[_FIXED + i * _PER_TENSOR :]) for i in range(num_tensors)
+    )
+    total = sum(spec.nbytes for spec in specs.values())
+    if len(specs) != num_tensors or total != nbytes or nbytes > capacity.nbytes:
+        raise ProtocolError(
+            f"expected at most {capacity.nbytes} bytes for {COMMANDS[code].__name__}, got a header that "
+            f"announces {nbytes} bytes for {num_tensors} tensors of shape {_shapes(specs)}; no batch may be larger "
+            "than the first"
         )
     fields = header[4 : 4 + _MAX_FIELDS]
     if min(fields) < 0:
@@ -196,20 +228,21 @@ def _text_numbers(text: str) -> tuple[int, ...]:
 @lru_cache
 def _text(*numbers: int) -> str:
     """The text whose bytes these are."""
-    found = b"".join(number.to_bytes(_TEXT).lstrip(b"\0") for number in numbers)
+    signed = (number.to_bytes(_TEXT, signed=True) for number in numbers)
+    found = b"".join(part.lstrip(b"\0") for part in signed)
     if not found.isascii() or _text_numbers(found.decode()) != numbers:
         raise ProtocolError(f"expected a name, got the numbers {list(numbers)}")
     return found.decode()
 
 
-def _decode_spec(numbers: Sequence[int]) -> TensorSpec:
-    code, ndim = numbers[:2]
+def _decode_spec(numbers: Sequence[int]) -> tuple[str, TensorSpec]:
+    name, code, ndim = _text(*numbers[:2]), *numbers[2:4]
     if not (0 <= code < len(DTYPES) and 0 <= ndim <= _MAX_DIMS):
         raise ProtocolError(
             f"expected a tensor, got type code {code} with {ndim} dimensions"
         )
-    shape = tuple(numbers[2 : 2 + ndim])
-    stride = tuple(numbers[2 + _MAX_DIMS : 2 + _MAX_DIMS + ndim])
+    shape = tuple(numbers[4 : 4 + ndim])
+    stride = tuple(numbers[4 + _MAX_DIMS : 4 + _MAX_DIMS + ndim])
     elements = last = 1
     for length, step in zip(shape, stride, strict=True):
         elements *= length
@@ -218,17 +251,17 @@ def _decode_spec(numbers: Sequence[int]) -> TensorSpec:
         raise ProtocolError(
             f"expected a dense tensor, got shape {shape} with strides {stride}"
         )
-    return TensorSpec(DTYPES[code], shape, stride)
+    return name, TensorSpec(DTYPES[code], shape, stride)
 
 
-def views(buffer: Tensor, specs: Sequence[TensorSpec]) -> list[Tensor]:
-    """The tensors of a payload, as views of the uint8 ``buffer`` [capacity] that holds it."""
-    tensors, start = [], 0
-    for spec in specs:
+def views(buffer: Tensor, specs: Mapping[str, TensorSpec]) -> Packet:
+    """The tensors of a payload, as views of the uint8 ``buffer`` [bytes] that holds it."""
+    packet, start = Packet(), 0
+    for name, spec in specs.items():
         elements = buffer[start : start + spec.nbytes].view(spec.dtype)
-        tensors.append(elements.as_strided(spec.shape, spec.stride))
+        packet[name] = elements.as_strided(spec.shape, spec.stride)
         start += spec.nbytes
-    return tensors
+    return packet
 
 
 def write(buffer: Tensor, message: Message, sequence: int) -> tuple[list[int], Tensor]:
@@ -237,14 +270,20 @@ def write(buffer: Tensor, message: Message, sequence: int) -> tuple[list[int], T
     Raises:
         ProtocolError: the message does not fit the buffer.
     """
-    tensors = [t if is_dense(t) else t.contiguous() for t in message.tensors]
-    specs = [spec_of(tensor) for tensor in tensors]
-    nbytes = sum(spec.nbytes for spec in specs)
+    packet = {
+        n: t if is_dense(t) else t.contiguous() for n, t in message.packet.items()
+    }
+    specs = {name: spec_of(tensor) for name, tensor in packet.items()}
+    nbytes = sum(spec.nbytes for spec in specs.values())
     if nbytes > buffer.numel():
         raise ProtocolError(
             f"expected at most {buffer.numel()} bytes for {type(message.command).__name__}, got "
-            f"{nbytes} (shapes {[spec.shape for spec in specs]}); no batch may be larger than the first"
+            f"{nbytes} (shapes {_shapes(specs)}); no batch may be larger than the first"
         )
-    for view, tensor in zip(views(buffer, specs), tensors, strict=True):
-        view.copy_(tensor)
+    for name, view in views(buffer, specs).items():
+        view.copy_(packet[name])
     return encode(message.command, specs, sequence), buffer[:nbytes]
+
+
+def _shapes(specs: Mapping[str, TensorSpec]) -> list[tuple[int, ...]]:
+    return [spec.shape for spec in specs.values()]

@@ -27,7 +27,7 @@ from pglpipe.plan.memory import as_bytes
 from pglpipe.plan.partition.choose import choose_balance
 from pglpipe.transport import packing
 
-CAPACITY, LENGTH = 4096, packing.HEADER_LENGTH
+CAPACITY = packing.Capacity(4096, tensors=4)
 FEW, MANY = 150, 10_000
 
 
@@ -49,7 +49,24 @@ few_and_many = pytest.mark.parametrize(
 
 # -- headers --------------------------------------------------------------------------
 
-EDGES = [0, 1, 2, 3, 4, 5, 6, 7, 8, 63, 64, 65, CAPACITY, 2**31, 2**62, 2**63 - 1]
+EDGES = [
+    0,
+    1,
+    2,
+    3,
+    4,
+    5,
+    6,
+    7,
+    8,
+    63,
+    64,
+    65,
+    CAPACITY.nbytes,
+    2**31,
+    2**62,
+    2**63 - 1,
+]
 SIGNED = [sign * number for number in EDGES for sign in (1, -1)]
 int64 = st.integers(-(2**63), 2**63 - 1)
 number = st.one_of(st.sampled_from(SIGNED), st.integers(-2, 40), int64)
@@ -69,7 +86,7 @@ def specs(draw: Any) -> list[int]:
 @st.composite
 def headers(draw: Any) -> list[int]:
     """A header with up to four tensors and some numbers replaced."""
-    tensors = draw(st.lists(specs(), max_size=packing._MAX_TENSORS))
+    tensors = draw(st.lists(specs(), max_size=CAPACITY.tensors))
     code = draw(st.integers(-1, len(packing.COMMANDS)))
     fields = draw(
         st.lists(
@@ -83,9 +100,9 @@ def headers(draw: Any) -> list[int]:
         shape = tuple(numbers[:ndim])
         nbytes += packing.TensorSpec(packing.DTYPES[dtype], shape, ()).nbytes
     header = [packing.MAGIC, packing.VERSION, 5, code, *fields, nbytes, len(tensors)]
-    header += [number for spec in tensors for number in spec]
-    header += [0] * (packing.HEADER_LENGTH - len(header))
-    places = st.integers(0, packing.HEADER_LENGTH - 1)
+    for name, spec in zip(["x", "x.scale", "targets", "image"], tensors):
+        header += [*packing._text_numbers(name), *spec]
+    places = st.integers(0, len(header) - 1)
     for place, value in draw(st.lists(st.tuples(places, number), max_size=4)):
         header[place] = value
     return header
@@ -95,24 +112,26 @@ def headers(draw: Any) -> list[int]:
 def test_a_header_is_refused_or_describes_what_lies_within_the_slot(
     number: int,
 ) -> None:
-    buffer = torch.zeros(CAPACITY, dtype=torch.uint8)
+    buffer = torch.zeros(CAPACITY.nbytes, dtype=torch.uint8)
+    longest = CAPACITY.header_length
+    shortest = packing.header_length(0)
 
     @examples(number)
-    @given(st.one_of(headers(), st.lists(int64, min_size=LENGTH, max_size=LENGTH)))
+    @given(st.one_of(headers(), st.lists(int64, min_size=shortest, max_size=longest)))
     def check(header: list[int]) -> None:
         try:
             envelope = packing.decode(header, 5, CAPACITY)
         except ProtocolError as error:
             assert "\n" not in str(error)
             return
-        views = packing.views(buffer, envelope.tensors)
-        for view, spec in zip(views, envelope.tensors, strict=True):
+        for name, view in packing.views(buffer, envelope.specs).items():
+            spec, end = envelope.specs[name], view.storage_offset() * view.itemsize
             assert tuple(view.shape) == spec.shape
-            assert view.storage_offset() * view.itemsize + view.nbytes <= CAPACITY
+            assert end + view.nbytes <= CAPACITY.nbytes
             empty = torch.empty_strided(spec.shape, spec.stride, dtype=spec.dtype)
             assert empty.shape == view.shape
         if envelope.command is not None:
-            again = packing.encode(envelope.command, envelope.tensors, 5)
+            again = packing.encode(envelope.command, envelope.specs, 5)
             assert packing.decode(again, 5, CAPACITY) == envelope
             values = dataclasses.astuple(envelope.command)
             assert all(isinstance(v, str) or v >= 0 for v in values)

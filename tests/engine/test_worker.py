@@ -25,6 +25,7 @@ from pglpipe.messages.commands import (
     TrainStep,
     WeightChunk,
 )
+from pglpipe.messages.packet import Packet
 from pglpipe.messages.reports import (
     EvaluationReport,
     FinalReport,
@@ -34,7 +35,7 @@ from pglpipe.messages.reports import (
 from pglpipe.stage.stage import Stage
 from pglpipe.transport import Links
 
-BATCH = (torch.randn(4, 3), torch.tensor([0, 1, 0, 1]))
+BATCH = Packet(x=torch.randn(4, 3), targets=torch.tensor([0, 1, 0, 1]))
 
 
 def stage(index: int, *, last: bool, kind: type[Stage] = Stage) -> Stage:
@@ -85,10 +86,11 @@ def test_every_command_is_handed_on_in_order_with_its_data() -> None:
     links, posted, _ = run(*commands)
     assert links.outbox.commands == [m.command for m in commands]  # type: ignore[attr-defined]
     for message in links.outbox.messages:  # type: ignore[attr-defined]
-        if message.tensors:
-            x, targets = message.tensors
-            assert x.shape == (4, 3) and torch.equal(targets, BATCH[1])
-            assert not torch.equal(x, BATCH[0]) and not x.requires_grad
+        if packet := message.packet:
+            x = packet["x"]
+            assert torch.equal(packet["targets"], BATCH["targets"])
+            assert x.shape == (4, 3) and not x.requires_grad
+            assert not torch.equal(x, BATCH["x"])
     kinds = [type(report) for report in posted]
     assert kinds == [TrainReport, EvaluationReport, TrainReport, FinalReport]
 
@@ -130,9 +132,12 @@ def test_a_local_step_is_sent_on_before_its_own_backward() -> None:
 
 
 def test_a_global_step_follows_the_workers_row_of_the_timetable() -> None:
-    gradients = tuple(Message(Microbatch(5, i), (torch.ones(2, 3),)) for i in range(2))
+    gradients = tuple(
+        Message(Microbatch(5, i), Packet(x=torch.ones(2, 3))) for i in range(2)
+    )
     halves = [
-        Message(Microbatch(5, i), (BATCH[0][i::2], BATCH[1][i::2])) for i in range(2)
+        Message(Microbatch(5, i), Packet({n: t[i::2] for n, t in BATCH.items()}))
+        for i in range(2)
     ]
     links, posted, _ = run(
         Message(TrainStep("global", 5, 0, 4, 2)),
@@ -153,19 +158,21 @@ def test_a_global_step_follows_the_workers_row_of_the_timetable() -> None:
 
 def test_the_last_worker_sends_gradients_up_and_knows_the_loss() -> None:
     halves = [
-        Message(Microbatch(5, i), (BATCH[0][i::2], BATCH[1][i::2])) for i in range(2)
+        Message(Microbatch(5, i), Packet({n: t[i::2] for n, t in BATCH.items()}))
+        for i in range(2)
     ]
     links, posted, worker = run(
         Message(TrainStep("global", 5, 0, 4, 2)),
         *halves,
-        Message(Clip(5), (torch.tensor(1.0),)),
+        Message(Clip(5), Packet(norms=torch.tensor(1.0))),
         Message(Stop()),
         rank=1,
         clips=True,
     )
     up = links.gradients_out.messages  # type: ignore[attr-defined]
     assert [m.command for m in up] == [Microbatch(5, 0), Microbatch(5, 1), Clip(5)]
-    assert [m.tensors[0].shape for m in up] == [(2, 3), (2, 3), (2,)]
+    shapes = [t.shape for m in up for t in m.packet.values()]
+    assert shapes == [(2, 3), (2, 3), (2,)]
     assert isinstance(posted[0], TrainReport)
     assert list(posted[0].steps[0].losses) == [1]
     assert worker.recent.doing == "at the end of the run"
@@ -175,7 +182,7 @@ def test_weights_go_up_in_pieces_and_those_from_below_are_relayed() -> None:
     below = stage(1, last=True)
     flat = flatten(below.tensors())
     pieces = tuple(
-        Message(WeightChunk(1, offset), (flat[offset : offset + 16],))
+        Message(WeightChunk(1, offset), Packet(weights=flat[offset : offset + 16]))
         for offset in range(0, len(flat), 16)
     )
     _, _, worker = run(Message(Collect()), Message(Stop()), below=pieces)
@@ -206,7 +213,7 @@ def test_what_nobody_expects_is_refused(messages: tuple[Message, ...]) -> None:
 
 
 def test_a_gradient_of_another_microbatch_is_refused() -> None:
-    wrong = (Message(Microbatch(3, 1), (torch.ones(4, 3),)),)
+    wrong = (Message(Microbatch(3, 1), Packet(x=torch.ones(4, 3))),)
     with pytest.raises(ProtocolError, match="got Microbatch"):
         run(
             Message(TrainStep("global", 3, 0, 4, 1)),
@@ -216,6 +223,6 @@ def test_a_gradient_of_another_microbatch_is_refused() -> None:
 
 
 def test_something_else_among_the_weights_is_refused() -> None:
-    wrong = (Message(Microbatch(3, 1), (torch.ones(4, 3),)),)
+    wrong = (Message(Microbatch(3, 1), Packet(x=torch.ones(4, 3))),)
     with pytest.raises(ProtocolError, match="a piece of the weights"):
         run(Message(Collect()), Message(Stop()), below=wrong)

@@ -61,9 +61,10 @@ def test_each_value_comes_back_within_half_a_step(
 )
 def test_values_take_the_bytes_that_the_format_says(format: str, size: int) -> None:
     x = activations()
-    codes, *scales = Wire(format).pack(x)
+    packed = Wire(format).pack(x)
+    codes = packed.pop("x")
     assert codes.shape == x.shape and codes.itemsize == size
-    assert sum(scale.numel() for scale in scales) <= 2 * len(x)
+    assert sum(scale.numel() for scale in packed.values()) <= 2 * len(x)
 
 
 @pytest.mark.parametrize("format", WIRE_FORMATS)
@@ -97,8 +98,8 @@ def test_a_value_that_is_no_number_stays_none(format: str) -> None:
 @pytest.mark.parametrize("format", WIRE_FORMATS)
 def test_the_output_of_the_network_is_not_packed(format: str) -> None:
     x = activations()
-    (packed,) = Wire(format).pack(x, ends=True)
-    assert packed is x
+    packed = Wire(format).pack(x, ends=True)
+    assert list(packed) == ["x"] and packed["x"] is x
 
 
 @pytest.mark.parametrize("format", WIRE_FORMATS)

@@ -22,6 +22,7 @@ from pglpipe.messages.commands import (
     TrainStep,
     has_training_batch,
 )
+from pglpipe.messages.packet import Packet
 from pglpipe.schedules.guidance import Guidance
 from pglpipe.stage.stage import Stage
 from pglpipe.steps.stale import StaleStep
@@ -29,9 +30,9 @@ from pglpipe.transport import Links
 
 STAGES = 4
 CUTS: list[list[int]] = [[4], [1, 3], [2, 1, 1], [1, 1, 1, 1]]
-BATCH = (
-    torch.randn(6, 3, generator=torch.Generator().manual_seed(0)),
-    torch.tensor([0, 1, 2, 0, 1, 2]),
+BATCH = Packet(
+    x=torch.randn(6, 3, generator=torch.Generator().manual_seed(0)),
+    targets=torch.tensor([0, 1, 2, 0, 1, 2]),
 )
 
 
@@ -70,7 +71,7 @@ def run(
     source = Line(0)
     for command in commands:
         with_data = has_training_batch(command) or isinstance(command, Evaluate)
-        source.put(Message(command, BATCH if with_data else ()))
+        source.put(Message(command, BATCH if with_data else Packet()))
 
     def work(rank: int) -> None:
         made = factories.worker(
@@ -113,7 +114,7 @@ def steps(kinds: str) -> list[Command]:
 
 def step_of(kind: str, step: int) -> TrainStep:
     """A step of the kind that begins with a letter."""
-    return TrainStep("stale" if kind == "S" else "local", step, 0, len(BATCH[0]))
+    return TrainStep("stale" if kind == "S" else "local", step, 0, len(BATCH["x"]))
 
 
 MIXED: dict[str, Any] = dict(

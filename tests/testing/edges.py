@@ -7,6 +7,7 @@ from collections import deque
 from typing import Any
 
 from pglpipe.messages.commands import Command, Message
+from pglpipe.messages.packet import Packet
 
 
 class Memory:
@@ -44,7 +45,7 @@ class Line:
 
     def put(self, message: Message) -> None:
         """Sends a copy; waits for room."""
-        copies = tuple(tensor.clone() for tensor in message.tensors)
+        copies = Packet({name: t.clone() for name, t in message.packet.items()})
         self.messages.put(Message(message.command, copies), timeout=20)
         self.commands.append(message.command)
 

@@ -18,6 +18,7 @@ from testing.worlds import sgd
 from torch import Tensor, nn
 
 from pglpipe.messages.commands import Message, TrainStep
+from pglpipe.messages.packet import Packet
 from pglpipe.stage.stage import Stage
 from pglpipe.steps.lanes import Lanes, Signal
 from pglpipe.steps.overlap import OverlappedStep
@@ -190,10 +191,11 @@ def take_step(
     class Sent(Memory):
         def put(self, message: Message) -> None:
             if sent is not None:
-                sent.append(message.tensors[0].clone())
+                sent.append(message.packet["x"].clone())
 
     links = Links(Memory(), Sent(), None, Memory())
-    return overlap.run(TrainStep("local", step, 0, len(batch[0])), batch, links)
+    packet = Packet(zip(("x", "targets"), batch))
+    return overlap.run(TrainStep("local", step, 0, len(batch[0])), packet, links)
 
 
 def side_by_side(

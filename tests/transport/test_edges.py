@@ -31,7 +31,16 @@ from pglpipe.errors import (
     WorkerError,
 )
 from pglpipe.messages.commands import Evaluate, Message, Microbatch, Stop, TrainStep
-from pglpipe.transport import EdgePlan, Links, NullOutbox, OpenEdges, p2p, packing
+from pglpipe.messages.packet import Packet
+from pglpipe.transport import (
+    Capacity,
+    EdgePlan,
+    Links,
+    NullOutbox,
+    OpenEdges,
+    p2p,
+    packing,
+)
 from pglpipe.transport.packing import DTYPES
 
 Side = Callable[[Links], Any]
@@ -41,8 +50,8 @@ NAMES = ["rank 0 (stages 0-1)", "rank 1 (stage 2)", "rank 2 (stage 3)"]
 def plan(size: int = 2, **options: Any) -> EdgePlan:
     defaults: dict[str, Any] = dict(
         names=NAMES[:size],
-        down_bytes=[1024] * (size - 1),
-        up_bytes=[512] * (size - 1),
+        down=[Capacity(1024, tensors=2)] * (size - 1),
+        up=[Capacity(512, tensors=1)] * (size - 1),
         depth=2,
         timeout=10.0,
     )
@@ -99,13 +108,16 @@ def sent(*messages: Message, **options: Any) -> list[Message]:
 
 
 def local(step: int, *tensors: Tensor) -> Message:
-    return Message(TrainStep("local", step, 0, 4), tensors)
+    return Message(
+        TrainStep("local", step, 0, 4), Packet(zip(("x", "targets"), tensors))
+    )
 
 
 def assert_equal(arrived: list[Message], expected: list[Message]) -> None:
     assert [m.command for m in arrived] == [m.command for m in expected]
     for got, want in zip(arrived, expected, strict=True):
-        for a, b in zip(got.tensors, want.tensors, strict=True):
+        assert list(got.packet) == list(want.packet)
+        for a, b in zip(got.packet.values(), want.packet.values(), strict=True):
             assert a.dtype == b.dtype and torch.equal(a, b)
 
 
@@ -142,15 +154,15 @@ def test_layouts_arrive_as_they_were_sent() -> None:
     ]
     arrived = sent(*(local(i, tensor) for i, tensor in enumerate(tensors)))
     for tensor, message in zip(tensors, arrived, strict=True):
-        assert torch.equal(message.tensors[0], tensor)
-        assert message.tensors[0].stride() == tensor.stride()
+        assert torch.equal(message.packet["x"], tensor)
+        assert message.packet["x"].stride() == tensor.stride()
 
 
 def test_a_tensor_with_gaps_arrives_without_them() -> None:
     tensor = torch.randn(6, 8)[:, ::2]
     (message,) = sent(local(0, tensor))
-    assert torch.equal(message.tensors[0], tensor)
-    assert message.tensors[0].is_contiguous()
+    assert torch.equal(message.packet["x"], tensor)
+    assert message.packet["x"].is_contiguous()
 
 
 def test_a_tensor_may_be_overwritten_as_soon_as_it_is_put() -> None:
@@ -161,18 +173,18 @@ def test_a_tensor_may_be_overwritten_as_soon_as_it_is_put() -> None:
         tensor.fill_(-1)
 
     _, arrived = talk(overwriting, receive(20))
-    assert [set(m.tensors[0].tolist()) for m in arrived] == [{i} for i in range(20)]
+    assert [set(m.packet["x"].tolist()) for m in arrived] == [{i} for i in range(20)]
 
 
 def test_what_arrived_belongs_to_the_receiver() -> None:
     def keeping(links: Links) -> list[Message]:
         kept = [links.inbox.get()]
-        kept[0].tensors[0].add_(100)
+        kept[0].packet["x"].add_(100)
         return kept + [links.inbox.get() for _ in range(9)]
 
     messages = [local(i, torch.full((9,), float(i))) for i in range(10)]
     _, arrived = talk(send(*messages), keeping, depth=1)
-    values = [m.tensors[0][0].item() for m in arrived]
+    values = [m.packet["x"][0].item() for m in arrived]
     assert values == [100.0, *map(float, range(1, 10))]
 
 
@@ -195,13 +207,13 @@ def test_both_directions_of_all_edges_flow_at_once() -> None:
     def last(links: Links) -> list[int]:
         assert links.gradients_in is None
         for i in range(count):
-            (x,) = links.inbox.get().tensors
-            links.gradients_out.put(Message(Microbatch(0, i), (x * 2,)))
+            x = links.inbox.get().packet["x"]
+            links.gradients_out.put(Message(Microbatch(0, i), Packet(x=x * 2)))
         return []
 
     def backward(links: Links) -> list[int]:
         assert links.gradients_in is not None
-        return [int(links.gradients_in.get().tensors[0]) for _ in range(count)]
+        return [int(links.gradients_in.get().packet["x"]) for _ in range(count)]
 
     # All gradients wait at the middle until all activations have passed it.
     answers = talk(first, middle, last, depth=count)
@@ -216,7 +228,8 @@ def test_every_byte_sent_is_counted() -> None:
         links.outbox.put(Message(Stop()))
         return with_payload - (links.outbox.sent_bytes - before - with_payload)
 
-    assert talk(side, receive(2))[0] == 64
+    header = 8 * (packing.header_length(1) - packing.header_length(0))
+    assert talk(side, receive(2))[0] == header + 64
 
 
 def test_nobody_swallows_everything_and_waits_for_nothing() -> None:
@@ -402,7 +415,7 @@ def test_a_neighbour_that_has_left_is_told_apart_from_one_that_is_gone() -> None
 
 def test_workers_that_expect_different_sizes_do_not_begin() -> None:
     def work(world: World) -> None:
-        different = plan(down_bytes=[1024 * (world.rank + 1)], timeout=3.0)
+        different = plan(down=[Capacity(1024, tensors=1 + world.rank)], timeout=3.0)
         opened(world, different, lambda error: None).close()
 
     errors = outcomes(2, work, timeout=30)
@@ -484,13 +497,14 @@ CHILD = """
 import sys, time, torch
 from torch.distributed import FileStore
 from pglpipe.messages.commands import TrainStep, Message
-from pglpipe.transport import EdgePlan, OpenEdges
+from pglpipe.messages.packet import Packet
+from pglpipe.transport import Capacity, EdgePlan, OpenEdges
 from pglpipe.cluster.world import World
 
 world = World(1, 2, 0, FileStore(sys.argv[1], 2))
-plan = EdgePlan(["rank 0 (stages 0-1)", "rank 1 (stage 2)"], [1024], [512], 1, 60.0)
+plan = EdgePlan(["rank 0 (stages 0-1)", "rank 1 (stage 2)"], [Capacity(1024, 2)], [Capacity(512, 1)], 1, 60.0)
 edges = OpenEdges(world, plan, torch.device("cpu"), "gloo", lambda error: None)
-edges.links(None).gradients_out.put(Message(TrainStep("local", 0, 0, 4), (torch.ones(3),)))
+edges.links(None).gradients_out.put(Message(TrainStep("local", 0, 0, 4), Packet(x=torch.ones(3))))
 if sys.argv[2] == "raise":
     raise SystemExit(3)
 time.sleep(60)
@@ -522,7 +536,7 @@ def test_a_dead_neighbour_is_named_at_once(
         edges = opened(World(0, 2, 0, store), plan(depth=1, timeout=60.0), told.append)
         links = edges.links(NoSource())
         assert links.gradients_in is not None
-        assert torch.equal(links.gradients_in.get().tensors[0], torch.ones(3))
+        assert torch.equal(links.gradients_in.get().packet["x"], torch.ones(3))
         if end == "kill":
             child.kill()
         began = time.perf_counter()

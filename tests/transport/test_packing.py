@@ -11,9 +11,10 @@ from torch import Tensor
 
 from pglpipe.errors import ProtocolError
 from pglpipe.messages.commands import COMMANDS, Message, Microbatch, Stop, TrainStep
-from pglpipe.transport import is_dense, packing, payload_bytes
+from pglpipe.messages.packet import Packet
+from pglpipe.transport import Capacity, is_dense, packing
 
-CAPACITY = 4096
+CAPACITY = Capacity(4096, tensors=4)
 
 
 def fresh(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
@@ -23,16 +24,23 @@ def fresh(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     return (values % 2 == 0 if dtype == torch.bool else values.to(dtype)).view(shape)
 
 
-def there_and_back(message: Message, capacity: int = CAPACITY) -> Message:
+def there_and_back(message: Message) -> Message:
     """What the other end makes of a message."""
-    buffer = torch.full((capacity,), 255, dtype=torch.uint8)
+    buffer = torch.full((CAPACITY.nbytes,), 255, dtype=torch.uint8)
     header, payload = packing.write(buffer, message, 7)
-    assert len(header) == packing.HEADER_LENGTH
-    envelope = packing.decode(header, 7, capacity)
+    assert len(header) == packing.header_length(len(message.packet))
+    # The receiver's buffer has room for the longest header, and holds what came before.
+    header += [255] * (CAPACITY.header_length - len(header))
+    envelope = packing.decode(header, 7, CAPACITY)
     assert envelope.command is not None and envelope.nbytes == payload.numel()
-    received = torch.zeros(capacity, dtype=torch.uint8)
+    received = torch.zeros(CAPACITY.nbytes, dtype=torch.uint8)
     received[: payload.numel()] = payload
-    return Message(envelope.command, tuple(packing.views(received, envelope.tensors)))
+    return Message(envelope.command, packing.views(received, envelope.specs))
+
+
+def back_of(tensor: Tensor) -> Tensor:
+    """What the other end makes of a tensor."""
+    return there_and_back(Message(Stop(), Packet(x=tensor))).packet["x"]
 
 
 @pytest.mark.parametrize("dtype", packing.DTYPES, ids=str)
@@ -43,7 +51,7 @@ def test_every_type_and_shape_comes_back(
     shape: tuple[int, ...], dtype: torch.dtype
 ) -> None:
     tensor = fresh(shape, dtype)
-    (back,) = there_and_back(Message(TrainStep("local", 3, 1, 4), (tensor,))).tensors
+    back = back_of(tensor)
     assert torch.equal(back, tensor) and back.dtype == dtype
     assert back.stride() == tensor.stride()
 
@@ -56,7 +64,7 @@ def test_every_command_comes_back_with_its_numbers(kind: Any) -> None:
             for number, field in enumerate(dataclasses.fields(kind), 10)
         )
     )
-    assert there_and_back(Message(command)) == (command, ())
+    assert there_and_back(Message(command)) == (command, {})
 
 
 def test_a_name_has_at_most_16_ascii_characters() -> None:
@@ -74,7 +82,7 @@ def test_strides_are_kept_for_dense_tensors_even_where_a_length_is_one() -> None
     odd = torch.randn(6).as_strided((1, 6), (77, 1))
     for tensor in (last, flat, odd):
         assert is_dense(tensor)
-        (back,) = there_and_back(Message(Stop(), (tensor,))).tensors
+        back = back_of(tensor)
         assert torch.equal(back, tensor) and back.stride() == tensor.stride()
 
 
@@ -82,23 +90,31 @@ def test_what_is_not_dense_arrives_in_row_major_order() -> None:
     wide = torch.randn(4, 6)
     for tensor in (wide.t(), wide[:, ::2], torch.ones(1).expand(3, 4), wide[1:, 1:]):
         assert not is_dense(tensor)
-        (back,) = there_and_back(Message(Stop(), (tensor,))).tensors
+        back = back_of(tensor)
         assert torch.equal(back, tensor) and back.is_contiguous()
 
 
 def test_tensors_of_one_message_do_not_touch_each_other() -> None:
-    tensors = (torch.randn(3), torch.arange(5), torch.tensor([True, False, True]))
-    back = there_and_back(Message(Microbatch(1, 2), tensors)).tensors
-    assert all(torch.equal(a, b) for a, b in zip(back, tensors, strict=True))
-    assert all(view.storage_offset() * view.itemsize % 64 == 0 for view in back)
-    assert payload_bytes(tensors) == 3 * 64
+    tensors = Packet(
+        {
+            "x": torch.randn(3),
+            "x.scale": torch.arange(5),
+            "targets": torch.tensor([True, False, True]),
+        }
+    )
+    back = there_and_back(Message(Microbatch(1, 2), tensors)).packet
+    assert list(back) == list(tensors)
+    for name, view in back.items():
+        assert torch.equal(view, tensors[name])
+        assert view.storage_offset() * view.itemsize % 64 == 0
+    assert packing.capacity_for([Packet(x=torch.ones(1)), tensors]) == (3 * 64, 3)
 
 
 def test_a_payload_has_the_bytes_that_were_planned_on_the_meta_device() -> None:
-    real = [torch.randn(7, 3), torch.arange(7)]
-    planned = payload_bytes([tensor.to("meta") for tensor in real])
+    real = Packet(x=torch.randn(7, 3), targets=torch.arange(7))
+    planned = packing.payload_bytes(t.to("meta") for t in real.values())
     _, payload = packing.write(
-        torch.empty(planned, dtype=torch.uint8), Message(Stop(), tuple(real)), 0
+        torch.empty(planned, dtype=torch.uint8), Message(Stop(), real), 0
     )
     assert payload.numel() == planned
 
@@ -107,7 +123,7 @@ def test_a_message_larger_than_its_slot_is_refused_with_both_sizes() -> None:
     with pytest.raises(ProtocolError, match=r"at most 64 bytes for TrainStep, got 128"):
         packing.write(
             torch.empty(64, dtype=torch.uint8),
-            Message(TrainStep("local", 0, 0, 4), (torch.zeros(17),)),
+            Message(TrainStep("local", 0, 0, 4), Packet(x=torch.zeros(17))),
             0,
         )
 
@@ -122,7 +138,7 @@ def test_what_no_edge_can_carry_is_refused(tensor: Tensor) -> None:
 
 # Where things stand in a header of one tensor of shape [2, 3].
 SEQUENCE, COMMAND, NBYTES, TENSORS = 2, 3, 11, 12
-DTYPE, NDIM, SHAPE, STRIDE = 13, 14, 15, 21
+NAME, DTYPE, NDIM, SHAPE, STRIDE = 13, 15, 16, 17, 23
 
 WRONG: dict[str, tuple[dict[int, int], str]] = {
     "magic": ({0: 1}, "protocol"),
@@ -133,6 +149,8 @@ WRONG: dict[str, tuple[dict[int, int], str]] = {
     "negative command": ({COMMAND: -2}, "known command"),
     "too many tensors": ({TENSORS: 5}, "5 tensors"),
     "negative tensors": ({TENSORS: -1}, "-1 tensors"),
+    "more tensors than numbers": ({TENSORS: 2}, "numbers for 2 tensors"),
+    "no name": ({NAME: 255}, "expected a name"),
     "a tensor too few": ({TENSORS: 0}, "announces"),
     "type code": ({DTYPE: len(packing.DTYPES)}, "type code"),
     "negative type code": ({DTYPE: -1}, "type code"),
@@ -147,18 +165,19 @@ WRONG: dict[str, tuple[dict[int, int], str]] = {
     "negative bytes": ({NBYTES: -64}, "announces -64 bytes"),
     "more than the slot": (
         {SHAPE: 1 << 20, STRIDE: 3, NBYTES: 12 << 20},
-        f"at most {CAPACITY} bytes",
+        f"at most {CAPACITY.nbytes} bytes",
     ),
     "a size that overflows 64 bits": (
         {SHAPE: 1 << 40, SHAPE + 1: 1 << 40, STRIDE: 1 << 40},
-        f"at most {CAPACITY} bytes",
+        f"at most {CAPACITY.nbytes} bytes",
     ),
 }
 
 
 def good_header() -> list[int]:
-    message = Message(TrainStep("local", 1, 2, 4), (torch.zeros(2, 3),))
-    header, _ = packing.write(torch.empty(CAPACITY, dtype=torch.uint8), message, 5)
+    message = Message(TrainStep("local", 1, 2, 4), Packet(x=torch.zeros(2, 3)))
+    buffer = torch.empty(CAPACITY.nbytes, dtype=torch.uint8)
+    header, _ = packing.write(buffer, message, 5)
     return header
 
 
@@ -174,10 +193,10 @@ def test_a_wrong_header_is_refused_on_one_line(fault: str) -> None:
     assert "\n" not in str(raised.value)
 
 
-@pytest.mark.parametrize("place", range(packing.HEADER_LENGTH))
+@pytest.mark.parametrize("place", range(packing.header_length(1)))
 def test_no_single_wrong_number_makes_a_header_dangerous(place: int) -> None:
     """It is refused, or what it describes lies within the slot."""
-    buffer = torch.zeros(CAPACITY, dtype=torch.uint8)
+    buffer = torch.zeros(CAPACITY.nbytes, dtype=torch.uint8)
     for value in (-(2**62), -1, 0, 1, 2, 3, 7, 63, 65, 2**31, 2**62):
         header = good_header()
         header[place] = value
@@ -185,11 +204,27 @@ def test_no_single_wrong_number_makes_a_header_dangerous(place: int) -> None:
             envelope = packing.decode(header, 5, CAPACITY)
         except ProtocolError:
             continue
-        for view in packing.views(buffer, envelope.tensors):
-            assert view.storage_offset() * view.itemsize + view.nbytes <= CAPACITY
+        for view in packing.views(buffer, envelope.specs).values():
+            end = view.storage_offset() * view.itemsize + view.nbytes
+            assert end <= CAPACITY.nbytes
 
 
 def test_the_end_of_an_edge_is_no_command() -> None:
-    assert packing.decode(packing.encode_closed(3), 3, 0).command is None
+    assert packing.decode(packing.encode_closed(3), 3, CAPACITY).command is None
     with pytest.raises(ProtocolError, match="expected message 4"):
-        packing.decode(packing.encode_closed(3), 4, 0)
+        packing.decode(packing.encode_closed(3), 4, CAPACITY)
+
+
+def test_two_tensors_of_one_name_are_refused() -> None:
+    message = Message(Stop(), Packet(x=torch.zeros(1), y=torch.zeros(1)))
+    buffer = torch.empty(CAPACITY.nbytes, dtype=torch.uint8)
+    header, _ = packing.write(buffer, message, 0)
+    second = NAME + packing.header_length(1) - packing.header_length(0)
+    header[second : second + 2] = header[NAME : NAME + 2]
+    with pytest.raises(ProtocolError, match="for 2 tensors"):
+        packing.decode(header, 0, CAPACITY)
+
+
+def test_a_tensor_that_is_missing_is_named_beside_those_that_came() -> None:
+    with pytest.raises(ProtocolError, match="with 'x', got one with 'targets'"):
+        Packet(targets=torch.zeros(1))["x"]

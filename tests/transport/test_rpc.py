@@ -28,7 +28,8 @@ from pglpipe.cluster.activity import Recent
 from pglpipe.cluster.timeouts import TimeoutPolicy
 from pglpipe.errors import EdgeTimeout, PeerLost, ProtocolError, WorkerError
 from pglpipe.messages.commands import Message, TrainStep
-from pglpipe.transport import packing
+from pglpipe.messages.packet import Packet
+from pglpipe.transport import Capacity, packing
 from pglpipe.transport.rpc.agent import Address, Agent, Reply
 from pglpipe.transport.rpc.edges import RpcReceiver, RpcSender
 from pglpipe.transport.rpc.line import Line
@@ -95,7 +96,7 @@ def opened() -> Iterator[Open]:
             peer=1,
             name="rank 1 (stage 1)",
             device=torch.device("cpu"),
-            capacity=1024,
+            capacity=Capacity(1024, tensors=2),
             depth=2,
             timeout=10.0,
             timeouts=TimeoutPolicy(HashStore(), 0, 2),
@@ -114,14 +115,14 @@ def opened() -> Iterator[Open]:
 
 
 def local(step: int, *tensors: Tensor) -> Message:
-    return Message(TrainStep("local", step, 0, 4), tensors)
+    return Message(
+        TrainStep("local", step, 0, 4), Packet(zip(("x", "targets"), tensors))
+    )
 
 
 def header(number: int, nbytes: int = 64) -> Tensor:
-    spec = packing.TensorSpec(torch.uint8, (nbytes,), (1,))
-    return torch.tensor(
-        packing.encode(TrainStep("local", number, 0, 4), [spec], number)
-    )
+    specs = {"x": packing.TensorSpec(torch.uint8, (nbytes,), (1,))}
+    return torch.tensor(packing.encode(TrainStep("local", number, 0, 4), specs, number))
 
 
 # -- order, values, back-pressure -----------------------------------------------------
@@ -141,7 +142,7 @@ def test_calls_that_run_in_any_order_arrive_in_order(depth: int, opened: Open) -
     assert isinstance(arrived, list)
     for got, want in zip(arrived, messages, strict=True):
         assert got.command == want.command
-        assert all(map(torch.equal, got.tensors, want.tensors))
+        assert all(map(torch.equal, got.packet.values(), want.packet.values()))
     receiver.close()
     assert told == []
     with pytest.raises(PeerLost, match="has left the run"):
@@ -194,7 +195,8 @@ def test_both_ends_note_when_a_gpu_waits(
 def test_tensors_of_a_message_do_not_know_each_other(opened: Open) -> None:
     sender, receiver, _, _ = opened()
     sender.put(local(0, torch.ones(3), torch.ones(5, dtype=torch.int64)))
-    x, targets = receiver.get().tensors
+    packet = receiver.get().packet
+    x, targets = packet["x"], packet["targets"]
     targets.add_(1)
     assert x._version == 0 and x.tolist() == [1, 1, 1]
 
@@ -208,7 +210,8 @@ def test_only_the_bytes_of_a_message_travel(opened: Open) -> None:
     sender.close()
     sizes = sorted(payload.untyped_storage().nbytes() for payload in payloads)
     assert sizes == [0, 0, 64, 832]  # and the last word
-    assert sender.sent_bytes == 4 * 8 * packing.HEADER_LENGTH + 64 + 832
+    numbers = 3 * packing.header_length(1) + packing.header_length(0)
+    assert sender.sent_bytes == 8 * numbers + 64 + 832
 
 
 def _done() -> Reply:
@@ -223,7 +226,8 @@ def _done() -> Reply:
 @pytest.mark.parametrize(
     ("numbers", "payload", "complaint"),
     [
-        (header(0)[:-1], torch.zeros(64, dtype=torch.uint8), "expected a header"),
+        (header(0)[:5], torch.zeros(64, dtype=torch.uint8), "expected a header"),
+        (header(0)[:-1], torch.zeros(64, dtype=torch.uint8), "numbers for 1 tensors"),
         (header(0).float(), torch.zeros(64, dtype=torch.uint8), "expected a header"),
         (header(0) * 2, torch.zeros(64, dtype=torch.uint8), "pglpipe's protocol"),
         (header(2), torch.zeros(64, dtype=torch.uint8), "expected message 0"),
@@ -313,7 +317,8 @@ import json, os, signal, subprocess, sys, time
 import torch
 from torch.distributed import TCPStore
 from pglpipe.messages.commands import TrainStep, Message
-from pglpipe.transport import EdgePlan, OpenEdges
+from pglpipe.messages.packet import Packet
+from pglpipe.transport import Capacity, EdgePlan, OpenEdges
 from pglpipe.cluster.world import World
 from pglpipe.transport.rpc import agent as rpc_agent
 
@@ -323,7 +328,8 @@ child = None if rank else subprocess.Popen([sys.executable, *sys.orig_argv[1:], 
 world, found = World(rank, 2, rank, store), {}
 
 def opened():
-    plan = EdgePlan(["rank 0 (stage 0)", "rank 1 (stage 1)"], [1 << 20], [1 << 20], 2, 60.0)
+    room = Capacity(1 << 20, 2)
+    plan = EdgePlan(["rank 0 (stage 0)", "rank 1 (stage 1)"], [room], [room], 2, 60.0)
     return OpenEdges(world, plan, torch.device("cpu"), "rpc", lambda error: None)
 
 def echo(links, messages, pause=0.0):
@@ -339,15 +345,15 @@ def echo(links, messages, pause=0.0):
 def equal(messages, arrived):
     return len(messages) == len(arrived) and all(
         a.command == b.command and torch.equal(x, y) and x.stride() == y.stride()
-        for a, b in zip(messages, arrived) for x, y in zip(a.tensors, b.tensors))
+        for a, b in zip(messages, arrived) for x, y in zip(a.packet.values(), b.packet.values()))
 
 tensors = [
     torch.randn(2, 3, 4, 5).contiguous(memory_format=torch.channels_last), torch.randn(()),
     torch.zeros(0, 4), torch.arange(10), torch.randn(6, 8)[:, ::2].contiguous(),
     torch.randn(1 << 17), torch.ones(3, dtype=torch.bfloat16), torch.tensor([True]),
 ]
-messages = [Message(TrainStep("local", i, 0, 4), (t, torch.arange(i))) for i, t in enumerate(tensors)]
-small = [Message(TrainStep("local", i, 0, 4), (torch.full((9,), i),)) for i in range(4)]
+messages = [Message(TrainStep("local", i, 0, 4), Packet(x=t, targets=torch.arange(i))) for i, t in enumerate(tensors)]
+small = [Message(TrainStep("local", i, 0, 4), Packet(x=torch.full((9,), i))) for i in range(4)]
 
 edges = opened()
 found["values"] = equal(messages[:4], echo(edges.links(object()), messages[:4]))
@@ -373,7 +379,7 @@ if rank:
         links.inbox.get()
 else:
     for i in range(20):
-        links.outbox.put(Message(TrainStep("local", i, 0, 4), (torch.zeros(1000),)))
+        links.outbox.put(Message(TrainStep("local", i, 0, 4), Packet(x=torch.zeros(1000))))
 found["under way"], found["waited"] = most[0], links.outbox.waited
 rpc_agent._call = call
 if rank:

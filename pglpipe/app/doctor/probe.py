@@ -26,6 +26,7 @@ from torch.distributed import rpc
 
 from pglpipe.cluster.world import World
 from pglpipe.messages.commands import Message, Microbatch
+from pglpipe.messages.packet import Packet
 from pglpipe.transport import packing
 from pglpipe.transport.base import Inbox, Links, Outbox
 from pglpipe.transport.links import EdgePlan, OpenEdges, pick_backend
@@ -43,6 +44,7 @@ LOOPBACK = "127.0.0.1"
 
 _ROUNDS = 100
 _BYTES = 8 << 20
+_CAPACITY = packing.Capacity(_BYTES, tensors=1)
 _MESSAGES = 8
 _SECONDS = 2.0  # for the bytes of one direction
 _SIOCGIFADDR = 0x8915  # Linux: the address of an interface
@@ -121,8 +123,8 @@ def ping(world: World, device: torch.device, timeout: float) -> list[Ping]:
     backend, _ = pick_backend("auto", device, world.mailbox)
     plan = EdgePlan(
         names=[f"rank {rank}" for rank in range(world.size)],
-        down_bytes=[_BYTES] * (world.size - 1),
-        up_bytes=[_BYTES] * (world.size - 1),
+        down=[_CAPACITY] * (world.size - 1),
+        up=[_CAPACITY] * (world.size - 1),
         depth=2,
         timeout=timeout,
     )
@@ -190,16 +192,16 @@ def _answer(links: Links, device: torch.device) -> None:
 def _send(to: Outbox, tensor: Tensor, count: int, index: int = 0) -> None:
     """So many messages of one tensor, all with the same numbers."""
     for _ in range(count):
-        to.put(Message(Microbatch(count, index), (tensor,)))
+        to.put(Message(Microbatch(count, index), Packet(x=tensor)))
 
 
 def _receive(inbox: Inbox) -> int:
     """Takes as many messages as were sent together; returns the number that they carry beside."""
-    command, tensors = inbox.get()
+    command, packet = inbox.get()
     assert isinstance(command, Microbatch), "nothing else is sent here"
     for _ in range(command.step - 1):
-        _, tensors = inbox.get()
-    tensors[0][0].item()  # on a GPU, messages have arrived when one can look at them
+        _, packet = inbox.get()
+    packet["x"][0].item()  # on a GPU, messages have arrived when one can look at them
     return command.index
 
 

@@ -31,6 +31,7 @@ from torch.futures import Future
 
 from pglpipe.errors import PeerLost, ProtocolError, WorkerError
 from pglpipe.messages.commands import Message
+from pglpipe.messages.packet import Packet
 from pglpipe.transport import packing
 from pglpipe.transport.rpc.agent import Reply
 from pglpipe.transport.rpc.line import Call, Line, error_of
@@ -71,7 +72,8 @@ class RpcSender:
     def _slot(self, message: Message) -> Tensor:
         """The next slot, at the size of the message: RPC sends the whole memory of a view."""
         index = self._sequence % len(self._slots)
-        size = min(packing.payload_bytes(message.tensors), self._line.capacity)
+        wanted = packing.payload_bytes(message.packet.values())
+        size = min(wanted, self._line.capacity.nbytes)
         if size == 0:
             return _bytes(
                 0
@@ -132,8 +134,9 @@ class RpcReceiver:
         assert command is not None, "an edge's end is an error"
         views = packing.views(payload, specs)
         # Views would keep the whole payload, targets and padding, as long as any of them lives.
-        tensors = tuple(v.to(self._line.device, copy=True) for v in views)
-        return Message(command, tensors)
+        device = self._line.device
+        packet = Packet({n: v.to(device, copy=True) for n, v in views.items()})
+        return Message(command, packet)
 
     def close(self) -> None:
         """Waits for the neighbour's last message."""
@@ -171,7 +174,8 @@ class RpcReceiver:
 
     def _sort_in(self, arrival: _Arrival) -> None:
         header = arrival.header
-        if header.dtype != torch.int64 or header.shape != (packing.HEADER_LENGTH,):
+        shortest = packing.header_length(0)
+        if header.dtype != torch.int64 or header.ndim != 1 or len(header) < shortest:
             raise ProtocolError(
                 f"expected a header, got {header.dtype} {tuple(header.shape)}"
             )

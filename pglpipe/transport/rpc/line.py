@@ -12,6 +12,7 @@ from torch import Tensor
 from pglpipe.cluster.activity import Recent
 from pglpipe.cluster.timeouts import TimeoutPolicy, Wait
 from pglpipe.errors import EdgeTimeout, PeerLost
+from pglpipe.transport.packing import Capacity
 from pglpipe.transport.rpc.agent import Address, Agent, Reply
 from pglpipe.utils.clock import Stalls
 
@@ -28,7 +29,7 @@ class Line:
         peer: the other end's rank.
         name: for messages: ``"rank 2 (stages 4-5)"``, the worker at the other end.
         device: the device of the worker's tensors.
-        capacity: bytes of the largest message.
+        capacity: of the largest message.
         depth: messages that may wait at either end.
         timeout: seconds to wait for the neighbour.
         timeouts: knows when that is too short.
@@ -42,7 +43,7 @@ class Line:
     peer: int
     name: str
     device: torch.device
-    capacity: int
+    capacity: Capacity
     depth: int
     timeout: float
     timeouts: TimeoutPolicy

@@ -18,6 +18,7 @@ from pglpipe.cluster.world import World
 from pglpipe.errors import ProtocolError, WorkerError
 from pglpipe.transport import packing
 from pglpipe.transport.links import EdgePlan
+from pglpipe.transport.packing import Capacity
 from pglpipe.transport.rpc import agent as rpc_agent
 from pglpipe.transport.rpc.edges import RpcReceiver, RpcSender
 from pglpipe.transport.rpc.line import Line
@@ -46,11 +47,11 @@ class RpcOpener:
         self._run = world.mailbox.broadcast(secrets.randbits(62))
         self._receivers: list[RpcReceiver] = []
 
-    def sender(self, edge: int, direction: str, capacity: int) -> RpcSender:
+    def sender(self, edge: int, direction: str, capacity: Capacity) -> RpcSender:
         """The sending end of one direction (``down`` or ``up``) of an edge."""
         return RpcSender(self._line(edge, direction, capacity))
 
-    def receiver(self, edge: int, direction: str, capacity: int) -> RpcReceiver:
+    def receiver(self, edge: int, direction: str, capacity: Capacity) -> RpcReceiver:
         """The receiving end of one direction of an edge."""
         line = self._line(edge, direction, capacity)
         self._receivers.append(RpcReceiver(line, self._on_failure))
@@ -67,8 +68,8 @@ class RpcOpener:
             packing.VERSION,
             self._world.nonce,
             plan.depth,
-            list(plan.down_bytes),
-            list(plan.up_bytes),
+            list(plan.down),
+            list(plan.up),
         ]
         mine = json.dumps(about)
         for name, theirs in zip(
@@ -76,7 +77,7 @@ class RpcOpener:
         ):
             if theirs != mine:
                 raise ProtocolError(
-                    f"expected the greeting {mine} (protocol, nonce, queue depth, bytes per slot), got "
+                    f"expected the greeting {mine} (protocol, nonce, queue depth, bytes and tensors per slot), got "
                     f"{theirs} from {name}; start every worker with the same options"
                 )
         for receiver in self._receivers:
@@ -86,7 +87,7 @@ class RpcOpener:
         """Ends RPC in this process if these were its last edges."""
         rpc_agent.leave()
 
-    def _line(self, edge: int, direction: str, capacity: int) -> Line:
+    def _line(self, edge: int, direction: str, capacity: Capacity) -> Line:
         peer = edge + 1 if self._world.rank == edge else edge
         return Line(
             agent=self._agent,
