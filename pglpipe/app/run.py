@@ -101,7 +101,7 @@ def export(run_dir: Path, output: Path) -> None:
 
 
 def _train(asked: RunConfig, world: World, early: list[int]) -> Summary:
-    leads = world.rank == 0
+    leads = world.place.is_leader
     # Before the data is read: a folder that cannot be written should not cost minutes.
     start, folder = _start(asked, world)
     config = start.config
@@ -176,7 +176,7 @@ def _warn_beyond(budget: int | None, plan: Plan) -> None:
 
 def _start(asked: RunConfig, world: World) -> tuple[Start, RunDirectory | None]:
     """How the run begins, as worker 0 finds it, and its folder there."""
-    if world.rank > 0:
+    if not world.place.is_leader:
         # All files of a checkpoint are read for it.
         return Start.from_json(world.mailbox.broadcast(timeout=math.inf)), None
     # An attempt that the launcher has restarted goes on in the folder of the first.

@@ -45,7 +45,7 @@ def load(
     Raises:
         DataError: there are no such data, or the network was trained for other classes.
     """
-    if world.rank > 0:
+    if not world.place.is_leader:
         # Decoding or downloading takes as long as it takes.
         shape, classes, steps, recipe = world.mailbox.broadcast(timeout=math.inf)
         names = tuple(classes)

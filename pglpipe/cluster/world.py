@@ -15,6 +15,7 @@ from torch.distributed import HashStore, PrefixStore, Store, TCPStore
 from pglpipe.cluster.activity import Recent
 from pglpipe.cluster.heartbeat import Heartbeat, NoPulse
 from pglpipe.cluster.mailbox import Mailbox
+from pglpipe.cluster.mesh import Mesh, Place
 from pglpipe.cluster.process import ProcessId, here, own_passport
 from pglpipe.cluster.rendezvous import meet
 from pglpipe.cluster.timeouts import FIRST_SECONDS, TimeoutPolicy
@@ -28,7 +29,7 @@ class World:
     """The workers of a run as one of them sees it.
 
     Attributes:
-        rank: this worker's number, from 0; worker 0 holds the first stage.
+        rank: this worker's number, from 0; worker 0 leads.
         size: how many workers there are.
         local_rank: this worker's number on its host.
         store: the key-value store through which they meet.
@@ -53,6 +54,11 @@ class World:
     def first_said(self, key: str, value: str) -> str:
         """What the first attempt of this command, if the launcher has restarted it, said under a key."""
         return str(self.launch.compare_set(key, "", value).decode())
+
+    @cached_property
+    def place(self) -> Place:
+        """Where this worker stands."""
+        return Mesh(workers=self.size).place(self.rank)
 
     @cached_property
     def runs(self) -> Iterator[int]:

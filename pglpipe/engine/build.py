@@ -53,12 +53,11 @@ class Pipeline:
         edge_plan = _edge_plan(blueprint, plan, sample, world, wire)
         stages = [
             _stage(index, blueprint, plan, sample.trained)
-            for index in plan.stages_of[world.rank]
+            for index in plan.stages_of[world.place.position]
         ]
         learning = blueprint.learning
         settings = StepSettings(
-            rank=world.rank,
-            num_workers=world.size,
+            place=world.place,
             num_stages=len(plan.balance),
             device=blueprint.device,
             timetable=TIMETABLES[blueprint.memory.timetable],

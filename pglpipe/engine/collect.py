@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from pglpipe.checkpoint.weights import StateLayout, flatten, pieces
+from pglpipe.cluster.mesh import Place
 from pglpipe.errors import ProtocolError
 from pglpipe.messages.commands import Collect, Message, WeightChunk
 from pglpipe.messages.packet import Packet
@@ -19,7 +20,7 @@ class Collecting:
     """Hands up the weights of one worker's stages, then those from further down.
 
     Args:
-        rank: the worker's number.
+        place: where the worker stands.
         stages: its own, in order.
         layouts: the weights of every stage of the network.
         piece_bytes: the most bytes of weights in one message.
@@ -30,13 +31,13 @@ class Collecting:
 
     def __init__(
         self,
-        rank: int,
+        place: Place,
         stages: Sequence[Stage],
         layouts: Sequence[StateLayout],
         piece_bytes: int,
     ) -> None:
         self.collected: dict[int, Tensor] = {}
-        self._rank = rank
+        self._place = place
         self._stages = stages
         self._layouts = layouts
         self._piece_bytes = piece_bytes
@@ -59,7 +60,7 @@ class Collecting:
             remaining -= len(piece)
 
     def _hand_up(self, state: WeightChunk, piece: Tensor, links: Links) -> None:
-        if self._rank > 0:
+        if not self._place.is_first:
             links.gradients_out.put(Message(state, Packet(weights=piece)))
             return
         size = self._layouts[state.stage].nbytes

@@ -57,7 +57,7 @@ class Session:
     @property
     def leads(self) -> bool:
         """Whether this is worker 0."""
-        return self._world.rank == 0
+        return self._world.place.is_leader
 
     @property
     def num_workers(self) -> int:

@@ -81,10 +81,10 @@ class Worker:
         borrow_plan: BorrowPlan = BorrowPlan(),
         recent: Recent | None = None,
     ) -> None:
-        rank, device = settings.rank, settings.device
+        rank, device = settings.place.rank, settings.device
         self.recent = recent or Recent(rank)
         self.asked_to_stop = self.asked_to_save = False
-        self._post = post
+        self._rank, self._post = rank, post
         self._writer: Writer | None = None
         self._settings = settings
         self._stages = stages
@@ -95,7 +95,7 @@ class Worker:
         self._training: bool | None = None
         self._trial: Trial | None = None
         self._tried_bytes = 0, 0
-        self._collecting = Collecting(rank, stages, layouts, piece_bytes)
+        self._collecting = Collecting(settings.place, stages, layouts, piece_bytes)
         self._borrowing = Borrowing(stages, borrow_plan)
         self._steps = make_steps(settings.guidance.kinds, stages, settings)
         self._step: Step | None = None  # that took the last one
@@ -108,7 +108,7 @@ class Worker:
 
     def write_to(self, checkpoints: Path) -> None:
         """Says where the checkpoints of this run are."""
-        self._writer = Writer(checkpoints, self._settings.rank, self._post)
+        self._writer = Writer(checkpoints, self._rank, self._post)
 
     def run(self, links: Links) -> None:
         """Runs commands until Stop comes."""
@@ -185,7 +185,7 @@ class Worker:
         self._trial.end()
         self._trial = None
         self._tried_bytes = self._sent_bytes()
-        self._post(CheckedReport(self._settings.rank))
+        self._post(CheckedReport(self._rank))
 
     # -- training ---------------------------------------------------------------------
 
@@ -245,10 +245,10 @@ class Worker:
     def _pass_on_request(self) -> None:
         if self.asked_to_stop:
             self.asked_to_stop = self.asked_to_save = False
-            self._post(StopRequest(self._settings.rank))
+            self._post(StopRequest(self._rank))
         if self.asked_to_save:
             self.asked_to_save = False
-            self._post(SaveRequest(self._settings.rank))
+            self._post(SaveRequest(self._rank))
 
     def _stop(self, command: Stop) -> None:
         self._finish_steps()

@@ -106,7 +106,7 @@ def draft(
     """
     layers = blueprint.layers
     outputs = activations(layers, sample.x)
-    timed = blueprint.balance == "time" and world.rank == 0
+    timed = blueprint.balance == "time" and world.place.is_leader
     weighed = partial(measure, device=blueprint.device) if timed else analyse
     costs: Costs | None = None
     stand_in: HeadBuilder | None = None

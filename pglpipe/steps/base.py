@@ -16,6 +16,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from pglpipe.cluster.mesh import Place
 from pglpipe.errors import ProtocolError
 from pglpipe.messages.codec import Wire
 from pglpipe.messages.commands import Command, Message, TrainStep
@@ -38,7 +39,7 @@ class StepSettings:
     """What a step needs to know beside the stages of its worker.
 
     Attributes:
-        rank, num_workers: the worker's number, and how many there are.
+        place: where the worker stands.
         num_stages: of the whole network.
         device: where the worker's stages are.
         timetable: ``(num_workers, num_microbatches) -> Timetable``.
@@ -49,8 +50,7 @@ class StepSettings:
         overlaps: whether stages take local steps side by side.
     """
 
-    rank: int
-    num_workers: int
+    place: Place
     num_stages: int
     device: torch.device
     timetable: Callable[[int, int], Timetable]
@@ -62,7 +62,8 @@ class StepSettings:
 
     def row(self, microbatches: int) -> Row:
         """The worker's row of the timetable."""
-        return self.timetable(self.num_workers, microbatches)[self.rank]
+        workers = self.place.mesh.workers
+        return self.timetable(workers, microbatches)[self.place.position]
 
 
 class Step(ABC):

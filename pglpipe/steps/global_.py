@@ -78,7 +78,7 @@ class GlobalStep(MicrobatchedStep):
             below = only(expected, self._links.gradients_in.get())
             norms = torch.cat([norms, below["norms"]])
         self._links.gradients_out.put(Message(expected, Packet(norms=norms)))
-        if self._settings.rank == 0:
+        if self._settings.place.is_first:
             total: Tensor = torch.linalg.vector_norm(norms)
         else:
             total = only(expected, self._links.inbox.get())["norms"]

@@ -128,12 +128,13 @@ class OpenEdges:
         self._world, self._plan, self._device = world, plan, device
         self._backend, self._on_failure = backend, on_failure
         self._rpc = self._rpc_opener() if backend == "rpc" and world.size > 1 else None
-        if world.rank > 0:
-            edge = world.rank - 1
+        place = world.place
+        if not place.is_first:
+            edge = place.position - 1
             self._inbox = self._receiver(edge, "down", plan.down[edge])
             self._gradients_out = self._sender(edge, "up", plan.up[edge])
-        if world.rank < world.size - 1:
-            edge = world.rank
+        if not place.is_last:
+            edge = place.position
             self._outbox = self._sender(edge, "down", plan.down[edge])
             self._gradients_in = self._receiver(edge, "up", plan.up[edge])
         if self._rpc:
@@ -212,8 +213,9 @@ class OpenEdges:
         )
 
     def _channel(self, edge: int, direction: str) -> Channel:
-        end = self._world.rank - edge
-        peer, plan = edge + 1 - end, self._plan
+        place, plan = self._world.place, self._plan
+        end = place.position - edge
+        peer = place.at(edge + 1 - end).rank
         opening = max(plan.timeout, plan.opening)
         key = f"run/{self._run}/edge/{edge}/{direction}"
         store, limit = self._world.store, timedelta(seconds=opening)

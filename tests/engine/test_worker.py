@@ -12,6 +12,7 @@ from testing.edges import Memory
 from torch import Tensor, nn
 
 from pglpipe.checkpoint.weights import StateLayout, flatten
+from pglpipe.cluster.mesh import Mesh
 from pglpipe.engine.worker import Worker
 from pglpipe.errors import ProtocolError
 from pglpipe.messages.commands import (
@@ -60,8 +61,7 @@ def run(
         stages,
         posted.append,
         layouts,
-        rank=rank,
-        num_workers=2,
+        place=Mesh(workers=2).place(rank),
         num_stages=2,
         clip_norm=1e9 if clips else 0.0,
     )
@@ -125,7 +125,7 @@ def test_a_local_step_is_sent_on_before_its_own_backward() -> None:
             return super().learn(step)
 
     made = stage(0, last=False, kind=Slow)
-    worker = factories.worker([made], num_workers=2, num_stages=2)
+    worker = factories.worker([made], place=Mesh(workers=2).place(0), num_stages=2)
     inbox = Memory(Message(TrainStep("local", 0, 0, 4), BATCH), Message(Stop()))
     worker.run(Links(inbox, Told(), Memory(), Memory()))
     assert order == ["sent", "learned", "sent"]

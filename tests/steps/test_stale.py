@@ -12,6 +12,7 @@ from testing.edges import Line, Nowhere
 from testing.worlds import at_once
 from torch import Tensor, nn
 
+from pglpipe.cluster.mesh import Mesh
 from pglpipe.messages.commands import (
     Command,
     EndEvaluation,
@@ -76,8 +77,7 @@ def run(
     def work(rank: int) -> None:
         made = factories.worker(
             stages[rank],
-            rank=rank,
-            num_workers=len(sizes),
+            place=Mesh(workers=len(sizes)).place(rank),
             num_stages=STAGES,
             guidance=Guidance(period=10, reach="stale", delay=delay, final=1),
             **gradients,

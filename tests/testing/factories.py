@@ -2,7 +2,7 @@
 
 ::
 
-    stage(0, body, head, clip_norm=0.1)      learning(optimizer=…)      worker(stages, rank=1, clips=True)
+    stage(0, body, head, clip_norm=0.1)      learning(optimizer=…)      worker(stages, clip_norm=0.1)
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from torch import nn
 
 from pglpipe import Cut, Edges, Guidance, Memory
 from pglpipe.checkpoint.weights import StateLayout
+from pglpipe.cluster.mesh import Place
 from pglpipe.engine.worker import Worker
 from pglpipe.losses import (
     InfoProOptions,
@@ -87,8 +88,7 @@ def blueprint(layers: Sequence[Layer] = (), **changes: Any) -> Blueprint:
 def settings(**changes: Any) -> StepSettings:
     """Of a run with one worker."""
     defaults: dict[str, Any] = dict(
-        rank=0,
-        num_workers=1,
+        place=Place(),
         num_stages=1,
         device=torch.device("cpu"),
         timetable=one_forward_one_backward,

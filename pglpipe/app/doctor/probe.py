@@ -130,10 +130,12 @@ def ping(world: World, device: torch.device, timeout: float) -> list[Ping]:
     )
     edges = OpenEdges(world, plan, device, backend, lambda error: None)
     links, found = edges.links(_NoSource()), list[Ping]()
-    if world.rank > 0:
+    if not world.place.is_first:
         _answer(links, device)
     if links.gradients_in is not None:
-        found.append(_ask(world.rank, links.outbox, links.gradients_in, device))
+        found.append(
+            _ask(world.place.position, links.outbox, links.gradients_in, device)
+        )
     edges.close()
     return found
 

@@ -88,7 +88,8 @@ class RpcOpener:
         rpc_agent.leave()
 
     def _line(self, edge: int, direction: str, capacity: Capacity) -> Line:
-        peer = edge + 1 if self._world.rank == edge else edge
+        place = self._world.place
+        peer = place.at(edge + 1 if place.position == edge else edge).rank
         return Line(
             agent=self._agent,
             address=(self._run, 2 * edge + (direction == "up")),
