@@ -88,7 +88,7 @@ def test_batches_become_steps_by_the_guidance() -> None:
         *again,
         Stop(),
     ]
-    cut = [m.tensors for m in messages[2:5]]
+    cut = [list(m.packet.values()) for m in messages[2:5]]
     assert torch.equal(torch.cat([x for x, _ in cut]), loader[1][0])
     assert torch.equal(torch.cat([targets for _, targets in cut]), loader[1][1])
     assert [len(x) for x, _ in cut] == [3, 2, 2]
