@@ -31,7 +31,7 @@ from pglpipe.stage.stage import Stage
 from pglpipe.steps import StepSettings, find_steps
 from pglpipe.steps.base import named_by_loss
 from pglpipe.transport import EdgePlan, OpenEdges, capacity_for
-from pglpipe.utils.seeding import Draws, derive
+from pglpipe.utils.seeding import Draws
 from pglpipe.utils.snapshot import Snapshot, fill_module, module_snapshot
 
 
@@ -139,7 +139,7 @@ def _stage(index: int, blueprint: Blueprint, plan: Plan, batch: int) -> Stage:
     head = None
     if index < len(plan.balance) - 1:
         activation = plan.activations[index]
-        with Draws().seeded(derive(seed, "head", index)):
+        with Draws(seed, "head", index).seeded():
             made = plan.head(tuple(activation.shape[1:]), part.stop - 1)
             head = made.to(activation.dtype)
     _check_layout(StateLayout.of(body, head), plan.layouts[index], index)

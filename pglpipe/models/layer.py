@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from pglpipe.utils.seeding import Draws, derive
+from pglpipe.utils.seeding import Draws
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class Layer:
 
 def initialize(layer: Layer, index: int, seed: int) -> nn.Module:
     """Builds layer ``index`` with weights that depend on the index and the seed alone."""
-    with Draws().seeded(derive(seed, "layer", index)):
+    with Draws(seed, "layer", index).seeded():
         return layer.build()
 
 

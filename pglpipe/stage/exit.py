@@ -83,7 +83,7 @@ class Exit:
             self._option = "loss" if own else "local_loss"
         self._loss = KeepsInputs(self._loss, f"the {setting(self._option)}")
         self._evaluate = KeepsInputs(self._evaluate, f"the {setting(self._option)}")
-        self._draws = Draws(head)
+        self._draws = Draws(learning.machine.seed, "head", index, module=head)
         self._parts: Sequence[Tensor] = ()
         self._shares: list[float] = []
         self._counted = _NOTHING
@@ -103,16 +103,13 @@ class Exit:
         Returns:
             The loss, or what that of a part of the batch adds to the loss of the whole.
         """
-        seed = derive(
-            self._learning.machine.seed, "head", self._index, kept.step, kept.microbatch
-        )
         if not self.checks:
-            head_output, loss = self._compute(output, kept, seed)
+            head_output, loss = self._compute(output, kept)
         else:
             with unmoved(self.head) if self.head else nullcontext():
-                _, first = self._compute(output, kept, seed)
+                _, first = self._compute(output, kept)
             remembered = Remembered(self._learned_loss)
-            head_output, loss = self._compute(output, kept, seed)
+            head_output, loss = self._compute(output, kept)
             remembered.check(setting(self._option))
             self._check_repeats(first, loss)
             self._check_owners(loss, output)
@@ -174,10 +171,11 @@ class Exit:
         own = self._learning
         return own.loss if self.head is None else own.local_loss
 
-    def _compute(self, output: Tensor, kept: Kept, seed: int) -> tuple[Any, Tensor]:
+    def _compute(self, output: Tensor, kept: Kept) -> tuple[Any, Tensor]:
         """What the loss was computed of, and the loss of all samples that are there."""
         targets = kept.targets.tensor
-        with self._draws.seeded(seed), self._learning.autocast(self._device):
+        seeded_draws = self._draws.seeded(kept.step, kept.microbatch)
+        with seeded_draws, self._learning.autocast(self._device):
             if self._run is None:
                 return output, self._scalar(self._loss(output, targets))
             head_output = self._run(output)

@@ -92,9 +92,9 @@ class SavedForwards:
         self._forward = run
         self._index = index
         self._seed = seed
-        self._draws = Draws(layers)
+        self._draws = Draws(seed, "body", index, module=layers)
         # Not in every backward: threads that are workers would take turns.
-        self._backward_draws = Draws(always=False)
+        self._backward_draws = Draws(seed, "backward", index, always=False)
         self._kept: deque[Kept] = deque()
 
     def forward(
@@ -161,8 +161,7 @@ class SavedForwards:
     def _seeded_backward(
         self, step: int, microbatch: int
     ) -> AbstractContextManager[None]:
-        seed = derive(self._seed, "backward", self._index, step, microbatch)
-        return self._backward_draws.seeded(seed)
+        return self._backward_draws.seeded(step, microbatch)
 
     def _check_owners(self, output: Tensor, x: Tensor) -> None:
         """Refuses layers that depend on parameters of others."""
@@ -199,8 +198,7 @@ class SavedForwards:
             return self._forward(x)
 
     def _run(self, x: Tensor, step: int, microbatch: int) -> Tensor:
-        seed = derive(self._seed, "body", self._index, step, microbatch)
-        with self._draws.seeded(seed):
+        with self._draws.seeded(step, microbatch):
             return self._forward(x)
 
     @torch.no_grad()

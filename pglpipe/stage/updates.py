@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from pglpipe.errors import ConfigError, DataError, PglpipeError, setting
 from pglpipe.stage.settings import Learning, OptimizerFactory
 from pglpipe.utils.arguments import described
-from pglpipe.utils.seeding import Draws, derive
+from pglpipe.utils.seeding import Draws
 from pglpipe.utils.snapshot import Snapshot
 
 OPTIMIZER_EXAMPLE = "lambda parameters: torch.optim.SGD(parameters, lr=0.1)"
@@ -34,8 +34,7 @@ class Updates:
     ) -> None:
         self._parameters = parameters
         self._learning = learning
-        self._stage = stage
-        self._draws = Draws()
+        self._draws = Draws(learning.machine.seed, "update", stage)
         self._was_guided: bool | None = None
         self._goes_on = False
         self._optimizers: list[torch.optim.Optimizer] = []
@@ -85,8 +84,7 @@ class Updates:
         rates = [group["initial_lr"] * factor for group in optimizer.param_groups]
         for group, rate in zip(optimizer.param_groups, rates, strict=True):
             group["lr"] = rate
-        seed = derive(self._learning.machine.seed, "update", self._stage, step)
-        with self._draws.seeded(seed):
+        with self._draws.seeded(step):
             self._step(optimizer)
         if any(
             g["lr"] != r for g, r in zip(optimizer.param_groups, rates, strict=True)

@@ -16,7 +16,7 @@ import hashlib
 import random
 import threading
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -36,29 +36,41 @@ def derive(seed: int, *names: int | str) -> int:
     >>> derive(0, "layer", 1) == derive(0, "layer", 11)
     False
     """
-    text = "/".join(map(str, (seed, *names)))
-    digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little") >> 1
+    return _seed_of(_hashed(seed, *names))
 
 
-@contextmanager
-def seeded(seed: int) -> Iterator[None]:
+def _hashed(*names: int | str) -> hashlib.blake2b:
+    return hashlib.blake2b("/".join(map(str, names)).encode(), digest_size=8)
+
+
+def _seed_of(hashed: hashlib.blake2b) -> int:
+    return int.from_bytes(hashed.digest(), "little") >> 1
+
+
+class seeded:
     """Runs its block with the CPU's and the current GPU's generator seeded; restores the CPU's.
 
     ``torch.manual_seed`` would do it, too, but where CUDA is not (yet) in use it formats a stack
     trace for every call and keeps it for ever: a millisecond and a leak per stage and step.
     """
-    generator = torch.default_generator
-    with _generator_lock:
-        before = generator.get_state()
-        generator.manual_seed(seed)
+
+    __slots__ = ("_seed", "_before")
+
+    def __init__(self, seed: int) -> None:
+        self._seed = seed
+
+    def __enter__(self) -> None:
+        _generator_lock.acquire()
+        generator = torch.default_generator
+        self._before = generator.get_state()
+        generator.manual_seed(self._seed)
         if torch.cuda.is_initialized() and not _is_recording():  # type: ignore[no-untyped-call]
             on_gpu = torch.cuda.default_generators[torch.cuda.current_device()]
-            on_gpu.manual_seed(seed)
-        try:
-            yield
-        finally:
-            generator.set_state(before)
+            on_gpu.manual_seed(self._seed)
+
+    def __exit__(self, *error: object) -> None:
+        torch.default_generator.set_state(self._before)
+        _generator_lock.release()
 
 
 class Draws:
@@ -68,28 +80,40 @@ class Draws:
     and those that a module holds as attributes.
 
     Args:
-        module: what is run; None for a function.
+        seed: where the run's randomness starts.
+        names: what the function is, as for :func:`derive`.
+        module: what is run, if it is one.
         always: whether PyTorch's generator is seeded even if the first run draws nothing.
     """
 
-    def __init__(self, module: nn.Module | None = None, *, always: bool = True) -> None:
+    def __init__(
+        self,
+        seed: int,
+        *names: int | str,
+        module: nn.Module | None = None,
+        always: bool = True,
+    ) -> None:
+        self._hashed = _hashed(seed, *names)
         self._own = generators_of(module)
         self._always = always
         self._python: bool | None = None
         self._torch: bool | None = None
 
-    @contextmanager
-    def seeded(self, seed: int) -> Iterator[None]:
-        """Runs its block with all of them seeded; restores those of the process."""
+    def seeded(self, *names: int | str) -> AbstractContextManager[None]:
+        """Runs its block with all of them seeded, for these further names; restores those of the process."""
         if self._torch is False and self._python is False and not self._own:
-            yield
-            return
+            return _AS_IT_IS
+        hashed = self._hashed.copy()
+        if names:
+            hashed.update("/".join(map(str, ("", *names))).encode())
+        seed = _seed_of(hashed)
         for generator in self._own:
             _seed(generator, seed)
+        return seeded(seed) if self._python is False else self._all_seeded(seed)
+
+    @contextmanager
+    def _all_seeded(self, seed: int) -> Iterator[None]:
         with seeded(seed):
-            if self._python is False:
-                yield
-                return
             before = random.getstate(), np.random.get_state()
             random.seed(seed)
             np.random.seed(seed % 2**32)
@@ -104,6 +128,8 @@ class Draws:
                 random.setstate(before[0])
                 np.random.set_state(before[1])
 
+
+_AS_IT_IS = nullcontext()
 
 GENERATORS = (
     torch.Generator,
