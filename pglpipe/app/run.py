@@ -38,6 +38,7 @@ from pglpipe.observe import tables
 from pglpipe.observe import terminal as display
 from pglpipe.observe.observers import Observer, Observers
 from pglpipe.observe.records import Summary
+from pglpipe.plan.checks import check_workers
 from pglpipe.plan.memory import as_text
 from pglpipe.plan.placement import Plan
 from pglpipe.trainer import Trainer
@@ -67,6 +68,7 @@ def train(config: RunConfig) -> Summary:
 
 def plan(config: RunConfig, num_workers: int) -> Plan:
     """Where the network is cut, and what each stage will hold and cost. Trains nothing."""
+    check_workers(config.cut.stages, num_workers)
     config.machine.set_threads()
     world = World(size=num_workers)
     material = load(config, world)

@@ -181,8 +181,10 @@ def test_what_changed_after_the_choice_is_noticed_by_who_reads_it(root: Path) ->
 
 
 def test_another_format_is_refused(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(checkpoint, "FORMAT", checkpoint.FORMAT + 1)
-    with pytest.raises(Damaged, match="expected format 4, got 3"):
+    written = checkpoint.FORMAT
+    monkeypatch.setattr(checkpoint, "FORMAT", written + 1)
+    expected = f"expected format {written + 1}, got {written}"
+    with pytest.raises(Damaged, match=expected):
         examine(folder_of(root, 10))
 
 
