@@ -26,7 +26,9 @@ COMPARE_EVERY = 10  # global steps, where nothing speaks against it
 def check_workers(num_stages: int, num_workers: int) -> None:
     """Raises ConfigError for no workers, and for more than stages."""
     if num_workers < 1:
-        raise ConfigError(f"expected at least one worker, got {num_workers}; ask for 1")
+        raise ConfigError(
+            f"expected 1 worker or more, got {num_workers} workers; ask for 1 to {num_stages}"
+        )
     if num_workers > num_stages:
         raise ConfigError(
             f"expected at most one worker per stage, got {num_workers} workers for {num_stages} "
