@@ -31,6 +31,7 @@ from pglpipe.data import Recipe
 from pglpipe.models.layer import Layer
 from pglpipe.plan.partition import LayerCost, activations, measure, slices
 from pglpipe.plan.placement import Plan
+from pglpipe.utils.activation import main
 
 CLASSES = 10
 SEGMENTS = 4  # of checkpointing
@@ -146,7 +147,7 @@ def _plan(config: RunConfig, layers: list[Layer], x: Tensor, **more: Any) -> Pla
 
 def checkpointed_bytes(layers: list[Layer], x: Tensor, costs: list[LayerCost]) -> int:
     """Bytes kept end to end with checkpoints: the segments' inputs, and one segment's graph."""
-    outputs = [y.nbytes for y in activations(layers, x)]
+    outputs = [main(y).nbytes for y in activations(layers, x)]
     sizes = even_segments(len(layers), SEGMENTS)
     inputs = x.nbytes + sum(outputs[end - 1] for end in list(accumulate(sizes))[:-1])
     graphs = [

@@ -31,6 +31,7 @@ from pglpipe.stage.stage import Stage
 from pglpipe.steps import StepSettings, find_steps
 from pglpipe.steps.base import named_by_loss
 from pglpipe.transport import EdgePlan, OpenEdges, capacity_for
+from pglpipe.utils.activation import gradients_like, main
 from pglpipe.utils.seeding import Draws
 from pglpipe.utils.snapshot import Snapshot, fill_module, module_snapshot
 
@@ -49,7 +50,7 @@ class Pipeline:
         post: Callable[[Report], None],
         on_failure: Callable[[WorkerError], None],
     ) -> None:
-        wire = blueprint.wire(plan.activations[0])
+        wire = blueprint.wire(main(plan.activations[0]))
         edge_plan = _edge_plan(blueprint, plan, sample, world, wire)
         stages = [
             _stage(index, blueprint, plan, sample.trained)
@@ -138,7 +139,7 @@ def _stage(index: int, blueprint: Blueprint, plan: Plan, batch: int) -> Stage:
     )
     head = None
     if index < len(plan.balance) - 1:
-        activation = plan.activations[index]
+        activation = main(plan.activations[index])
         with Draws(seed, "head", index).seeded():
             made = plan.head(tuple(activation.shape[1:]), part.stop - 1)
             head = made.to(activation.dtype)
@@ -233,7 +234,13 @@ def _edge_plan(
             for activation in boundaries
         ],
         up=[
-            capacity_for([named_by_loss(dict(enumerate([x] * number))), norms, weights])
+            capacity_for(
+                [
+                    named_by_loss(dict.fromkeys(range(number), gradients_like(x))),
+                    norms,
+                    weights,
+                ]
+            )
             for number, x, weights in zip(together, boundaries, borrowed, strict=True)
         ],
         depth=max(

@@ -32,6 +32,7 @@ from pglpipe.observe.records import Summary
 from pglpipe.plan.placement import Plan, draft, enlarged
 from pglpipe.plan.spec import Blueprint
 from pglpipe.transport import pick_backend
+from pglpipe.utils.activation import main
 
 
 class Session:
@@ -133,7 +134,7 @@ class Session:
         plan = draft(blueprint, sample, world, self.agree)
         world.name_stages([plan.name(rank) for rank in range(world.size)])
         if self._coordinator is not None:
-            shape = plan.activations[-1].shape[1:]
+            shape = main(plan.activations[-1]).shape[1:]
             self._coordinator.set_microbatches(
                 plan.memory.microbatches,
                 sample.trained,

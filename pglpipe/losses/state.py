@@ -265,23 +265,24 @@ def _is_filled(cell: types.CellType) -> bool:
     return True
 
 
-def foreign_leaf(root: Tensor, own: set[int], stop: Tensor | None) -> Tensor | None:
+def foreign_leaf(root: Tensor, own: set[int], stops: Sequence[Tensor]) -> Tensor | None:
     """A tensor that would get a gradient and is none of a stage's own; None if there is none.
 
     Args:
         root: where backward begins.
         own: the identities of the stage's parameters.
-        stop: beyond which nothing is looked at.
+        stops: beyond which nothing is looked at.
     """
     seen, waiting = set[Any](), [root.grad_fn]
-    end = None if stop is None else stop.grad_fn
+    ends = {stop.grad_fn for stop in stops}
+    inputs = {id(stop) for stop in stops}
     while waiting:
         node = waiting.pop()
-        if node is None or node in seen or node is end:
+        if node is None or node in seen or node in ends:
             continue
         seen.add(node)
         leaf = getattr(node, "variable", None)
-        if isinstance(leaf, Tensor) and leaf is not stop and id(leaf) not in own:
+        if isinstance(leaf, Tensor) and id(leaf) not in own | inputs:
             return leaf
         waiting += [following for following, _ in node.next_functions]
     return None

@@ -26,7 +26,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pglpipe.messages.packet import Packet
+from pglpipe.messages.packet import UNCHANGED, Packet
+from pglpipe.utils.activation import Activation, named, unnamed
 
 WIRE_FORMATS = ("same", "bf16", "fp8", "int8")
 
@@ -46,11 +47,16 @@ class Wire:
     format: str = "same"
     dtype: torch.dtype = torch.float32
 
-    def open(self, packet: Packet) -> Tensor:
+    def open(self, packet: Packet) -> Activation:
         """The activation ``[B, ...]`` of a packet, rounded if it was packed."""
-        return self._unpacked(packet["x"], packet.get("x.scale"))
+        values = {
+            name: self._unpacked(tensor, packet.get(f"{name}.scale"))
+            for name, tensor in packet.items()
+            if name not in UNCHANGED and not name.endswith(".scale")
+        }
+        return unnamed(values) if values else packet["x"]
 
-    def pack(self, x: Tensor, *, ends: bool = False) -> Packet:
+    def pack(self, x: Activation, *, ends: bool = False) -> Packet:
         """What travels for an activation ``[B, ...]``: codes of its shape, and perhaps scales.
 
         Scales are float32, one row per sample: ``[B, 1, ..., 1]`` (fp8: the value of code 1), or
@@ -60,23 +66,32 @@ class Wire:
         Args:
             ends: whether no stage comes after; the network's own output is not rounded.
         """
-        if ends or self.format == "same" or not x.is_floating_point() or x.ndim < 2:
-            return Packet(x=x)
-        if self.format == "bf16":
-            return Packet(x=x.to(torch.bfloat16))
-        x = x.float()
+        packet = Packet(named(x))
+        if ends or self.format == "same":
+            return packet
+        for name, tensor in list(packet.items()):
+            if not tensor.is_floating_point() or tensor.ndim < 2:
+                continue
+            if self.format == "bf16":
+                packet[name] = tensor.to(torch.bfloat16)
+            else:
+                packet[name], packet[f"{name}.scale"] = self._scaled(tensor.float())
+        return packet
+
+    def rounded(self, x: Activation) -> Activation:
+        """What the next stage makes of ``x``, whoever hosts it."""
+        return self.open(self.pack(x))
+
+    def _scaled(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Codes and their scale."""
         axes = tuple(range(1, x.ndim))
         if self.format == "fp8":
             scale = _not_zero(x.abs().amax(axes, keepdim=True) / torch.finfo(_FP8).max)
-            return _scaled((x / scale).to(_FP8), scale)
+            return (x / scale).to(_FP8), scale
         least = x.amin(axes, keepdim=True)
         step = _not_zero((x.amax(axes, keepdim=True) - least) / _STEPS)
         codes = ((x - least) / step).round().to(torch.uint8)
-        return _scaled(codes, torch.cat([least, step], dim=1))
-
-    def rounded(self, x: Tensor) -> Tensor:
-        """What the next stage makes of ``x``, whoever hosts it."""
-        return self.open(self.pack(x))
+        return codes, torch.cat([least, step], dim=1)
 
     def _unpacked(self, codes: Tensor, scales: Tensor | None) -> Tensor:
         if scales is None:
@@ -86,10 +101,6 @@ class Wire:
             return (codes.float() * scales).to(self.dtype)
         least, step = scales[:, :1], scales[:, 1:]
         return (codes.float() * step + least).to(self.dtype)
-
-
-def _scaled(codes: Tensor, scale: Tensor) -> Packet:
-    return Packet({"x": codes, "x.scale": scale})
 
 
 def _not_zero(scale: Tensor) -> Tensor:

@@ -4,6 +4,7 @@
 name        tensor
 =========== ===============================================================================
 ``x``       on the way down an activation ``[B, ...]``, as it travels; on the way up its gradient
+``x1``, …   the other tensors of an activation of several
 ``x.scale`` of an activation that travels in fewer bytes, where it has one
 ``x.3``     the gradient of the loss of stage 3, where gradients of several losses travel together
 ``targets`` ``[B, ...]``

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import partial
 
-from torch import Tensor, nn
+from torch import nn
 
 from pglpipe.checkpoint.weights import shapes_of
 from pglpipe.data.loader import Sample
@@ -22,10 +22,14 @@ from pglpipe.models.layer import Layer
 from pglpipe.plan.partition import HeadBuilder, check_heads, slices
 from pglpipe.plan.spec import Blueprint
 from pglpipe.schedules.gradients import head_depth
+from pglpipe.utils.activation import Activation, main
 
 
 def head_builder(
-    blueprint: Blueprint, sample: Sample, output: Tensor, balance: Sequence[int] = ()
+    blueprint: Blueprint,
+    sample: Sample,
+    output: Activation,
+    balance: Sequence[int] = (),
 ) -> HeadBuilder:
     """What makes a stage's head, and whatever its loss wants trained beside it.
 
@@ -33,7 +37,7 @@ def head_builder(
         output: of the network, ``[B, N]`` for N classes.
         balance: layers of each stage; empty while they are not known.
     """
-    layers, named = blueprint.layers, blueprint.cut.head
+    layers, named, output = blueprint.layers, blueprint.cut.head, main(output)
     local_loss = blueprint.learning.local_loss
     if not callable(named) and output.ndim != 2 and blueprint.cut.stages > 1:
         raise PartitionError(
@@ -60,7 +64,7 @@ def head_builder(
 
 
 def head_skeletons(
-    head: HeadBuilder, balance: Sequence[int], outputs: Sequence[Tensor]
+    head: HeadBuilder, balance: Sequence[int], outputs: Sequence[Activation]
 ) -> list[nn.Module]:
     """The heads of all stages but the last, on the meta device.
 
@@ -73,7 +77,7 @@ def head_skeletons(
 
 
 def check_apart(
-    head: HeadBuilder, balance: Sequence[int], outputs: Sequence[Tensor]
+    head: HeadBuilder, balance: Sequence[int], outputs: Sequence[Activation]
 ) -> None:
     """Raises PartitionError if two of them share a parameter or a buffer."""
     check_heads(_builders(head, balance, outputs))
@@ -86,10 +90,10 @@ def alike(some: Sequence[nn.Module], others: Sequence[nn.Module]) -> bool:
 
 
 def _builders(
-    head: HeadBuilder, balance: Sequence[int], outputs: Sequence[Tensor]
+    head: HeadBuilder, balance: Sequence[int], outputs: Sequence[Activation]
 ) -> list[Callable[[], nn.Module]]:
     def build(end: int) -> nn.Module:
-        output = outputs[end]
+        output = main(outputs[end])
         return head(tuple(output.shape[1:]), end).to(output.dtype)
 
     return [partial(build, part.stop - 1) for part in slices(balance)[:-1]]

@@ -18,7 +18,7 @@ from functools import partial
 from itertools import chain
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from pglpipe.checkpoint.weights import StateLayout
 from pglpipe.cluster.world import World
@@ -50,6 +50,7 @@ from pglpipe.schedules.timetable import TIMETABLES
 from pglpipe.stage.forwards import dense
 from pglpipe.steps import MEMORY_KINDS, find_steps
 from pglpipe.steps.borrow import BorrowPlan
+from pglpipe.utils.activation import Activation, main
 
 Skeleton = tuple[nn.Module, nn.Module | None]  # body and head, on the meta device
 
@@ -74,7 +75,7 @@ class Plan:
     balance: list[int]
     rows: list[StageRow]
     stages_of: list[range]
-    activations: list[Tensor]
+    activations: list[Activation]
     layouts: list[StateLayout]
     head: HeadBuilder
     borrow_plan: BorrowPlan = BorrowPlan()
@@ -141,7 +142,7 @@ def draft(
     stages_of = [range(part.start, part.stop) for part in ends]
     skeletons = _skeletons(layers, balance, heads)
     boundaries = [outputs[part.stop - 1] for part in slices(balance)]
-    wire = blueprint.wire(boundaries[0])
+    wire = blueprint.wire(main(boundaries[0]))
     memory, predicted = agree(
         lambda: _predict_memory(blueprint, sample, skeletons, stages_of, wire)
     )

@@ -5,6 +5,8 @@
     global     d true loss / dy, from the stage after   ─▶ body ─▶ d true loss / dx
     window     the same, of up to n losses               ─▶ body learns from the farthest one
     stale      d true loss / dy of some steps ago        ─▶ body, run again on its input then
+
+The gradients of an activation are by the names of its tensors; whole numbers have none.
 """
 
 from __future__ import annotations
@@ -18,7 +20,10 @@ from torch import Tensor, nn
 from pglpipe.stage.exit import Exit, weighted
 from pglpipe.stage.forwards import Kept, SavedForwards
 from pglpipe.stage.settings import Learning
+from pglpipe.utils.activation import Activation, detached, main, named
 from pglpipe.utils.buffers import unmoved
+
+Gradients = Mapping[str, Tensor]
 
 
 class GuidedBackward:
@@ -50,35 +55,35 @@ class GuidedBackward:
 
     # -- global step ------------------------------------------------------------------
 
-    def backward_from_loss(self) -> tuple[Tensor | None, Tensor]:
+    def backward_from_loss(self) -> tuple[Gradients, Tensor]:
         """Backward of the true loss of the oldest kept microbatch; for the last stage.
 
         A microbatch counts by its share of the batch, so that the parts sum to the mean loss of
         the batch whatever their sizes.
 
         Returns:
-            The gradient for the stage before ``[B, ...]``, and the microbatch's part of the loss.
+            The gradients for the stage before, and the microbatch's part of the loss.
         """
         with self._forwards.taken() as (x, output, kept):
             loss = self._exit.loss(output, kept)
             weighted(loss, self._gradients.guided_weight).backward()  # type: ignore[no-untyped-call]
-        return self._gradient_of(x), loss.detach()
+        return self._gradients_of(x), loss.detach()
 
     def backward(
-        self, gradient: Tensor, *, compares: bool = False
-    ) -> tuple[Tensor | None, Tensor | None]:
+        self, gradients: Gradients, *, compares: bool = False
+    ) -> tuple[Gradients, Tensor | None]:
         """Backward of the oldest kept microbatch from the gradient of its output.
 
         A stage's own loss may count beside the true one; its gradient crosses no cut here either,
         and is kept aside until :meth:`finish`.
 
         Args:
-            gradient: ``[B, ...]``, from the stage after.
+            gradients: from the stage after.
             compares: whether :meth:`finish` is to compare it with that of the local loss.
 
         Returns:
-            The gradient for the stage before ``[B, ...]``, None on the first stage; and the
-            microbatch's part of the local loss, if the head was asked.
+            The gradients for the stage before, none on the first stage; and the microbatch's part of the
+            local loss, if the head was asked.
         """
         loss = None
         with self._forwards.taken() as (x, output, kept):
@@ -91,9 +96,8 @@ class GuidedBackward:
                 )
                 if compares or self._gradients.guided_local_weight:
                     self._remember(output, own)
-            if output.requires_grad:
-                output.backward(gradient)  # type: ignore[no-untyped-call]
-        return self._gradient_of(x), loss
+            _backward(output, gradients)
+        return self._gradients_of(x), loss
 
     def finish(self, *, compares: bool) -> Tensor | None:
         """Adds what the local loss says to the gradients of a global step, by its weight.
@@ -122,13 +126,13 @@ class GuidedBackward:
         both, local, true = torch.stack(dots).sum(dim=0).unbind()
         return both / (local * true).sqrt()
 
-    def _remember(self, output: Tensor, own: Tensor) -> None:
+    def _remember(self, output: Activation, own: Tensor) -> None:
         """Adds a microbatch to the gradient that the local loss alone would give the body."""
         parameters = self._parameters()
-        if not output.requires_grad or not parameters:
+        if not main(output).requires_grad or not parameters:
             return
         found = torch.autograd.grad(
-            output,
+            main(output),
             parameters,
             own,
             retain_graph=True,
@@ -142,41 +146,40 @@ class GuidedBackward:
 
     def backward_window(
         self,
-        arriving: Mapping[int, Tensor],
+        arriving: Mapping[int, Gradients],
         farthest: int | None,
         passing: Sequence[int],
         *,
         guided: bool = True,
-    ) -> tuple[dict[int, Tensor], Tensor]:
+    ) -> tuple[dict[int, Gradients], Tensor]:
         """Backward of the oldest kept microbatch, where gradients cross a window of stages.
 
         The head learns from its own loss, the body from the farthest one alone.
 
         Args:
-            arriving: gradients of this stage's output ``[B, ...]``, by the stage of their loss.
+            arriving: gradients of this stage's output, by the stage of their loss.
             farthest: the loss that the body learns from; None if from none of these.
             passing: the losses whose gradients the stage before wants.
             guided: whether the true loss has the weight that it has in guided steps.
 
         Returns:
-            Their gradients of this stage's input ``[B, ...]``, and the microbatch's part of this
-            stage's own loss.
+            Their gradients of this stage's input, and the microbatch's part of this stage's own loss.
         """
         with self._forwards.taken() as (x, output, kept):
             weight = self._exit.weight(kept.step)
             if self._exit.head is None and guided:
                 weight = self._gradients.guided_weight
             loss, own = self._local_gradient(output, kept, "trained", weight)
-            at_output = {**arriving, self._index: own}
+            at_output = {**arriving, self._index: {"x": own}}
             leaving = {
                 source: _through(output, x, at_output[source])
                 for source in passing
                 if source != farthest
             }
-            if farthest is not None and output.requires_grad:
-                output.backward(at_output[farthest])  # type: ignore[no-untyped-call]
+            if farthest is not None:
+                _backward(output, at_output[farthest])
             if farthest is not None and farthest in passing:
-                leaving[farthest] = torch.zeros_like(x) if x.grad is None else x.grad
+                leaving[farthest] = self._gradients_of(x)
         return leaving, loss
 
     # -- stale guidance ---------------------------------------------------------------
@@ -188,45 +191,42 @@ class GuidedBackward:
             loss, own = self._local_gradient(
                 output, kept, self._gradients.guided_heads, weight
             )
-            if self._gradients.guided_local_weight and output.requires_grad:
-                output.backward(self._gradients.guided_local_weight * own)  # type: ignore[no-untyped-call]
+            if weight := self._gradients.guided_local_weight:
+                _backward(output, {"x": weight * own})
         return loss
 
     def replay(
-        self, x: Tensor, step: int, gradient: Tensor, *, learns: bool = True
-    ) -> Tensor | None:
+        self, x: Activation, step: int, gradients: Gradients, *, learns: bool = True
+    ) -> Gradients:
         """Adds what a gradient that was long under way says of the body as it is now.
 
         Args:
-            x: ``[B, ...]``, this stage's input at that step.
+            x: this stage's input at that step, tensors ``[B, ...]``.
             step: number of the step whose true loss it is.
-            gradient: ``[B, ...]`` of this stage's output then.
+            gradients: of this stage's output then.
             learns: whether the body learns from it; else it only passes.
 
         Returns:
-            The gradient for the stage before ``[B, ...]``; None on the first stage.
+            The gradients for the stage before; none on the first stage.
         """
-        x = x.detach()
-        if self._index > 0:
-            x.requires_grad_()
+        x = detached(x, with_gradient=self._index > 0)
         with self._forwards.replayed(x, step) as output:
             if not learns:
-                return _through(output, x, gradient)
-            if output.requires_grad:
-                output.backward(gradient)  # type: ignore[no-untyped-call]
-        return self._gradient_of(x)
+                return _through(output, x, gradients)
+            _backward(output, gradients)
+        return self._gradients_of(x)
 
     # -- private ----------------------------------------------------------------------
 
     def _local_gradient(
-        self, output: Tensor, kept: Kept, heads: str, weight: float
+        self, output: Activation, kept: Kept, heads: str, weight: float
     ) -> tuple[Tensor, Tensor]:
-        """A microbatch's part of this stage's own loss, and its gradient at the body's output.
+        """A microbatch's part of this stage's own loss, and its gradient at what the head reads.
 
         Args:
             weight: of that gradient, and of the head's.
         """
-        leaf, head = output.detach().requires_grad_(), self._exit.head
+        leaf, head = main(output).detach().requires_grad_(), self._exit.head
         # A head that is frozen keeps its statistics, too.
         with unmoved(head) if head and heads == "frozen" else nullcontext():
             loss = self._exit.loss(leaf, kept)
@@ -249,21 +249,46 @@ class GuidedBackward:
         """Of the body; those that learn."""
         return [p for p in self._layers.parameters() if p.requires_grad]
 
-    def _gradient_of(self, x: Tensor) -> Tensor | None:
+    def _gradients_of(self, x: Activation) -> Gradients:
         if self._index == 0:
-            return None
+            return {}
         # An input that the output does not depend on has gradient zero, and is waited for.
-        return torch.zeros_like(x) if x.grad is None else x.grad
+        return {
+            name: torch.zeros_like(tensor) if tensor.grad is None else tensor.grad
+            for name, tensor in named(x).items()
+            if tensor.requires_grad
+        }
 
 
-def _through(output: Tensor, x: Tensor, gradient: Tensor) -> Tensor:
-    """The gradient at a stage's input; its parameters get none."""
-    (found,) = torch.autograd.grad(
-        output,
-        x,
-        gradient,
+def _backward(output: Activation, gradients: Gradients) -> None:
+    """Backward from the tensors of an output that depend on anything which learns."""
+    if isinstance(output, Tensor):
+        if output.requires_grad:
+            output.backward(gradients["x"])  # type: ignore[no-untyped-call]
+        return
+    if roots := _roots(output, gradients):
+        torch.autograd.backward(list(roots), list(roots.values()))
+
+
+def _roots(output: Activation, gradients: Gradients) -> dict[Tensor, Tensor]:
+    """Tensors of an output and their gradients."""
+    return {
+        tensor: gradients[name]
+        for name, tensor in named(output).items()
+        if name in gradients and tensor.requires_grad
+    }
+
+
+def _through(output: Activation, x: Activation, gradients: Gradients) -> Gradients:
+    """The gradients at a stage's input; its parameters get none."""
+    inputs = {name: t for name, t in named(x).items() if t.requires_grad}
+    roots = _roots(output, gradients)
+    found = torch.autograd.grad(
+        list(roots),
+        list(inputs.values()),
+        list(roots.values()),
         retain_graph=True,
         allow_unused=True,
         materialize_grads=True,
     )
-    return found
+    return dict(zip(inputs, found, strict=True))

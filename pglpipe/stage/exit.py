@@ -21,6 +21,7 @@ from pglpipe.losses.state import Remembered, foreign_leaf, name_of, untrained
 from pglpipe.messages.reports import ExitCount
 from pglpipe.stage.forwards import NOT_REPEATED, Kept
 from pglpipe.stage.settings import Learning, compiled
+from pglpipe.utils.activation import Activation, main, tensors_of
 from pglpipe.utils.buffers import unmoved
 from pglpipe.utils.in_place import KeepsInputs
 from pglpipe.utils.seeding import Draws, derive, seeded
@@ -94,15 +95,17 @@ class Exit:
         """Has the next losses be those of the parts of one batch, with these targets ``[B, ...]``."""
         self._parts, self._shares = targets, []
 
-    def loss(self, output: Tensor, kept: Kept) -> Tensor:
+    def loss(self, output: Activation, kept: Kept) -> Tensor:
         """What a step minimizes, without its weight: a scalar with its graph.
 
         Args:
-            output: of the body, ``[B, ...]``.
+            output: of the body; heads read its first tensor ``[B, ...]``.
 
         Returns:
             The loss, or what that of a part of the batch adds to the loss of the whole.
         """
+        if self.head is not None:
+            output = main(output)
         if not self.checks:
             head_output, loss = self._compute(output, kept)
         else:
@@ -121,7 +124,7 @@ class Exit:
             share = self._shares[kept.microbatch]
         if share == 0:
             return (
-                output.sum() * 0.0
+                main(output).sum() * 0.0
             )  # of targets that are all ignored the mean is not a number
         return loss if share == 1 else loss * share
 
@@ -135,13 +138,13 @@ class Exit:
 
     # -- evaluation -------------------------------------------------------------------
 
-    def count(self, output: Tensor, targets: Tensor) -> None:
-        """Adds a batch ``[B, ...]`` to what is known of this exit."""
+    def count(self, output: Activation, targets: Tensor) -> None:
+        """Adds a batch, tensors ``[B, ...]``, to what is known of this exit."""
         logits = output
         seed = derive(self._learning.machine.seed, "evaluate", "exit", self._index)
         with seeded(seed), self._learning.autocast(self._device):
             if self.head is not None:
-                logits = self._classify(output)
+                logits = self._classify(main(output))
             loss = float(self._scalar(self._evaluate(logits, targets)))
             right = None
             if self._classifies:
@@ -171,7 +174,7 @@ class Exit:
         own = self._learning
         return own.loss if self.head is None else own.local_loss
 
-    def _compute(self, output: Tensor, kept: Kept) -> tuple[Any, Tensor]:
+    def _compute(self, output: Activation, kept: Kept) -> tuple[Any, Tensor]:
         """What the loss was computed of, and the loss of all samples that are there."""
         targets = kept.targets.tensor
         seeded_draws = self._draws.seeded(kept.step, kept.microbatch)
@@ -221,11 +224,11 @@ class Exit:
                 f"does not: {NOT_REPEATED}"
             )
 
-    def _check_owners(self, loss: Tensor, output: Tensor) -> None:
+    def _check_owners(self, loss: Tensor, output: Activation) -> None:
         """Refuses a loss that depends on parameters which no stage trains."""
         modules = [self._body] if self.head is None else [self._body, self.head]
         own = {id(p) for module in modules for p in module.parameters()}
-        if (leaf := foreign_leaf(loss, own, output)) is not None:
+        if (leaf := foreign_leaf(loss, own, tensors_of(output))) is not None:
             name = name_of(leaf, self._learned_loss)
             raise untrained(f"{name} in {setting(self._option)} of stage {self._index}")
 

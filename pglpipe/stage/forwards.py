@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from pglpipe.errors import ConfigError
 from pglpipe.losses.state import foreign_leaf, name_of, untrained
 from pglpipe.transport import is_dense
+from pglpipe.utils.activation import Activation, map_tensors, tensors_of
 from pglpipe.utils.buffers import (
     Buffers,
     copies_of,
@@ -80,7 +81,7 @@ class SavedForwards:
     def __init__(
         self,
         layers: nn.Module,
-        run: Callable[[Tensor], Tensor],
+        run: Callable[[Activation], Activation],
         index: int,
         seed: int,
         *,
@@ -99,7 +100,7 @@ class SavedForwards:
 
     def forward(
         self,
-        x: Tensor,
+        x: Activation,
         targets: Tensor,
         step: int,
         microbatch: int,
@@ -107,7 +108,7 @@ class SavedForwards:
         recompute: bool = False,
         share: float = 1.0,
         image: Tensor | None = None,
-    ) -> Tensor:
+    ) -> Activation:
         """Runs the layers on ``x`` ``[B, ...]`` and keeps what backward will need."""
         buffers = copies_of(self._layers) if recompute else []
         again = copies_of(self._layers) if self.checks else []
@@ -125,10 +126,10 @@ class SavedForwards:
         held = CountedTensor(x), kept, CountedTensor(targets)
         seen = None if image is None else CountedTensor(image)
         self._kept.append(Kept(*held, step, microbatch, share, buffers, seen))
-        return output.detach()
+        return map_tensors(Tensor.detach, output)
 
     @contextmanager
-    def taken(self) -> Iterator[tuple[Tensor, Tensor, Kept]]:
+    def taken(self) -> Iterator[tuple[Activation, Activation, Kept]]:
         """Input and output of what was kept first, with the graph between them, for its backward.
 
         What hooks and backward functions draw within belongs to the stage, step and microbatch.
@@ -143,12 +144,12 @@ class SavedForwards:
         with self._seeded_backward(kept.step, kept.microbatch):
             yield x, kept.output.tensor, kept
 
-    def pass_on(self, x: Tensor, step: int) -> Tensor:
+    def pass_on(self, x: Activation, step: int) -> Activation:
         """Runs the layers on a batch ``[B, ...]`` from which nothing is learned now."""
         return self._run_without_graph(x, step, 0)
 
     @contextmanager
-    def replayed(self, x: Tensor, step: int) -> Iterator[Tensor]:
+    def replayed(self, x: Activation, step: int) -> Iterator[Activation]:
         """Runs the layers as they are now on the batch of an earlier step, for its backward.
 
         The buffers have met this batch before and stay as they are.
@@ -163,16 +164,17 @@ class SavedForwards:
     ) -> AbstractContextManager[None]:
         return self._backward_draws.seeded(step, microbatch)
 
-    def _check_owners(self, output: Tensor, x: Tensor) -> None:
+    def _check_owners(self, output: Activation, x: Activation) -> None:
         """Refuses layers that depend on parameters of others."""
         own = {id(parameter) for parameter in self._layers.parameters()}
-        if (leaf := foreign_leaf(output, own, x)) is not None:
-            raise untrained(f"{name_of(leaf, None)} in stage {self._index}")
+        for tensor in tensors_of(output):
+            if (leaf := foreign_leaf(tensor, own, tensors_of(x))) is not None:
+                raise untrained(f"{name_of(leaf, None)} in stage {self._index}")
 
-    def _check_learns(self, output: Tensor) -> None:
+    def _check_learns(self, output: Activation) -> None:
         """Refuses layers to none of which a gradient gets."""
         trains = any(p.requires_grad for p in self._layers.parameters())
-        if trains and not output.requires_grad:
+        if trains and not any(t.requires_grad for t in tensors_of(output)):
             raise ConfigError(
                 f"expected the output of stage {self._index} to depend on its parameters, but no gradient gets to them; "
                 "give torch.utils.checkpoint use_reentrant=False, and detach nothing, or freeze them with "
@@ -180,32 +182,44 @@ class SavedForwards:
             )
 
     def _check_repeats(
-        self, x: Tensor, output: Tensor, step: int, microbatch: int, buffers: Buffers
+        self,
+        x: Activation,
+        output: Activation,
+        step: int,
+        microbatch: int,
+        buffers: Buffers,
     ) -> None:
         """Refuses layers whose second run, which begins with the same buffers, gives other numbers."""
         with statistics_untold(self._layers), holding(buffers):
             again = self._run_without_graph(x, step, microbatch)
-        if not torch.allclose(again, output, rtol=1e-2, atol=1e-4, equal_nan=True):
+        pairs = zip(tensors_of(again), tensors_of(output), strict=True)
+        if not all(
+            torch.allclose(a, b, rtol=1e-2, atol=1e-4, equal_nan=True) for a, b in pairs
+        ):
             raise ConfigError(
                 f"expected stage {self._index} to give the same numbers when it is run again, but it does not: "
                 f"{NOT_REPEATED}"
             )
 
     @torch.no_grad()
-    def evaluate(self, x: Tensor) -> Tensor:
+    def evaluate(self, x: Activation) -> Activation:
         """Runs the layers on a test batch ``[B, ...]``."""
         with seeded(derive(self._seed, "evaluate", self._index)):
             return self._forward(x)
 
-    def _run(self, x: Tensor, step: int, microbatch: int) -> Tensor:
+    def _run(self, x: Activation, step: int, microbatch: int) -> Activation:
         with self._draws.seeded(step, microbatch):
             return self._forward(x)
 
     @torch.no_grad()
-    def _run_without_graph(self, x: Tensor, step: int, microbatch: int) -> Tensor:
+    def _run_without_graph(
+        self, x: Activation, step: int, microbatch: int
+    ) -> Activation:
         return self._run(x, step, microbatch)
 
 
-def dense(tensor: Tensor) -> Tensor:
-    """The tensor in a layout that an edge keeps, whether or not it will cross one."""
-    return tensor if is_dense(tensor) else tensor.contiguous()
+def dense(x: Activation) -> Activation:
+    """Its tensors in a layout that an edge keeps, whether or not they will cross one."""
+    if isinstance(x, Tensor):
+        return x if is_dense(x) else x.contiguous()
+    return map_tensors(dense, x)

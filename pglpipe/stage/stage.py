@@ -32,6 +32,7 @@ from pglpipe.stage.exit import Exit, weighted
 from pglpipe.stage.forwards import SavedForwards, dense
 from pglpipe.stage.optimizer import StageOptimizer
 from pglpipe.stage.settings import Learning, compiled
+from pglpipe.utils.activation import Activation, detached, joined, split
 from pglpipe.utils.buffers import Attributes
 from pglpipe.utils.in_place import KeepsInputs
 from pglpipe.utils.snapshot import Snapshot, fill_module, module_snapshot
@@ -71,7 +72,7 @@ class Stage:
         first = next(iter(self.tensors()), None)
         self._device = torch.device("cpu") if first is None else first.device
         self.optimizer = StageOptimizer(index, body, head, learning, self._device)
-        self._run_body: Callable[[Tensor], Tensor] = (
+        self._run_body: Callable[[Activation], Activation] = (
             compiled(
                 body,
                 retains=learning.retains or learning.gradients.guided_local_weight > 0,
@@ -151,7 +152,7 @@ class Stage:
 
     def forward(
         self,
-        x: Tensor,
+        x: Activation,
         targets: Tensor,
         step: int,
         *,
@@ -160,11 +161,11 @@ class Stage:
         share: float = 1.0,
         input_gradient: bool = False,
         recompute: bool = False,
-    ) -> Tensor:
+    ) -> Activation:
         """Runs the body and keeps its graph for the backward that follows.
 
         Args:
-            x: ``[B, ...]``, the output of the stage before.
+            x: the output of the stage before, tensors ``[B, ...]``.
             targets: ``[B, ...]``.
             step: number of the step; with ``microbatch`` it keys what is random here.
             image: ``[B, ...]``, the network's input as the local loss wants it.
@@ -176,9 +177,7 @@ class Stage:
             The activation ``[B, ...]`` for the next stage, detached and dense.
         """
         self.optimizer.begin(step)
-        x = x.detach()
-        if input_gradient and self.index > 0:
-            x.requires_grad_()
+        x = detached(x, with_gradient=input_gradient and self.index > 0)
         parts = 1 if input_gradient else self._parts(len(targets))
         if parts > 1:
             return self._in_parts(x, targets, image, step, parts)
@@ -192,25 +191,25 @@ class Stage:
 
     def _in_parts(
         self,
-        x: Tensor,
+        x: Activation,
         targets: Tensor,
         image: Tensor | None,
         step: int,
         parts: int,
-    ) -> Tensor:
+    ) -> Activation:
         """Learns from every part but the last, whose graph stays for :meth:`learn`."""
         self.optimizer.zero_grad()
-        outputs: list[Tensor] = []
+        outputs: list[Activation] = []
         images = [None] * parts if image is None else image.tensor_split(parts)
         each = targets.tensor_split(parts)
         self._exit.begin_parts(each)
-        pieces = zip(x.tensor_split(parts), each, images, strict=True)
+        pieces = zip(split(x, parts), each, images, strict=True)
         for index, (x, part, seen) in enumerate(pieces):
             if outputs:
                 self._learned.append(self._learn_part())
             batch = x, part, step, index
             outputs.append(self._forwards.forward(*batch, image=seen))
-        return dense(torch.cat(outputs))
+        return dense(joined(outputs))
 
     def learn(self, step: int) -> Tensor:
         """Backward of the local loss of the last forward, and an optimizer step.
@@ -242,10 +241,10 @@ class Stage:
                 weighted(loss, weight).backward()  # type: ignore[no-untyped-call]
         return loss.detach()
 
-    def pass_on(self, x: Tensor, step: int) -> Tensor:
+    def pass_on(self, x: Activation, step: int) -> Activation:
         """Runs the body without learning from this batch; ``[B, ...]`` for the next stage."""
         self.optimizer.begin(step)
-        return dense(self._forwards.pass_on(x.detach(), step))
+        return dense(self._forwards.pass_on(detached(x), step))
 
     # -- checkpoints ------------------------------------------------------------------
 
@@ -273,7 +272,7 @@ class Stage:
 
     # -- evaluation -------------------------------------------------------------------
 
-    def evaluate(self, x: Tensor, targets: Tensor) -> Tensor:
+    def evaluate(self, x: Activation, targets: Tensor) -> Activation:
         """Adds a batch to this exit's counts.
 
         Returns:
@@ -290,7 +289,9 @@ class Stage:
 
     # -- private ----------------------------------------------------------------------
 
-    def _in_precision(self, run: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    def _in_precision(
+        self, run: Callable[[Activation], Activation], x: Activation
+    ) -> Activation:
         with self.learning.autocast(self._device):
             return run(x)
 

@@ -8,7 +8,7 @@ coordinator, the worker, the plan and the checks ask the class.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import ClassVar
@@ -175,11 +175,21 @@ def only(expected: Command, message: Message) -> Packet:
     return message.packet
 
 
-def named_by_loss(gradients: Mapping[int, Tensor]) -> Packet:
-    """Gradients of several losses, by the stage of the loss, as they travel."""
-    return Packet({f"x.{loss}": gradients[loss] for loss in sorted(gradients)})
+def named_by_loss(gradients: Mapping[int, Mapping[str, Tensor]]) -> Packet:
+    """The gradients of several losses, by the stage of the loss, as they travel."""
+    return Packet(
+        {
+            f"{n}.{loss}": g
+            for loss in sorted(gradients)
+            for n, g in gradients[loss].items()
+        }
+    )
 
 
-def by_loss(packet: Packet, losses: Iterable[int]) -> dict[int, Tensor]:
-    """What :func:`named_by_loss` gave for these losses."""
-    return {loss: packet[f"x.{loss}"] for loss in losses}
+def by_loss(packet: Packet) -> dict[int, dict[str, Tensor]]:
+    """What :func:`named_by_loss` put into a packet."""
+    found: dict[int, dict[str, Tensor]] = {}
+    for name, gradient in packet.items():
+        value, _, loss = name.partition(".")
+        found.setdefault(int(loss), {})[value] = gradient
+    return found

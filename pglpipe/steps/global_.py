@@ -32,21 +32,21 @@ class GlobalStep(MicrobatchedStep):
     compares_gradients = True
 
     def _backward(self, expected: Microbatch) -> Mapping[str, Tensor]:
-        gradient: Tensor | None = None
+        gradients: Mapping[str, Tensor] = {}
         if self._links.gradients_in is not None:
-            gradient = only(expected, self._links.gradients_in.get())["x"]
+            gradients = only(expected, self._links.gradients_in.get())
         for stage in reversed(self._stages):
             loss: Tensor | None = None
             if stage.is_last:
-                gradient, loss = stage.guided_backward.backward_from_loss()
-            elif gradient is not None:
+                gradients, loss = stage.guided_backward.backward_from_loss()
+            else:
                 compares = bool(self._command.compares)
-                gradient, loss = stage.guided_backward.backward(
-                    gradient, compares=compares
+                gradients, loss = stage.guided_backward.backward(
+                    gradients, compares=compares
                 )
             if loss is not None:
                 self._losses[stage.index].append(loss)
-        return {} if gradient is None else {"x": gradient}
+        return gradients
 
     def _collect_figures(self) -> dict[tuple[str, int], Tensor]:
         figures = super()._collect_figures()

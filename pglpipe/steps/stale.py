@@ -28,8 +28,9 @@ Backpropagation (Gomez et al. 2022, arXiv 2010.04116).
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
+import torch
 from torch import Tensor
 
 from pglpipe.errors import ConfigError, setting
@@ -42,12 +43,15 @@ from pglpipe.stage.stage import Stage
 from pglpipe.steps.base import Step, StepSettings, by_loss, named_by_loss, only
 from pglpipe.steps.sweep import Sweep, Visit
 from pglpipe.transport import Links
+from pglpipe.utils.activation import Activation, map_tensors, named, unnamed
 from pglpipe.utils.clock import Figures
 from pglpipe.utils.saved_bytes import CountedTensor
-from pglpipe.utils.snapshot import Snapshot, by_number, numbered
+from pglpipe.utils.snapshot import Snapshot
 
 # A loss by the stage that has it, and the step of its batch.
 Source = tuple[int, int]
+# Gradients of an activation by name, of each loss by its stage.
+ByLoss = Mapping[int, Mapping[str, Tensor]]
 
 
 class StaleStep(Step):
@@ -77,12 +81,12 @@ class StaleStep(Step):
         self._next_step = 0
         self._first_guided: int | None = None
         self._guided: set[int] = set()
-        # By stage and step: inputs of guided batches, and what came up to a stage's output from here, by loss.
+        # By stage and step: inputs of guided batches, and what came up to a stage's output from here.
         self._inputs: dict[tuple[int, int], CountedTensor] = {}
-        self._risen: dict[tuple[int, int], dict[int, CountedTensor]] = {}
+        self._risen: dict[tuple[int, int], CountedTensor] = {}
         # What was handed to the worker above and is not taken there yet, by step: a checkpoint of
         # this worker holds what is on the edge.
-        self._on_edge: dict[int, dict[int, Tensor]] = {}
+        self._on_edge: dict[int, Packet] = {}
 
     @classmethod
     def _window_of(cls, guidance: Guidance, num_stages: int) -> int:
@@ -105,7 +109,7 @@ class StaleStep(Step):
         step, wire = command.step, self._settings.wire
         losses: dict[tuple[str, int], Tensor] = {}
         arriving: dict[int, list[Source]] = {}
-        leaving: dict[int, dict[int, Tensor]] = {}
+        leaving: dict[int, dict[int, Mapping[str, Tensor]]] = {}
         if command.kind != "local":
             self._guided.add(step)
             if self._first_guided is None:
@@ -116,7 +120,7 @@ class StaleStep(Step):
             comes = arriving[index] = self._passing(index + 1, step - self._delay)
             if step in self._guided and last > index:
                 # On the first stage a loader may fill the same memory again.
-                x = visit.x.clone() if index == 0 else visit.x
+                x = map_tensors(Tensor.clone, visit.x) if index == 0 else visit.x
                 self._inputs[index, step] = CountedTensor(x)
             has_gradient_due = any(loss == last for loss, _ in comes)
             loss, leaving[index] = self._own_loss(visit, step, has_gradient_due)
@@ -136,11 +140,11 @@ class StaleStep(Step):
 
     def _own_loss(
         self, visit: Visit, step: int, has_gradient_due: bool
-    ) -> tuple[Tensor | None, dict[int, Tensor]]:
+    ) -> tuple[Tensor | None, dict[int, Mapping[str, Tensor]]]:
         """Forward, and what the stage's own loss adds to its gradients.
 
         Returns:
-            The loss, if there was one, and the gradient of the stage's input if it rises, by the stage of the loss.
+            The loss, if there was one, and the gradients of the stage's input if they rise, by the stage of the loss.
         """
         stage, mixes = visit.stage, self._settings.gradients.asks_heads
         if has_gradient_due and not mixes:
@@ -154,8 +158,8 @@ class StaleStep(Step):
             return stage.guided_backward.blend(), {}
         if is_true_loss:
             stage.optimizer.zero_grad()
-            gradient, loss = stage.guided_backward.backward_from_loss()
-            return loss, {} if gradient is None else {stage.index: gradient}
+            gradients, loss = stage.guided_backward.backward_from_loss()
+            return loss, {stage.index: gradients}
         return stage.backward_locally(), {}
 
     def _forward(self, visit: Visit, step: int, *, input_gradient: bool) -> None:
@@ -173,7 +177,7 @@ class StaleStep(Step):
         stage: Stage,
         step: int,
         arriving: Sequence[Source],
-        leaving: dict[int, Tensor],
+        leaving: dict[int, Mapping[str, Tensor]],
         links: Links,
     ) -> bool:
         """Runs earlier batches again, for the gradients that have come; whether the stage learned from one."""
@@ -182,14 +186,16 @@ class StaleStep(Step):
         shrink = self._settings.gradients.guided_shrink
         gradients = self._arrived(stage, step - self._delay, arriving, links)
         for source, guided in arriving:
-            gradient = gradients[source]
+            came = gradients[source]
+            if shrink != 1:
+                came = {name: gradient * shrink for name, gradient in came.items()}
             passed = stage.guided_backward.replay(
                 self._inputs[stage.index, guided].tensor,
                 guided,
-                gradient * shrink if shrink != 1 else gradient,
+                came,
                 learns=source == last,
             )
-            if (source, guided) in passing and passed is not None:
+            if (source, guided) in passing:
                 leaving[source] = passed
             if source == last:
                 learned = True
@@ -201,7 +207,7 @@ class StaleStep(Step):
         stage: Stage,
         step: int,
         loss: Tensor | None,
-        leaving: dict[int, Tensor],
+        leaving: ByLoss,
         links: Links,
         *,
         learned: bool,
@@ -210,7 +216,11 @@ class StaleStep(Step):
         is_true_loss = stage.is_last and step in self._guided
         stage.optimizer.finish(step, loss, guided=learned or is_true_loss)
         if passing := self._passing(stage.index, step):
-            self._rise(stage, step, {loss: leaving[loss] for loss, _ in passing}, links)
+            rising = {
+                loss: {n: dense(g) for n, g in leaving[loss].items()}
+                for loss, _ in passing
+            }
+            self._rise(stage, step, named_by_loss(rising), links)
 
     # -- what is on its way -----------------------------------------------------------
 
@@ -226,28 +236,21 @@ class StaleStep(Step):
 
     def _arrived(
         self, stage: Stage, began: int, arriving: Sequence[Source], links: Links
-    ) -> Mapping[int, Tensor]:
+    ) -> ByLoss:
         """The gradients that have come to a stage's output, by loss; they were handed to it in the step ``began``."""
         if stage is self._stages[-1]:
             assert links.gradients_in is not None, "nothing comes to the last stage"
-            packet = only(Microbatch(began, 0), links.gradients_in.get())
-            return by_loss(packet, [loss for loss, _ in arriving])
-        risen = self._risen.pop((stage.index, began))
-        return {loss: held.tensor for loss, held in risen.items()}
+            return by_loss(only(Microbatch(began, 0), links.gradients_in.get()))
+        return by_loss(self._risen.pop((stage.index, began)).tensor)
 
-    def _rise(
-        self, stage: Stage, step: int, leaving: Mapping[int, Tensor], links: Links
-    ) -> None:
+    def _rise(self, stage: Stage, step: int, packet: Packet, links: Links) -> None:
         """Hands gradients to the stage before, here or on the worker above."""
-        gradients = {loss: dense(gradient) for loss, gradient in leaving.items()}
         if stage is self._stages[0]:
-            packet = named_by_loss(gradients)
             links.gradients_out.put(Message(Microbatch(step, 0), packet))
             if stage.index > 0:
-                self._on_edge[step] = gradients
+                self._on_edge[step] = packet
         else:
-            held = {loss: CountedTensor(gradients[loss]) for loss in gradients}
-            self._risen[stage.index - 1, step] = held
+            self._risen[stage.index - 1, step] = CountedTensor(dict(packet))
 
     def _forget_done(self, step: int) -> None:
         self._next_step = step + 1
@@ -276,21 +279,15 @@ class StaleStep(Step):
 
     def snapshot(self, stage: Stage) -> Snapshot:
         """What waits at a stage between two steps: inputs, and gradients on their way from it, by step."""
-        rising: Mapping[int, Mapping[int, Tensor]] = self._on_edge
+        rising: Mapping[int, Mapping[str, Tensor]] = self._on_edge
         if stage is not self._stages[0]:
-            rising = {
-                step: {loss: held.tensor for loss, held in risen.items()}
-                for (at, step), risen in self._risen.items()
-                if at == stage.index - 1
-            }
+            rising = _waiting_at(stage.index - 1, self._risen)
         found = Snapshot()
         found.numbers |= {"step": self._next_step, "guided": sorted(self._guided)}
-        inputs = {
-            s: x.tensor for (at, s), x in self._inputs.items() if at == stage.index
-        }
-        found.add("inputs", by_number(inputs))
-        for step, gradients in rising.items():
-            found.add(f"rising.{step}", by_number(gradients))
+        for step, x in _waiting_at(stage.index, self._inputs).items():
+            found.add(f"inputs.{step}", Snapshot(named(x)))
+        for step, packet in rising.items():
+            found.add(f"rising.{step}", Snapshot(dict(packet)))
         return found
 
     def load(self, snapshots: Mapping[int, Snapshot], links: Links) -> None:
@@ -301,13 +298,10 @@ class StaleStep(Step):
                 continue  # the run before had no such steps
             self._next_step = snapshot.numbers["step"]
             self._guided = set(snapshot.numbers["guided"])
-            for step, x in numbered(snapshot.part("inputs")):
-                self._inputs[stage.index, step] = CountedTensor(x.to(stage.device))
-            rising = snapshot.part("rising")
-            for step in sorted({int(name.split(".")[0]) for name in rising.tensors}):
-                gradients = numbered(rising.part(str(step)))
-                leaving = {loss: g.to(stage.device) for loss, g in gradients}
-                self._rise(stage, step, leaving, links)
+            for step, values in _by_step(snapshot.part("inputs"), stage.device):
+                self._inputs[stage.index, step] = CountedTensor(unnamed(values))
+            for step, values in _by_step(snapshot.part("rising"), stage.device):
+                self._rise(stage, step, Packet(values), links)
 
 
 class StaleWindowStep(StaleStep):
@@ -334,7 +328,7 @@ class StaleWindowStep(StaleStep):
 
     def _own_loss(
         self, visit: Visit, step: int, has_gradient_due: bool
-    ) -> tuple[Tensor | None, dict[int, Tensor]]:
+    ) -> tuple[Tensor | None, dict[int, Mapping[str, Tensor]]]:
         stage, guided = visit.stage, step in self._guided
         passing = self._passing(stage.index, step)
         own = [loss for loss, _ in passing if loss == stage.index]
@@ -345,3 +339,19 @@ class StaleWindowStep(StaleStep):
             {}, farthest_here, own, guided=guided
         )
         return loss, leaving
+
+
+def _waiting_at(
+    index: int, waiting: Mapping[tuple[int, int], CountedTensor]
+) -> dict[int, Activation]:
+    """What waits at a stage, by step."""
+    return {step: held.tensor for (at, step), held in waiting.items() if at == index}
+
+
+def _by_step(
+    snapshot: Snapshot, device: torch.device
+) -> Iterator[tuple[int, dict[str, Tensor]]]:
+    """The tensors of each step by name, in the order of the steps."""
+    for step in sorted({int(name.partition(".")[0]) for name in snapshot.tensors}):
+        tensors = snapshot.part(str(step)).tensors
+        yield step, {name: tensor.to(device) for name, tensor in tensors.items()}

@@ -9,13 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from torch import Tensor
-
 from pglpipe.messages.codec import Wire
 from pglpipe.messages.commands import Command, Message
 from pglpipe.messages.packet import Packet
 from pglpipe.stage.stage import Stage
 from pglpipe.transport import Outbox
+from pglpipe.utils.activation import Activation
 
 
 class Visit:
@@ -23,7 +22,7 @@ class Visit:
 
     Attributes:
         stage: where it is.
-        x: the stage's input ``[B, ...]``.
+        x: the stage's input, tensors ``[B, ...]``.
         targets: ``[B, ...]``.
         image: the network's input ``[B, ...]``, where a local loss needs it.
     """
@@ -36,7 +35,7 @@ class Visit:
         self.targets, self.image = packet["targets"], packet.get("image")
         self._packet, self._sweep = packet, sweep
 
-    def pass_on(self, y: Tensor) -> None:
+    def pass_on(self, y: Activation) -> None:
         """Hands the stage's output ``[B, ...]`` to the next stage, here or on the next worker.
 
         The next worker need not wait for this stage's backward.

@@ -30,11 +30,11 @@ class WindowStep(MicrobatchedStep):
     crosses_window = True
 
     def _backward(self, expected: Microbatch) -> Mapping[str, Tensor]:
-        gradients: dict[int, Tensor] = {}
+        gradients: dict[int, dict[str, Tensor]] = {}
         window, num_stages = self._settings.guidance.window, self._settings.num_stages
         below = self._passing(self._stages[-1].index + 1)
         if below and self._links.gradients_in is not None:
-            gradients = by_loss(only(expected, self._links.gradients_in.get()), below)
+            gradients = by_loss(only(expected, self._links.gradients_in.get()))
         for stage in reversed(self._stages):
             leaving, loss = stage.guided_backward.backward_window(
                 gradients,
@@ -42,7 +42,10 @@ class WindowStep(MicrobatchedStep):
                 self._passing(stage.index),
             )
             self._losses[stage.index].append(loss)
-            gradients = {loss: dense(gradient) for loss, gradient in leaving.items()}
+            gradients = {
+                loss: {name: dense(g) for name, g in named.items()}
+                for loss, named in leaving.items()
+            }
         return named_by_loss(gradients)
 
     def _passing(self, stage: int) -> list[int]:

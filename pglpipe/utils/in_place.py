@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from pglpipe.errors import ConfigError
+from pglpipe.utils.activation import Activation, map_tensors
 from pglpipe.utils.buffers import unmoved
 from pglpipe.utils.seeding import generators_kept
 
@@ -97,12 +98,12 @@ def _itself(tensor: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def changes_input(module: Callable[[Tensor], Any], x: Tensor) -> bool:
-    """Whether a module overwrites its input ``[B, ...]``, found by running it on a copy."""
-    copied = x.detach().clone()
-    before = copied._version
+def changes_input(module: Callable[[Any], Any], x: Activation) -> bool:
+    """Whether a module overwrites its input, tensors ``[B, ...]``, found by running it on a copy."""
+    copied = map_tensors(lambda tensor: tensor.detach().clone(), x)
+    before = _versions([copied])
     module(copied)
-    return copied._version != before
+    return _versions([copied]) != before
 
 
 def changes_samples(module: nn.Module, shape: tuple[int, ...]) -> bool:

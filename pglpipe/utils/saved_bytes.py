@@ -16,6 +16,8 @@ from types import TracebackType
 import torch
 from torch import Tensor
 
+from pglpipe.utils.activation import Activation, tensors_of
+
 
 class SavedBytes:
     """Counts, within its block, the bytes saved for backward.
@@ -83,19 +85,21 @@ class CountedTensor:
     Autograd holds one in place of each tensor that it saves; it dies with the graph.
 
     Args:
-        tensor: what is kept.
+        tensor: what is kept; an activation of several tensors, too.
         counter: who counts it; whoever counts on this thread if None.
     """
 
-    def __init__(self, tensor: Tensor, counter: SavedBytes | None = None) -> None:
+    def __init__(self, tensor: Activation, counter: SavedBytes | None = None) -> None:
         self.tensor = tensor
         self._counter = counter or _counter()
         if self._counter:
-            self._counter.hold(tensor)
+            for each in tensors_of(tensor):
+                self._counter.hold(each)
 
     def __del__(self) -> None:
         if self._counter:
-            self._counter.release(self.tensor)
+            for each in tensors_of(self.tensor):
+                self._counter.release(each)
 
 
 # As the hooks themselves, a counter is in force on the thread that entered it.

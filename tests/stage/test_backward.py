@@ -81,9 +81,9 @@ def test_in_a_global_step_a_local_loss_counts_for_its_own_stage_alone(
         )
     losses = []
     for gradient in FROM_ABOVE.split(sizes):
-        back, loss = made.guided_backward.backward(gradient, compares=True)
-        assert back is not None and loss is not None
-        returned.append(back)
+        back, loss = made.guided_backward.backward({"x": gradient}, compares=True)
+        assert loss is not None
+        returned.append(back["x"])
         losses.append(loss)
     cosine = made.guided_backward.finish(compares=True)
 
@@ -111,11 +111,11 @@ def test_the_true_loss_of_the_last_stage_counts_by_its_weight() -> None:
     made = stage(body(), last=True, guided_weight=0.25)
     made.optimizer.zero_grad()
     made.forward(X, TARGETS, 0, input_gradient=True)
-    gradient, loss = made.guided_backward.backward_from_loss()
+    gradients, loss = made.guided_backward.backward_from_loss()
     x = X.clone().requires_grad_()
     true = CE(made.body(x), TARGETS)
     (at_x,) = torch.autograd.grad(0.25 * true, x, retain_graph=True)
-    assert close([gradient], [at_x])
+    assert close([gradients["x"]], [at_x])
     assert close(grads(made.body), of(0.25 * true, made.body))
     assert float(loss) == true.item(), "told as it is"
 
@@ -133,7 +133,7 @@ def test_a_parameter_that_nothing_depends_on_is_compared_with_nothing() -> None:
     made = stage(Spare(), guided_local_weight=0.5)
     made.optimizer.zero_grad()
     made.forward(X, TARGETS, 0, input_gradient=True)
-    made.guided_backward.backward(FROM_ABOVE, compares=True)
+    made.guided_backward.backward({"x": FROM_ABOVE}, compares=True)
     cosine = made.guided_backward.finish(compares=True)
     assert cosine is not None and -1 < float(cosine) < 1
     assert [g is None for g in grads(made.body)] == [False, False, True, True]
@@ -143,7 +143,7 @@ def test_gradients_of_zero_have_no_direction() -> None:
     made = stage(body())
     made.optimizer.zero_grad()
     made.forward(X, TARGETS, 0, input_gradient=True)
-    made.guided_backward.backward(torch.zeros_like(FROM_ABOVE), compares=True)
+    made.guided_backward.backward({"x": torch.zeros_like(FROM_ABOVE)}, compares=True)
     cosine = made.guided_backward.finish(compares=True)
     assert cosine is not None and math.isnan(float(cosine))
 
@@ -160,7 +160,7 @@ def test_in_a_windowed_step_the_farthest_loss_moves_the_body_and_all_pass(
     made.optimizer.zero_grad()
     y = made.forward(X, TARGETS, 0, input_gradient=True)
     arriving = {
-        loss: torch.randn_like(y)
+        loss: {"x": torch.randn_like(y)}
         for loss in (losses_passing(index + 1, window, 4) if index < 3 else [])
     }
     uses, passing = farthest_loss(index, window, 4), losses_passing(index, window, 4)
@@ -170,13 +170,13 @@ def test_in_a_windowed_step_the_farthest_loss_moves_the_body_and_all_pass(
     output = made.body(x)
     logits = output if made.head is None else made.head(output)
     own = CE(logits, TARGETS)
-    values = {k: (output * g).sum() for k, g in arriving.items()} | {index: own}
+    values = {k: (output * g["x"]).sum() for k, g in arriving.items()} | {index: own}
     assert float(loss) == pytest.approx(own.item(), rel=1e-12)
     assert close(grads(made.body), of(values[uses], made.body))
     assert sorted(leaving) == passing
-    for source, gradient in leaving.items():
+    for source, gradients in leaving.items():
         (at_x,) = torch.autograd.grad(values[source], x, retain_graph=True)
-        assert close([gradient], [at_x])
+        assert close([gradients["x"]], [at_x])
     if made.head is not None:
         assert close(grads(made.head), of(own, made.head))
 
@@ -200,7 +200,7 @@ def test_a_stale_gradient_joins_the_local_one_of_another_batch(
     told = told.clone()
     made.optimizer.zero_grad()
     made.guided_backward.blend()
-    passed = made.guided_backward.replay(old, 3, FROM_ABOVE)
+    passed = made.guided_backward.replay(old, 3, {"x": FROM_ABOVE})
     assert norm.running_mean is not None and torch.equal(norm.running_mean, told)
 
     assert made.head is not None
@@ -210,22 +210,21 @@ def test_a_stale_gradient_joins_the_local_one_of_another_batch(
     expected = [a + mu * b for a, b in zip(of(true, made.body), of(local, made.body))]
     assert close(grads(made.body), expected)
     (at_x,) = torch.autograd.grad(true, x)
-    assert close([passed], [at_x])
+    assert close([passed["x"]], [at_x])
     found = grads(made.head)
     assert close(found, of(local, made.head)) if heads == "trained" else found == [None, None]  # fmt: skip
 
 
 def test_the_first_stage_passes_no_stale_gradient_on() -> None:
     made = stage(body(), index=0)
-    assert made.guided_backward.replay(X, 3, FROM_ABOVE) is None
+    assert made.guided_backward.replay(X, 3, {"x": FROM_ABOVE}) == {}
 
 
 def test_a_replay_draws_what_its_own_step_drew() -> None:
     made = stage(nn.Sequential(nn.Linear(4, 3), nn.Dropout(0.5)))
     made.forward(X, TARGETS, step=3, input_gradient=True)
-    expected, _ = made.guided_backward.backward(FROM_ABOVE)
-    assert expected is not None
-    again = made.guided_backward.replay(X, 3, FROM_ABOVE)
-    other = made.guided_backward.replay(X, 4, FROM_ABOVE)
-    assert again is not None and torch.equal(again, expected)
-    assert other is not None and not torch.equal(other, expected)
+    expected, _ = made.guided_backward.backward({"x": FROM_ABOVE})
+    again = made.guided_backward.replay(X, 3, {"x": FROM_ABOVE})
+    other = made.guided_backward.replay(X, 4, {"x": FROM_ABOVE})
+    assert torch.equal(again["x"], expected["x"])
+    assert not torch.equal(other["x"], expected["x"])

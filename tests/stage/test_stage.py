@@ -51,9 +51,9 @@ def test_the_gradient_that_comes_back_is_that_of_the_input() -> None:
     made, gradient = stage(body), torch.randn(6, 3)
     made.optimizer.zero_grad()
     made.forward(X, TARGETS, step=0, input_gradient=True)
-    returned, loss = made.guided_backward.backward(gradient)
-    assert returned is not None and loss is None
-    assert torch.equal(returned, gradient @ body.weight)
+    returned, loss = made.guided_backward.backward({"x": gradient})
+    assert loss is None
+    assert torch.equal(returned["x"], gradient @ body.weight)
     assert torch.equal(made.optimizer.norms(), torch.stack([p.grad.norm() for p in body.parameters()]))  # type: ignore[union-attr]
 
 
@@ -65,7 +65,7 @@ def test_a_global_step_leaves_the_head_as_it_is() -> None:
     after_local = snapshot(made)
     made.optimizer.zero_grad()
     made.forward(X, TARGETS, step=1, input_gradient=True)
-    made.guided_backward.backward(torch.randn(6, 3))
+    made.guided_backward.backward({"x": torch.randn(6, 3)})
     made.optimizer.update(step=1)
     after_global = snapshot(made)
     assert not torch.equal(before[2], after_local[2])
@@ -81,7 +81,7 @@ def test_microbatches_come_back_in_the_order_in_which_they_went() -> None:
         share = len(x) / 6
         made.forward(x, targets, 0, microbatch=index, share=share, input_gradient=True)
     losses = [made.guided_backward.backward_from_loss() for _ in parts]
-    assert [len(gradient) for gradient, _ in losses if gradient is not None] == [4, 2]
+    assert [len(gradients["x"]) for gradients, _ in losses] == [4, 2]
     whole = nn.functional.cross_entropy(made.body(X), TARGETS)
     assert float(sum(loss for _, loss in losses)) == pytest.approx(whole.item())
 
@@ -89,7 +89,7 @@ def test_microbatches_come_back_in_the_order_in_which_they_went() -> None:
 def test_the_first_stage_has_no_gradient_to_give() -> None:
     made = stage(nn.Linear(4, 3), index=0)
     made.forward(X, TARGETS, step=0, input_gradient=True)
-    assert made.guided_backward.backward(torch.randn(6, 3)) == (None, None)
+    assert made.guided_backward.backward({"x": torch.randn(6, 3)}) == ({}, None)
 
 
 def test_an_input_that_nothing_depends_on_has_gradient_zero() -> None:
@@ -103,8 +103,8 @@ def test_an_input_that_nothing_depends_on_has_gradient_zero() -> None:
 
     made = stage(Deaf())
     made.forward(X, TARGETS, step=0, input_gradient=True)
-    gradient, _ = made.guided_backward.backward(torch.ones(6, 3))
-    assert gradient is not None and torch.equal(gradient, torch.zeros(6, 4))
+    gradients, _ = made.guided_backward.backward({"x": torch.ones(6, 3)})
+    assert torch.equal(gradients["x"], torch.zeros(6, 4))
 
 
 @pytest.mark.parametrize("crossing", [False, True])
@@ -112,7 +112,11 @@ def test_a_body_that_begins_in_place_leaves_its_input_alone(crossing: bool) -> N
     body = nn.Sequential(nn.Sequential(nn.ReLU(inplace=True)), nn.Linear(4, 3))
     made, x = stage(body), X.clone()
     made.forward(x, TARGETS, step=0, input_gradient=crossing)
-    made.guided_backward.backward(torch.ones(6, 3)) if crossing else made.learn(step=0)
+    (
+        made.guided_backward.backward({"x": torch.ones(6, 3)})
+        if crossing
+        else made.learn(step=0)
+    )
     assert torch.equal(x, X)
 
 
@@ -179,10 +183,10 @@ def test_a_stage_without_parameters_learns_nothing_and_fails_nowhere() -> None:
     made = factories.stage(1, nn.Tanh(), None)
     made.optimizer.zero_grad()
     made.forward(X, TARGETS, step=0, input_gradient=True)
-    gradient, loss = made.guided_backward.backward_from_loss()
+    gradients, loss = made.guided_backward.backward_from_loss()
     made.optimizer.clip(torch.tensor(1.0))
     made.optimizer.update(step=0)
-    assert gradient is not None and gradient.shape == X.shape and loss > 0
+    assert gradients["x"].shape == X.shape and loss > 0
     assert made.optimizer.norms().tolist() == [0.0] and made.tensors() == []
 
 
@@ -257,13 +261,12 @@ def test_a_recomputed_stage_ends_with_the_same_bits(last: bool) -> None:
                 y = made.forward(x, TARGETS[:3], step, microbatch=part, **options)
                 seen.append(y)
             for _ in range(2):
-                gradient, _ = (
+                gradients, _ = (
                     made.guided_backward.backward_from_loss()
                     if last
-                    else made.guided_backward.backward(torch.ones(3, 3))
+                    else made.guided_backward.backward({"x": torch.ones(3, 3)})
                 )
-                assert gradient is not None
-                seen.append(gradient)
+                seen.append(gradients["x"])
             made.optimizer.update(step)
         return [*seen, *snapshot(made)]
 
@@ -278,7 +281,7 @@ def test_batchnorm_hears_of_a_recomputed_batch_once_and_of_the_next_ones_too() -
     made = stage(nn.Sequential(norm, silent, nn.Linear(4, 3)))
     for step in range(3):
         made.forward(X, TARGETS, step, input_gradient=True, recompute=True)
-        made.guided_backward.backward(torch.ones(6, 3))
+        made.guided_backward.backward({"x": torch.ones(6, 3)})
     assert norm.num_batches_tracked is not None
     assert int(norm.num_batches_tracked) == 3
     assert (norm.track_running_stats, silent.track_running_stats) == (True, False)
@@ -298,7 +301,7 @@ def test_a_recomputed_stage_keeps_its_input_until_its_backward_has_come() -> Non
             )
         waiting = saved.peak
         for _ in range(3):
-            made.guided_backward.backward(torch.ones(6, 3))
+            made.guided_backward.backward({"x": torch.ones(6, 3)})
     assert waiting == 3 * X.nbytes + TARGETS.nbytes
     assert saved.peak == waiting + 6 * 50 * 4 + 6 * 3 * 4, "hidden layer and output"
 

@@ -49,11 +49,12 @@ def test_gradients_lie_in_memory_alike_on_any_number_of_workers(
         plain = GuidedBackward.backward_window
 
         def watched(
-            self: GuidedBackward, arriving: Mapping[int, Tensor], *others: Any
-        ) -> tuple[dict[int, Tensor], Tensor]:
-            for loss, gradient in sorted(arriving.items()):
-                offset = gradient.storage_offset()
-                found[self._index].append((loss, gradient.stride(), offset))
+            self: GuidedBackward, arriving: Mapping[int, Any], *others: Any
+        ) -> tuple[dict[int, Any], Tensor]:
+            for loss, gradients in sorted(arriving.items()):
+                x = gradients["x"]
+                layout = x.stride(), x.storage_offset()
+                found[self._index].append((loss, *layout))
             return plain(self, arriving, *others)
 
         with monkeypatch.context() as patch:

@@ -25,6 +25,7 @@ from pglpipe.plan.memory.weigh import (
 from pglpipe.schedules.gradients import head_depth
 from pglpipe.schedules.timetable import Timetable
 from pglpipe.stage.settings import Learning
+from pglpipe.utils.activation import Activation, detached, main
 
 
 class PredictionError(Exception):
@@ -55,7 +56,7 @@ class MemoryPrediction:
         batch: tuple[Tensor, Tensor],
         stages_of: Sequence[range],
         timetable: Callable[[int, int], Timetable],
-        carry: Callable[[Tensor], Tensor] = lambda output: output,
+        carry: Callable[[Activation], Activation] = lambda output: output,
         *,
         device: str = "cpu",
         heads: bool = False,
@@ -165,12 +166,13 @@ class MemoryPrediction:
         return self._weights[size, input_gradient]
 
     def _weighed(self, size: int, input_gradient: bool) -> Iterator[StageBytes]:
+        x: Activation
         x, targets = (t[:size].clone() for t in self._batch)
         copied = False
         local, num_stages = self._local_loss, len(self._stages)
         image = local.image(x) if local.image else None
         for index, (body, head) in enumerate(self._stages):
-            x.requires_grad_(input_gradient and index > 0 and x.is_floating_point())
+            x = detached(x, with_gradient=input_gradient and index > 0)
             place = head_depth(index, num_stages)
             loss: Criterion = (
                 self._true
@@ -193,7 +195,7 @@ class MemoryPrediction:
                     f"{reason}; lower {setting('microbatches')} or {setting('local_microbatches')}"
                 ) from error
             yield dataclasses.replace(stage, copied=copied)
-            copied = _memory(x) != _memory(output)
+            copied = _memory(main(x)) != _memory(main(output))
 
     def _can_weigh(self, input_gradient: bool) -> bool:
         """Whether the stages can take the whole batch; then parts of it fail for their size."""

@@ -23,6 +23,13 @@ import torch
 from torch import Tensor, nn
 
 from pglpipe.schedules.timetable import Action, Row
+from pglpipe.utils.activation import (
+    Activation,
+    detached,
+    main,
+    map_tensors,
+    tensors_of,
+)
 from pglpipe.utils.in_place import changes_input
 from pglpipe.utils.saved_bytes import SavedBytes
 
@@ -62,15 +69,15 @@ def weigh(
     body: nn.Module,
     head: nn.Module | None,
     loss: Criterion,
-    x: Tensor,
+    x: Activation,
     targets: Tensor,
     image: Tensor | None = None,
     in_place: dict[nn.Module, bool] | None = None,
-) -> tuple[StageBytes, Tensor]:
-    """What a stage keeps, and its output ``[B, ...]``, all of it on the meta device.
+) -> tuple[StageBytes, Activation]:
+    """What a stage keeps, and its output, all of it on the meta device.
 
     Args:
-        x: ``[B, ...]``; requires a gradient if one is to flow back to it.
+        x: tensors ``[B, ...]``; they require a gradient if one is to flow back to them.
         targets: ``[B, ...]``.
         image: what the loss, which holds it, sees of the network's input.
         in_place: which modules overwrite their input, as far as it is known; filled here.
@@ -82,40 +89,51 @@ def weigh(
     seen = [] if image is None else [image]
     known = {} if in_place is None else in_place
     _given(body, x, known)  # found out before anything is counted
-    with torch.enable_grad(), SavedBytes([*own, x, targets, *seen]) as saved:
+    with torch.enable_grad(), SavedBytes(
+        [*own, *tensors_of(x), targets, *seen]
+    ) as saved:
         y = body(_given(body, x, known))
-        shares = y.untyped_storage()._cdata == x.untyped_storage()._cdata
-        if not shares:
-            saved.hold(y)
+        given = {tensor.untyped_storage()._cdata for tensor in tensors_of(x)}
+        made = [t for t in tensors_of(y) if t.untyped_storage()._cdata not in given]
+        for tensor in made:
+            saved.hold(tensor)
         graph = saved.peak
         z: Any = y
         if head is not None:
-            z = head(_given(head, y, known))
+            z = head(_given(head, main(y), known))
         try:
             end = loss(z, targets)
         except Exception:
-            end = (z[0] if isinstance(z, tuple) else z).clone()
+            end = main(z).clone()
             saved.hold(end)
         exit = saved.peak - graph
     del end
     return (
         StageBytes(
-            input=x.untyped_storage().nbytes(),
+            input=_nbytes(tensors_of(x)),
             targets=targets.untyped_storage().nbytes(),
             graph=graph,
-            output=0 if shares else y.untyped_storage().nbytes(),
+            output=_nbytes(made),
             exit=exit,
-            image=sum(tensor.untyped_storage().nbytes() for tensor in seen),
+            image=_nbytes(seen),
         ),
-        y.detach(),
+        detached(y),
     )
 
 
-def _given(module: nn.Module, x: Tensor, in_place: dict[nn.Module, bool]) -> Tensor:
+def _nbytes(tensors: Sequence[Tensor]) -> int:
+    """Of their memory, each storage once."""
+    storages = {t.untyped_storage()._cdata: t.untyped_storage() for t in tensors}
+    return sum(storage.nbytes() for storage in storages.values())
+
+
+def _given(
+    module: nn.Module, x: Activation, in_place: dict[nn.Module, bool]
+) -> Activation:
     """What a module is run on: a copy if it overwrites it."""
     if module not in in_place:
         in_place[module] = changes_input(module, x)
-    return x.clone() if in_place[module] else x
+    return map_tensors(Tensor.clone, x) if in_place[module] else x
 
 
 def local_peak(whole: StageBytes, part: StageBytes) -> int:

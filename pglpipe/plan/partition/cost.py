@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import chain
 from typing import TypeVar
 
@@ -20,6 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from pglpipe.errors import PartitionError, UserError
 from pglpipe.models.layer import Layer
+from pglpipe.utils.activation import Activation, main, map_tensors, tensors_of
 from pglpipe.utils.seeding import seeded
 
 R = TypeVar("R")
@@ -77,7 +79,8 @@ def analyse(
         PartitionError: a layer or a needed head fails on what it gets, or returns anything but one
             tensor ``[B, ...]``; or no head can be made at all.
     """
-    x, saved = sample.to("meta"), _Saved()
+    x: Activation = sample.to("meta")
+    saved = _Saved()
     layer_costs = list[LayerCost]()
     head_costs, failures = list[LayerCost | None](), list[PartitionError]()
     for index, layer in enumerate(layers):
@@ -89,7 +92,7 @@ def analyse(
         if ends is None or index in ends:
             exit_layer = head_layer(layer, head, x, index)
             try:
-                _, exit_cost = _analyse(exit_layer, x, saved.copy(), is_head=True)
+                _, exit_cost = _analyse(exit_layer, main(x), saved.copy(), is_head=True)
             except PartitionError as error:
                 if ends is not None:
                     raise
@@ -100,7 +103,7 @@ def analyse(
     return layer_costs, head_costs
 
 
-def activations(layers: Sequence[Layer], sample: Tensor) -> list[Tensor]:
+def activations(layers: Sequence[Layer], sample: Tensor) -> list[Activation]:
     """What each layer puts out for a batch, on the meta device: shapes and types.
 
     Strides may differ from those of a real run, where kernels choose them by device.
@@ -112,22 +115,24 @@ def activations(layers: Sequence[Layer], sample: Tensor) -> list[Tensor]:
     Raises:
         PartitionError: as :func:`analyse`.
     """
-    x, outputs = sample.to("meta"), []
+    x: Activation = sample.to("meta")
+    outputs = list[Activation]()
     with torch.no_grad():
         for layer in layers:
             _, given, output = _run(layer, x, lambda module, given: module(given))
-            output = _one_tensor(output, layer.name, len(given))
-            x = output if given is x else _of_batch(output, len(x))
+            _check_tensors(output, layer.name, len(main(given)))
+            x = output if given is x else _of_batch(output, len(main(x)))
             outputs.append(x)
     return outputs
 
 
-def head_layer(layer: Layer, head: HeadBuilder, output: Tensor, index: int) -> Layer:
+def head_layer(
+    layer: Layer, head: HeadBuilder, output: Activation, index: int
+) -> Layer:
     """The head after ``layer``, number ``index``, as a layer of the type of its output."""
-    shape = tuple(output.shape[1:])
-    return Layer(
-        f"head after {layer.name}", lambda: head(shape, index).to(output.dtype)
-    )
+    read = main(output)
+    shape = tuple(read.shape[1:])
+    return Layer(f"head after {layer.name}", lambda: head(shape, index).to(read.dtype))
 
 
 @dataclass
@@ -164,24 +169,26 @@ class _Saved:
 
 
 def _analyse(
-    layer: Layer, x: Tensor, saved: _Saved, *, is_head: bool = False
-) -> tuple[Tensor, LayerCost]:
+    layer: Layer, x: Activation, saved: _Saved, *, is_head: bool = False
+) -> tuple[Activation, LayerCost]:
 
-    def forward(module: nn.Module, given: Tensor) -> tuple[object, int, _Saved]:
+    def forward(module: nn.Module, given: Activation) -> tuple[object, int, _Saved]:
         keeps = saved.copy()
         keeps.ignore(module)
-        if given is not x and saved.has(x):
-            keeps.put(given)
+        if given is not x:
+            for mine, theirs in zip(tensors_of(x), tensors_of(given), strict=True):
+                if saved.has(mine):
+                    keeps.put(theirs)
         return *_forward(module, given, keeps), keeps
 
     module, given, (output, flops, keeps) = _run(layer, x, forward)
     if is_head and isinstance(output, tuple):
         output = output[0]  # what a local loss wants beside it is of no use to others
-    batch = len(given)
-    output = _one_tensor(output, layer.name, batch)
+    batch = len(main(given))
+    _check_tensors(output, layer.name, batch)
     cost = LayerCost(
         name=layer.name,
-        output_shape=tuple(output.shape[1:]),
+        output_shape=tuple(main(output).shape[1:]),
         parameters=sum(p.numel() for p in module.parameters()),
         macs=flops // 2 // batch,
         saved_bytes=(keeps.num_bytes - saved.num_bytes) // batch,
@@ -189,15 +196,16 @@ def _analyse(
     if given is x:
         saved.storages, saved.num_bytes = keeps.storages, keeps.num_bytes
         return output, cost
-    whole = _of_batch(output, len(x))
-    if keeps.has(output):
-        saved.put(whole)
+    whole = _of_batch(output, len(main(x)))
+    for mine, theirs in zip(tensors_of(output), tensors_of(whole), strict=True):
+        if keeps.has(mine):
+            saved.put(theirs)
     return whole, cost
 
 
 def _run(
-    layer: Layer, x: Tensor, run: Callable[[nn.Module, Tensor], R]
-) -> tuple[nn.Module, Tensor, R]:
+    layer: Layer, x: Activation, run: Callable[[nn.Module, Activation], R]
+) -> tuple[nn.Module, Activation, R]:
     """What a run of a layer gives, and what was run on what.
 
     That is a skeleton on ``x``; where that fails, a copy on random numbers.
@@ -205,28 +213,35 @@ def _run(
     with suppress(Exception):
         skeleton = layer.skeleton().train()
         return skeleton, x, run(skeleton, x)
-    cannot = f"cannot take a batch of shape {tuple(x.shape)}"
+    cannot = f"cannot take a batch of shape {tuple(main(x).shape)}"
     with _blaming(layer.name, cannot), seeded(0):
         module = layer.copied().to("cpu").train()
-        few = x if x.numel() <= _LARGE else x[:2]
+        few = x
+        if main(x).numel() > _LARGE:
+            few = map_tensors(lambda tensor: tensor[:2], x)
         given = random_like(few, torch.device("cpu"))
         return module, given, run(module, given)
 
 
-def random_like(sample: Tensor, device: torch.device) -> Tensor:
+def random_like(sample: Activation, device: torch.device) -> Activation:
     """A batch of this shape and type that any layer can take."""
+    if not isinstance(sample, Tensor):
+        return map_tensors(partial(random_like, device=device), sample)
     if sample.is_floating_point():
         return torch.randn(sample.shape, dtype=sample.dtype).to(device)
     # Of token numbers, only 0 is sure to be in every vocabulary.
     return torch.zeros(sample.shape, dtype=sample.dtype, device=device)
 
 
-def _of_batch(output: Tensor, batch: int) -> Tensor:
+def _of_batch(output: Activation, batch: int) -> Activation:
     """Its like for so many samples, on the meta device."""
-    return output.new_empty((batch, *output.shape[1:]), device="meta")
+    return map_tensors(
+        lambda tensor: tensor.new_empty((batch, *tensor.shape[1:]), device="meta"),
+        output,
+    )
 
 
-def _forward(module: nn.Module, x: Tensor, saved: _Saved) -> tuple[object, int]:
+def _forward(module: nn.Module, x: Activation, saved: _Saved) -> tuple[object, int]:
     counter = FlopCounterMode(display=False)
     hooks = torch.autograd.graph.saved_tensors_hooks(saved.add, _no_backward)
     with torch.enable_grad(), hooks, counter:
@@ -252,15 +267,16 @@ def _blaming(name: str, what: str) -> Iterator[None]:
         ) from error
 
 
-def _one_tensor(output: object, name: str, batch: int) -> Tensor:
-    if not isinstance(output, Tensor):
+def _check_tensors(output: object, name: str, batch: int) -> None:
+    tensors = tensors_of(output)
+    if not tensors or isinstance(output, list):
         raise PartitionError(
-            f"layer {name!r} must return one tensor, got {type(output).__name__}; "
+            f"layer {name!r} must return one tensor or a tuple of tensors, got {type(output).__name__}; "
             "return one tensor, or make one layer of it and the next"
         )
-    if output.dim() == 0 or len(output) != batch:
-        raise PartitionError(
-            f"layer {name!r} must keep the batch of {batch} as its first dimension, "
-            f"got the shape {tuple(output.shape)}; return [B, ...]"
-        )
-    return output
+    for tensor in tensors:
+        if tensor.dim() == 0 or len(tensor) != batch:
+            raise PartitionError(
+                f"layer {name!r} must keep the batch of {batch} as its first dimension, "
+                f"got the shape {tuple(tensor.shape)}; return [B, ...]"
+            )

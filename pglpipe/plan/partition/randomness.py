@@ -19,6 +19,7 @@ from pglpipe.errors import ConfigError, setting
 from pglpipe.models.layer import Layer
 from pglpipe.plan.partition.cost import HeadBuilder, head_layer
 from pglpipe.plan.partition.split import slices
+from pglpipe.utils.activation import Activation, main
 
 # Of what a module put out and the targets.
 Criterion = Callable[[Any, Tensor], Tensor]
@@ -47,13 +48,13 @@ def check_draws_nothing(
     for number, layer in enumerate(layers, start=1):
         x = _run(layer, x)
         if number in ends:
-            said = _run(head_layer(layer, head, x, number - 1), x)
+            said = _run(head_layer(layer, head, x, number - 1), main(x))
             _lose("local loss", local_loss, said, targets)
     _lose("loss", loss, x, targets)
 
 
 @torch.no_grad()
-def _run(layer: Layer, x: Tensor) -> Any:
+def _run(layer: Layer, x: Activation) -> Any:
     module = layer.skeleton().train()  # which draws its first weights
     with _Draws() as draws:  # type: ignore[no-untyped-call]
         output = module(x)

@@ -24,6 +24,13 @@ from pglpipe.plan.partition.cost import (
     head_layer,
     random_like,
 )
+from pglpipe.utils.activation import (
+    Activation,
+    detached,
+    main,
+    map_tensors,
+    tensors_of,
+)
 from pglpipe.utils.seeding import seeded
 
 
@@ -71,12 +78,12 @@ def measure(
             output, timed = stopwatch.time(layer, cost, x)
             timed_layers.append(timed)
             # All but the network's input carry a gradient.
-            x = output.requires_grad_(output.is_floating_point())
+            x = detached(output, with_gradient=True)
             if index < len(head_costs):
                 exit_cost = head_costs[index]
                 if exit_cost is not None:
                     exit_layer = head_layer(layer, head, x, index)
-                    _, exit_cost = stopwatch.time(exit_layer, exit_cost, x)
+                    _, exit_cost = stopwatch.time(exit_layer, exit_cost, main(x))
                 timed_heads.append(exit_cost)
     return timed_layers, timed_heads
 
@@ -88,8 +95,8 @@ class _Stopwatch:
     share: float  # seconds
 
     def time(
-        self, layer: Layer, cost: LayerCost, x: Tensor
-    ) -> tuple[Tensor, LayerCost]:
+        self, layer: Layer, cost: LayerCost, x: Activation
+    ) -> tuple[Activation, LayerCost]:
         """The layer's detached output, and its cost with the median of its seconds."""
         deadline = time.monotonic() + self.share
         module = layer.copied().to(self.device).train()
@@ -99,7 +106,7 @@ class _Stopwatch:
             times.append(self._seconds(module, x))
         return output, replace(cost, seconds=statistics.median(times))
 
-    def _seconds(self, module: nn.Module, x: Tensor) -> float:
+    def _seconds(self, module: nn.Module, x: Activation) -> float:
         self._synchronize()
         start = time.perf_counter()
         _step(module, x)
@@ -111,12 +118,12 @@ class _Stopwatch:
             torch.cuda.synchronize(self.device)
 
 
-def _step(module: nn.Module, x: Tensor) -> Tensor:
-    said = module(x.clone())  # the module may work in place
-    outputs: tuple[Tensor, ...] = said if isinstance(said, tuple) else (said,)
-    roots = [output for output in outputs if output.requires_grad]
+def _step(module: nn.Module, x: Activation) -> Activation:
+    outputs = module(map_tensors(Tensor.clone, x))  # the module may work in place
+    roots = [output for output in tensors_of(outputs) if output.requires_grad]
     # Any gradients of these shapes will do, and these cost nothing.
     torch.autograd.backward(roots, [root.detach() for root in roots])
     module.zero_grad()
-    x.grad = None
-    return outputs[0].detach()
+    for tensor in tensors_of(x):
+        tensor.grad = None
+    return detached(outputs)
