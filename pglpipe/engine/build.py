@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
+import itertools
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -22,6 +22,7 @@ from pglpipe.messages.codec import Wire
 from pglpipe.messages.packet import Packet
 from pglpipe.messages.reports import Report
 from pglpipe.models.layer import initialize
+from pglpipe.models.split import body_of
 from pglpipe.plan.partition import slices
 from pglpipe.plan.placement import Plan
 from pglpipe.plan.spec import Blueprint
@@ -131,11 +132,9 @@ def _stage(index: int, blueprint: Blueprint, plan: Plan, batch: int) -> Stage:
     learning = blueprint.learning
     seed = learning.machine.seed
     part = slices(plan.balance)[index]
-    body = nn.Sequential(
-        OrderedDict(
-            (layer.name, initialize(layer, part.start + offset, seed))
-            for offset, layer in enumerate(blueprint.layers[part])
-        )
+    numbers = itertools.count(part.start)
+    body = body_of(
+        blueprint.layers[part], lambda layer: initialize(layer, next(numbers), seed)
     )
     head = None
     if index < len(plan.balance) - 1:

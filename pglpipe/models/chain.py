@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from pglpipe.errors import ConfigError, PartitionError
 from pglpipe.models.layer import Layer
+from pglpipe.models.split import Piece
 
 ACCEPTED = (
     "an nn.Sequential, or a list of modules, of zero-argument builders or of Layer"
@@ -50,11 +51,15 @@ class HeldModules:
     """
 
     def __init__(self, layers: Sequence[Layer]) -> None:
+        # By what stands before the names of their tensors in the network.
         self._modules = {
-            layer.name: layer.build.module
+            f"{layer.name}.": layer.build.module
             for layer in layers
             if isinstance(layer.build, Built)
         }
+        for layer in layers:
+            if isinstance(layer, Piece):
+                self._modules[""] = layer.traced.module
         self._training = {
             part: part.training
             for module in self._modules.values()
@@ -71,14 +76,14 @@ class HeldModules:
 
     def fill(self, tensors: Mapping[str, Tensor]) -> None:
         """Copies the network's tensors, by name, into the modules."""
-        for name, module in self._modules.items():
-            prefix = f"{name}."
+        for prefix, module in self._modules.items():
             own = {
                 key.removeprefix(prefix): tensor
                 for key, tensor in tensors.items()
                 if key.startswith(prefix)
             }
-            module.load_state_dict(own)
+            # What no operation of a traced module uses is in no stage.
+            module.load_state_dict(own, strict=bool(prefix))
 
     def restore_modes(self) -> None:
         """Switches them to training or evaluation, as they were handed in."""
@@ -108,7 +113,7 @@ def as_layers(chain: object) -> list[Layer]:
         raise PartitionError(
             f"expected at least one layer, got an empty chain; give {ACCEPTED}"
         )
-    _check_names([layer.name for layer in layers])
+    _check_names([each.name for each in layers if not isinstance(each, Piece)])
     return layers
 
 

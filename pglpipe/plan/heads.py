@@ -19,6 +19,7 @@ from pglpipe.data.loader import Sample
 from pglpipe.errors import PartitionError, setting
 from pglpipe.heads import Site, build_head
 from pglpipe.models.layer import Layer
+from pglpipe.models.split import Piece
 from pglpipe.plan.partition import HeadBuilder, check_heads, slices
 from pglpipe.plan.spec import Blueprint
 from pglpipe.schedules.gradients import head_depth
@@ -38,6 +39,7 @@ def head_builder(
         balance: layers of each stage; empty while they are not known.
     """
     layers, named, output = blueprint.layers, blueprint.cut.head, main(output)
+    copied = () if isinstance(layers[0], Piece) else layers
     local_loss = blueprint.learning.local_loss
     if not callable(named) and output.ndim != 2 and blueprint.cut.stages > 1:
         raise PartitionError(
@@ -56,7 +58,7 @@ def head_builder(
             depth_fraction = depths.get(position, head_depth(position, len(layers)))
             num_outputs = local_loss.outputs(output.shape[-1])
             seed = blueprint.learning.machine.seed
-            site = Site(shape, num_outputs, position, layers, depth_fraction, seed)
+            site = Site(shape, num_outputs, position, copied, depth_fraction, seed)
             head = build_head(named, site)
         return local_loss.auxiliary(head, shape, tuple(sample.x.shape[1:]))
 

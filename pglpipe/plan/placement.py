@@ -11,7 +11,6 @@ measures, which it shares.
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -27,6 +26,7 @@ from pglpipe.errors import ConfigError, setting, warn
 from pglpipe.heads import borrowed
 from pglpipe.messages.codec import Wire
 from pglpipe.models.layer import Layer
+from pglpipe.models.split import body_of
 from pglpipe.plan.heads import alike, check_apart, head_builder, head_skeletons
 from pglpipe.plan.memory import Memory, MemoryPrediction, PredictionError, fit
 from pglpipe.plan.partition import (
@@ -170,9 +170,7 @@ def _skeletons(
     layers: Sequence[Layer], balance: Sequence[int], heads: Sequence[nn.Module]
 ) -> list[Skeleton]:
     bodies = [
-        nn.Sequential(
-            OrderedDict((layer.name, layer.skeleton()) for layer in layers[part])
-        )
+        body_of(layers[part], lambda layer: layer.skeleton())
         for part in slices(balance)
     ]
     return list(zip(bodies, [*heads, None], strict=True))

@@ -137,9 +137,13 @@ class Returns(nn.Module):
         self.kind = kind
 
     def forward(self, x: Tensor) -> object:
-        return {"tuple": (x, x), "None": None, "scalar": x.sum(), "no batch": x[0]}[
-            self.kind
-        ]
+        return {
+            "list": [x, x],
+            "None": None,
+            "one whole": (x, x.sum()),
+            "scalar": x.sum(),
+            "no batch": x[0],
+        }[self.kind]
 
 
 def refused(modules: Sequence[object], match: str) -> None:
@@ -156,8 +160,9 @@ def refused(modules: Sequence[object], match: str) -> None:
 @pytest.mark.parametrize(
     ("kind", "message"),
     [
-        ("tuple", "layer '1' must return one tensor, got tuple"),
-        ("None", "layer '1' must return one tensor, got NoneType"),
+        ("list", "layer '1' must return one tensor or a tuple of tensors, got list"),
+        ("None", "layer '1' must return one tensor or a tuple .*, got NoneType"),
+        ("one whole", r"layer '1' must keep the batch of 4 .*shape \(\)"),
         ("scalar", r"layer '1' must keep the batch of 4 .*shape \(\)"),
         ("no batch", r"layer '1' must keep the batch of 4 .*shape \(8,\)"),
     ],

@@ -1,0 +1,517 @@
+"""Cuts any module whose ``forward`` can be traced into layers.
+
+``torch.fx`` records which operations a module runs, in their order. A layer is a run of them: it takes the
+values that are alive where it begins, and gives those that are alive where it ends::
+
+    x ─▶ conv1 ─▶ a ─▶ layer1 ─▶ b ─▶ up ─▶ cat ─▶ fc ─▶ y
+                  └────────────────────────▲
+    alive            a       a, b     a, c
+
+The modules themselves stay what they are, with their names, modes and hooks; layers only call them. What does not
+depend on the batch is computed again in each layer that needs it, and crosses no cut. Heads read the value that
+was computed last.
+"""
+
+from __future__ import annotations
+
+import copy
+import operator
+from collections import OrderedDict
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from pglpipe.errors import PartitionError, nearest
+from pglpipe.models.layer import Layer
+from pglpipe.utils.activation import Activation, map_tensors, tensors_of
+
+# What holds modules, and does nothing of its own.
+_CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+_AFTER = "after "
+
+
+def split(
+    module: nn.Module,
+    example: Activation,
+    *,
+    at: Sequence[str] | None = None,
+    leaf: Collection[str] = (),
+) -> list[Layer]:
+    """The layers of any module, to be given to a trainer in its place.
+
+    Args:
+        module: the network. Its submodules stay what they are, and hold the trained weights after
+            :meth:`~pglpipe.trainer.Trainer.fit`.
+        example: an input, tensors ``[B, ...]`` of 2 samples or more.
+        at: where to cut: the name of a submodule cuts before it is first called, ``"after NAME"`` after it was last
+            called. None for all places where few bytes would cross.
+        leaf: names of submodules that are called as a whole, because they cannot be traced.
+
+    Returns:
+        One layer more than there are names in ``at``.
+
+    Raises:
+        PartitionError: the module cannot be traced, there is no such submodule, or no cut can be made there.
+
+    >>> network = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+    >>> [layer.name for layer in split(network, torch.ones(2, 4), at=["2"])]
+    ['0', '2']
+    """
+    traced = Traced(module, example, leaf)
+    ends = traced.everywhere() if at is None else traced.places(at)
+    layers = traced.cut(ends)
+    traced.check(layers, example)
+    return layers
+
+
+@dataclass(frozen=True)
+class Piece(Layer):
+    """A layer that is a run of a traced module's operations.
+
+    Attributes:
+        traced: the module.
+        first, end: numbers of its first operation, and of the one after its last.
+    """
+
+    traced: Traced
+    first: int
+    end: int
+
+
+def body_of(layers: Sequence[Layer], build: Callable[[Layer], nn.Module]) -> nn.Module:
+    """Consecutive layers as one module, whose tensors have the names that they have in the network."""
+    first, last = layers[0], layers[-1]
+    if isinstance(first, Piece) and isinstance(last, Piece):
+        return build(first.traced.joined(first, last))
+    return nn.Sequential(OrderedDict((layer.name, build(layer)) for layer in layers))
+
+
+class Traced:
+    """A module's operations.
+
+    Args:
+        module: what is traced.
+        example: its input.
+        leaf: submodules that are not traced into.
+    """
+
+    def __init__(
+        self, module: nn.Module, example: Activation, leaf: Collection[str]
+    ) -> None:
+        self.module = module
+        known = dict(module.named_modules())
+        for name in leaf:
+            if name not in known:
+                raise PartitionError(
+                    f"no submodule {name!r} to be a leaf: {nearest(name, known)}"
+                )
+        self._root, self._graph = _trace(module, leaf)
+        self._inputs = [n for n in self._graph.nodes if n.op == "placeholder"]
+        (self._output,) = (n for n in self._graph.nodes if n.op == "output")
+        _run(self._root, self._graph, self._inputs, example)
+        self._batch = len(tensors_of(example)[0])
+        self._fixed = self._found_fixed()
+        self._nodes = [
+            node
+            for node in self._graph.nodes
+            if node.op not in ("placeholder", "output") and node not in self._fixed
+        ]
+        self._number = {node: i for i, node in enumerate(self._nodes)}
+        self._unused = self._found_unused()
+
+    # -- where to cut -----------------------------------------------------------------
+
+    def places(self, at: Sequence[str]) -> list[int]:
+        """The numbers of the operations before which the named cuts are, in their order.
+
+        Raises:
+            PartitionError: a name is unknown, or a cut is not possible there.
+        """
+        found = []
+        for text in at:
+            name = text.removeprefix(_AFTER)
+            numbers = [i for i, n in enumerate(self._nodes) if name in _owners(n)]
+            if not numbers:
+                called = dict.fromkeys(o for n in self._nodes for o in _owners(n))
+                raise PartitionError(
+                    f"cannot cut at {text!r}, for no such submodule is called: {nearest(name, called)}"
+                )
+            place = numbers[-1] + 1 if text.startswith(_AFTER) else numbers[0]
+            self._check_place(place, text)
+            found.append(place)
+        if sorted(set(found)) != found:
+            raise PartitionError(
+                f"expected cuts in the order in which their submodules run, got {', '.join(at)}; sort them, and drop "
+                "those at the same place"
+            )
+        return found
+
+    def everywhere(self) -> list[int]:
+        """Between any two operations with parameters the place where the fewest bytes would cross.
+
+        Places within a submodule where more would cross than before and after it are left out.
+        """
+        costly = [i for i, node in enumerate(self._nodes) if self._has_parameters(node)]
+        found = []
+        for before, after in zip(costly, costly[1:], strict=False):
+            places = [p for p in range(before + 1, after + 1) if not self._refusal(p)]
+            if places:
+                place = min(places, key=lambda p: (self._bytes(p), -p))
+                if not self._is_inside(place):
+                    found.append(place)
+        return found
+
+    def alive(self, place: int) -> list[fx.Node]:
+        """The values that cross a cut before an operation; first the one that heads read."""
+        crossing = [
+            node
+            for node in [*self._inputs, *self._nodes[:place]]
+            if any(self._comes_after(user, place) for user in node.users)
+        ]
+        floating = [n for n in crossing if _is_floating(n.meta["value"])]
+        read = floating[-1:]
+        return [*read, *(node for node in crossing if node not in read)]
+
+    def _comes_after(self, user: fx.Node, place: int) -> bool:
+        return user is self._output or self._number.get(user, -1) >= place
+
+    def _bytes(self, place: int) -> int:
+        return sum(node.meta["value"].nbytes for node in self.alive(place))
+
+    def _refusal(self, place: int) -> str:
+        """Why there can be no cut before an operation; empty if there can."""
+        if not 0 < place < len(self._nodes):
+            return "nothing would be left on one side"
+        alive = self.alive(place)
+        for node in alive:
+            value = node.meta["value"]
+            if not isinstance(value, Tensor):
+                return f"{node.name!r}, which is {type(value).__name__}, would cross"
+            if value.ndim == 0 or len(value) != self._batch:
+                return f"{node.name!r} of shape {tuple(value.shape)}, which has not the batch first, would cross"
+        if not alive or not _is_floating(alive[0].meta["value"]):
+            return "nothing that a head could read would cross"
+        return ""
+
+    def _check_place(self, place: int, text: str) -> None:
+        if reason := self._refusal(place):
+            names = dict.fromkeys(
+                _owners(self._nodes[p])[-1]
+                for p in range(1, len(self._nodes))
+                if not self._refusal(p) and _owners(self._nodes[p])
+            )
+            near = ", ".join(list(names)[:5])
+            raise PartitionError(
+                f"cannot cut at {text!r}: {reason}; cut elsewhere, such as at {near or 'no place'}"
+            )
+
+    def _is_inside(self, place: int) -> bool:
+        """Whether a place is within a submodule before and after which fewer bytes would cross."""
+        around = zip(
+            _owners(self._nodes[place - 1]), _owners(self._nodes[place]), strict=False
+        )
+        for owner, other in around:
+            if owner != other:
+                return False
+            if isinstance(self.module.get_submodule(owner), _CONTAINERS):
+                continue
+            own = [i for i, node in enumerate(self._nodes) if owner in _owners(node)]
+            ends = [p for p in (own[0], own[-1] + 1) if not self._refusal(p)]
+            if ends and self._bytes(place) > max(map(self._bytes, ends)):
+                return True
+        return False
+
+    def _has_parameters(self, node: fx.Node) -> bool:
+        if node.op == "call_module":
+            owner = self.module.get_submodule(str(node.target))
+            return next(owner.parameters(), None) is not None
+        return any(
+            isinstance(fixed.meta["value"], nn.Parameter)
+            for fixed in node.all_input_nodes
+            if fixed.op == "get_attr"
+        )
+
+    def _found_fixed(self) -> set[fx.Node]:
+        """What does not depend on the batch."""
+        fixed: set[fx.Node] = set()
+        for node in self._graph.nodes:
+            if node.op not in ("placeholder", "output"):
+                if all(each in fixed for each in node.all_input_nodes):
+                    # A module may draw, count or learn though it is given nothing.
+                    if node.op != "call_module":
+                        fixed.add(node)
+        return fixed
+
+    # -- layers -----------------------------------------------------------------------
+
+    def cut(self, ends: Sequence[int]) -> list[Layer]:
+        """The layers between the places."""
+        bounds = [0, *ends, len(self._nodes)]
+        names: list[str] = []
+        layers: list[Layer] = []
+        for first, end in zip(bounds, bounds[1:], strict=False):
+            owners = [o for n in self._nodes[first:end] for o in _owners(n)[-1:]]
+            name = owners[0] if owners else self._nodes[first].name
+            names.append(name)
+            if names.count(name) > 1:
+                name = f"{name} ({names.count(name)})"
+
+            layers.append(self._piece(name, first, end))
+        return layers
+
+    def _piece(self, name: str, first: int, end: int) -> Piece:
+        return Piece(name, partial(self.part, first, end), self, first, end)
+
+    def joined(self, first: Piece, last: Piece) -> Piece:
+        """A layer and those that follow, up to the last one, as one layer."""
+        return self._piece(first.name, first.first, last.end)
+
+    def part(self, first: int, end: int) -> nn.Module:
+        """A run of operations as a module that takes and gives the values which are alive at its ends."""
+        graph = fx.Graph()
+        copies: dict[fx.Node, fx.Node] = {}
+
+        def copied(node: fx.Node) -> fx.Node:
+            if node not in copies:
+                assert node in self._fixed, f"{node} crosses no cut"
+                copies[node] = graph.node_copy(node, copied)
+            return copies[node]
+
+        x = graph.placeholder("x")
+        given = self.alive(first) if first else self._inputs
+        if len(given) == 1:
+            copies[given[0]] = x
+        else:
+            for index, node in enumerate(given):
+                copies[node] = graph.call_function(operator.getitem, (x, index))
+        for node in self._nodes[first:end]:
+            copies[node] = graph.node_copy(node, copied)
+        if end == len(self._nodes):
+            graph.output(fx.map_arg(self._output.args[0], copied))
+        else:
+            values = tuple(copied(node) for node in self.alive(end))
+            graph.output(values[0] if len(values) == 1 else values)
+        code = type(fx.GraphModule(self._root, graph)).forward
+        part = _Part(code)
+        names = [
+            str(n.target) for n in graph.nodes if n.op in ("call_module", "get_attr")
+        ]
+        for name in dict.fromkeys(names if first else [*names, *self._unused]):
+            part.adopt(self._root, name)
+        return part
+
+    def _found_unused(self) -> list[str]:
+        """Tensors of the module's ``state_dict`` that no operation has; the first layer keeps them."""
+        used = [
+            str(n.target)
+            for n in self._graph.nodes
+            if n.op in ("call_module", "get_attr")
+        ]
+        return [
+            name
+            for name in self.module.state_dict()
+            if not any(name == own or name.startswith(f"{own}.") for own in used)
+        ]
+
+    @torch.no_grad()
+    def check(self, layers: Sequence[Layer], example: Activation) -> None:
+        """Refuses layers that compute something else than the module.
+
+        Raises:
+            PartitionError: an operation changes in place what another part of the module still reads.
+        """
+        if any(tensor.is_meta for tensor in tensors_of(example)):
+            return
+        with _mode(self.module, training=False):
+            expected = self.module(*_arguments(map_tensors(Tensor.clone, example)))
+            x = example
+            for layer in layers:
+                # As if each layer were on another worker.
+                x = map_tensors(Tensor.clone, layer.build()(x))
+        pairs = zip(tensors_of(expected), tensors_of(x), strict=True)
+        if not all(torch.allclose(a, b, equal_nan=True) for a, b in pairs):
+            raise PartitionError(
+                "the module computes something else when it is cut, because an operation changes in place what a later "
+                "part still reads; have it return a new tensor, or cut elsewhere"
+            )
+
+
+class _Part(nn.Module):
+    """Operations as a module, whose submodules and tensors have the names that they have in the whole.
+
+    Args:
+        code: of the operations, a function of the module and its input.
+    """
+
+    def __init__(self, code: Callable[[nn.Module, Activation], Activation]) -> None:
+        super().__init__()
+        self._code = code
+
+    def forward(self, x: Activation) -> Activation:
+        """Runs the operations on the values that are alive before them."""
+        return self._code(self, x)
+
+    def adopt(self, root: nn.Module, name: str) -> None:
+        """Takes over a submodule, a parameter or a buffer of the whole module."""
+        *path, last = name.split(".")
+        owner: nn.Module = root
+        mine: nn.Module = self
+        for each in path:
+            if each not in mine._modules:
+                mine.add_module(each, nn.Module())
+            owner, mine = owner.get_submodule(each), mine.get_submodule(each)
+        if last in [*mine._modules, *mine._parameters, *mine._buffers]:
+            return  # in a submodule that is here as a whole
+        value = getattr(owner, last)
+        if isinstance(value, nn.Module):
+            mine.add_module(last, value)
+        elif isinstance(value, nn.Parameter):
+            mine.register_parameter(last, value)
+        else:  # a buffer, or a tensor that forward makes; several parts may read it
+            left_out = last in owner._non_persistent_buffers_set
+            kept = last in owner._buffers and not left_out
+            mine.register_buffer(last, value.clone(), persistent=kept)
+
+
+class _Tracer(fx.Tracer):
+    """Follows a module into its submodules, but for leaves."""
+
+    def __init__(self, leaves: Collection[str]) -> None:
+        super().__init__()
+        self._leaves = leaves
+        self.within: list[str] = []
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        hooks = "_forward_hooks", "_forward_pre_hooks", "_backward_hooks"
+        return (
+            module_qualified_name in self._leaves
+            or any(getattr(m, name) for name in hooks)
+            or super().is_leaf_module(m, module_qualified_name)
+        )
+
+    def call_module(
+        self, m: nn.Module, forward: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        self.within.append(self.path_of_module(m))
+        output = super().call_module(m, forward, args, kwargs)
+        self.within.pop()  # not where it has failed: there it says where
+        return output
+
+
+def _trace(module: nn.Module, leaf: Collection[str]) -> tuple[nn.Module, fx.Graph]:
+    """The operations, in either mode, and the module that has what they refer to.
+
+    A submodule that does other things in training is not traced into.
+    """
+    leaves = set(leaf)
+    while True:
+        roots, graphs = [], []
+        for training in (True, False):
+            with _mode(module, training=training):
+                # Tensors that forward makes become attributes of what is traced.
+                roots.append(copy.copy(module))
+                graphs.append(_traced_once(roots[-1], leaves))
+        train, evaluation = graphs
+        if (owner := _first_difference(train, evaluation)) is None:
+            return roots[0], train
+        if not owner or owner in leaves:
+            raise PartitionError(
+                f"cannot trace {type(module).__name__}, whose own forward does other things in training than in "
+                "evaluation; move that into a submodule"
+            )
+        leaves.add(owner)
+
+
+def _traced_once(module: nn.Module, leaves: Collection[str]) -> fx.Graph:
+    tracer = _Tracer(leaves)
+    try:
+        return tracer.trace(module)
+    except Exception as error:  # whatever a forward does with what has no values
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        where = tracer.within[-1] if tracer.within else ""
+        remedy = (
+            f"name it with leaf=[{where!r}]" if where else "give its layers as a list"
+        )
+        raise PartitionError(
+            f"cannot trace {where or type(module).__name__!r}: {reason}; {remedy}"
+        ) from error
+
+
+def _first_difference(some: fx.Graph, others: fx.Graph) -> str | None:
+    """The submodule in which two graphs begin to differ; None if they do not."""
+    for node, other in zip(some.nodes, others.nodes, strict=False):
+        if _described(node) != _described(other):
+            inner = [*_owners(node)[-1:], ""]
+            if node.op == "call_module":
+                inner = [*_owners(node)[-2:-1], ""]
+            return inner[0]
+    return None if len(some.nodes) == len(others.nodes) else ""
+
+
+def _described(node: fx.Node) -> tuple[object, ...]:
+    return node.op, str(node.target), str(node.args), str(node.kwargs)
+
+
+def _owners(node: fx.Node) -> list[str]:
+    """The submodules that an operation belongs to, from the outermost one."""
+    stack = [path for path, _ in node.meta.get("nn_module_stack", {}).values()]
+    if node.op == "call_module" and str(node.target) not in stack:
+        stack.append(str(node.target))
+    return [path for path in stack if path]
+
+
+def _run(
+    module: nn.Module, graph: fx.Graph, inputs: Sequence[fx.Node], example: Activation
+) -> None:
+    """Notes every operation's value, on the meta device, in its ``meta["value"]``."""
+    given = _arguments(example)
+    if len(given) > len(inputs):
+        raise PartitionError(
+            f"expected an example for the inputs {', '.join(str(n.target) for n in inputs)}, got {len(given)} values"
+        )
+    whole = copy.deepcopy(fx.GraphModule(module, graph))
+
+    def run(device: str) -> None:
+        with torch.device(device), torch.no_grad():
+            to_device = partial(map_tensors, lambda tensor: tensor.to(device))
+            _Noting(whole.to(device), graph).run(*map(to_device, given))
+
+    try:
+        run("meta")
+    except Exception:  # a leaf looks at values
+        whole = copy.deepcopy(fx.GraphModule(module, graph))
+        run("cpu")
+
+
+class _Noting(fx.Interpreter):
+    def __init__(self, module: fx.GraphModule, graph: fx.Graph) -> None:
+        super().__init__(module, graph=graph)
+
+    def run_node(self, n: fx.Node) -> Any:
+        n.meta["value"] = value = super().run_node(n)
+        return value
+
+
+def _is_floating(value: object) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point()
+
+
+def _arguments(example: Activation) -> tuple[Activation, ...]:
+    return example if isinstance(example, tuple) else (example,)
+
+
+@contextmanager
+def _mode(module: nn.Module, *, training: bool) -> Iterator[None]:
+    """Switches a module to training or evaluation within its block."""
+    before = {part: part.training for part in module.modules()}
+    module.train(training)
+    try:
+        yield
+    finally:
+        for part, mode in before.items():
+            part.training = mode

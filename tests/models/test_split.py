@@ -1,0 +1,296 @@
+"""Any module that can be traced is cut where it is asked to be, and computes what it computed."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from testing.worlds import Trained, train
+from torch import Tensor, nn
+
+from pglpipe import ALWAYS, Guidance, Layer, PglpipeError
+from pglpipe.errors import ConfigError, PartitionError
+from pglpipe.models.split import split
+from pglpipe.utils.activation import tensors_of
+
+
+def block(channels: int, out: int) -> nn.Sequential:
+    """Convolution, BatchNorm, ReLU in place."""
+    convolution = nn.Conv2d(channels, out, 3, padding=1, bias=False)
+    return nn.Sequential(convolution, nn.BatchNorm2d(out), nn.ReLU(inplace=True))
+
+
+class UNet(nn.Module):
+    """Two skip connections over the whole depth, and a classifier of the pixels' mean."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.down1, self.down2, self.middle = block(3, 4), block(4, 8), block(8, 8)
+        self.up2, self.up1, self.fc = block(16, 4), block(8, 4), nn.Linear(4, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        a = self.down1(x)
+        b = self.down2(nn.functional.max_pool2d(a, 2))
+        c = self.middle(nn.functional.max_pool2d(b, 2))
+        b = self.up2(torch.cat([nn.functional.interpolate(c, scale_factor=2), b], 1))
+        a = self.up1(torch.cat([nn.functional.interpolate(b, scale_factor=2), a], 1))
+        y: Tensor = self.fc(a.mean((2, 3)))
+        return y
+
+
+class Masked(nn.Module):
+    """A mask of truth values and whole numbers cross the cuts; positions depend on no batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(192, 16), nn.Linear(16, 16)
+        self.third, self.last = nn.Linear(16, 16), nn.Linear(16, 10)
+        self.register_buffer("scale", torch.full((16,), 0.5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        flat = x.flatten(1)
+        mask = flat[:, :16] > 0
+        largest = flat.argmax(1)
+        shift = torch.arange(16) * self.scale
+        x = self.first(flat).relu() + shift
+        x = self.second(x).relu().masked_fill(mask, 0.0) + shift
+        x = self.third(x).relu()
+        y: Tensor = self.last(x) + nn.functional.one_hot(largest % 10, 10)
+        return y
+
+
+class Functional(nn.Module):
+    """A submodule whose own forward asks for its mode."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.before, self.drop, self.after = (
+            nn.Linear(192, 8),
+            FunctionalDropout(),
+            nn.Linear(8, 10),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.after(self.drop(self.before(x.flatten(1))))
+        return y
+
+
+class FunctionalDropout(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.dropout(x, 0.5, training=self.training)
+
+
+class Branching(nn.Module):
+    """Its middle looks at values."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.before, self.middle, self.after = (
+            nn.Linear(192, 8),
+            Choosing(),
+            nn.Linear(8, 10),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.after(self.middle(self.before(x.flatten(1))))
+        return y
+
+
+class Choosing(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x * 2 if x.sum() > 0 else x
+
+
+class Overwriting(nn.Module):
+    """Changes in place what it reads again later, through a view."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(192, 8), nn.Linear(8, 8)
+        self.last = nn.Linear(8, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        a = self.first(x.flatten(1))
+        view = a[:, :4]
+        b = self.second(a)
+        view.zero_()
+        y: Tensor = self.last(a + b)
+        return y
+
+
+X = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+BATCH = X, torch.tensor([0, 1, 2, 3])
+
+
+def made(kind: Callable[[], nn.Module], dtype: torch.dtype = torch.float32) -> Any:
+    """The same weights each time."""
+    torch.manual_seed(0)
+    return kind().to(dtype)
+
+
+def plain(parameters: Any) -> torch.optim.Optimizer:
+    """Its steps are gradients."""
+    return torch.optim.SGD(parameters, lr=0.1)
+
+
+def trained(size: int, layers: list[Layer], batch: Any = BATCH, **more: Any) -> Trained:
+    """Four steps of four stages."""
+    defaults: dict[str, Any] = dict(head="mlp", optimizer=plain, stages=4)
+    return train(size, layers, [batch] * 4, **(defaults | more))
+
+
+MODELS = {
+    "u-net": (UNet, ["down2", "middle", "up2"]),
+    "masks and numbers": (Masked, ["second", "third", "last"]),
+}
+
+
+@pytest.mark.parametrize("at", ["named", "everywhere"])
+@pytest.mark.parametrize("name", MODELS)
+def test_a_global_step_is_back_propagation_through_the_uncut_module(
+    name: str, at: str
+) -> None:
+    kind, names = MODELS[name]
+    batch = X.double(), BATCH[1]
+    module, reference = made(kind, torch.float64), made(kind, torch.float64)
+    layers = split(module, batch[0], at=names if at == "named" else None)
+    result = trained(2, layers, batch, guidance=ALWAYS)
+
+    optimizer = plain(reference.parameters())
+    for _ in range(4):
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(reference(batch[0]), batch[1]).backward()
+        optimizer.step()
+    assert set(result.body) == set(reference.state_dict())
+    for key, expected in reference.state_dict().items():
+        found = result.body[key].to(expected.dtype)
+        torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-14)
+
+
+STEPS: dict[str, dict[str, Any]] = {
+    "local and global": dict(guidance=Guidance(period=2)),
+    "compared, in microbatches, computed again": dict(
+        guidance=Guidance(period=2), compare_every=1, microbatches=2, recompute=True
+    ),
+    "local microbatches": dict(local_microbatches=2),
+    "windows": dict(guidance=Guidance(period=2, reach="window", window=2)),
+    "stale": dict(guidance=Guidance(period=2, reach="stale", final=0)),
+    "stale windows": dict(guidance=Guidance(period=1, reach="stale-window", window=3)),
+    "int8": dict(guidance=Guidance(period=2), edge_dtype="int8"),
+    "bf16": dict(guidance=Guidance(period=2), precision="bf16"),
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("kind", STEPS)
+def test_no_bit_depends_on_how_many_workers_there_are(kind: str, name: str) -> None:
+    model, names = MODELS[name]
+    evaluate = [BATCH, (X[:3], BATCH[1][:3])]
+
+    def digest(size: int) -> tuple[str, Any]:
+        layers = split(made(model), X, at=names)
+        result = trained(size, layers, evaluate=evaluate, **STEPS[kind])
+        (evaluation,) = result.records.evaluations
+        return result.summary.parameters_sha256, evaluation
+
+    expected = digest(1)
+    assert digest(2) == expected and digest(4) == expected
+
+
+def test_what_is_alive_crosses_a_cut_and_nothing_else() -> None:
+    layers = split(made(UNet), X, at=["down2", "middle", "up2", "up1", "fc"])
+    crossing, x = [], X
+    for layer in layers:
+        x = layer.build()(x)
+        crossing.append([tuple(t.shape[1:]) for t in tensors_of(x)])
+    a, b = (4, 8, 8), (8, 4, 4)
+    assert crossing == [
+        [(4, 4, 4), a],
+        [(8, 2, 2), a, b],
+        [(16, 4, 4), a],
+        [(8, 8, 8)],
+        [(4,)],
+        [(10,)],
+    ]
+    masked = split(made(Masked), X, at=["second", "third"])
+    dtypes = [[t.dtype for t in tensors_of(layer.build()(X))] for layer in masked[:1]]
+    # What is made of positions alone is computed again.
+    assert dtypes == [[torch.float32, torch.bool, torch.int64]]
+
+
+def test_a_cut_can_be_after_a_submodule() -> None:
+    before = split(made(UNet), X, at=["up1"])
+    after = split(made(UNet), X, at=["after up2"])
+    assert [len(tensors_of(layers[0].build()(X))) for layers in (before, after)] == [
+        1,
+        2,
+    ]
+
+
+def test_submodules_keep_their_modes_hooks_and_trained_weights() -> None:
+    module = made(UNet)
+    module.middle.eval()
+    calls: list[bool] = []
+    module.up2.register_forward_hook(lambda self, x, y: calls.append(self.training))
+    before = copy.deepcopy(module.state_dict())
+    result = trained(2, split(module, X, at=["down2", "middle", "up2"]))
+    assert True in calls and not module.middle.training and module.up2.training
+    for name, tensor in module.state_dict().items():
+        assert torch.equal(tensor, result.body[name])
+    assert not torch.equal(before["fc.weight"], module.fc.weight)
+
+
+def test_what_depends_on_the_mode_still_does() -> None:
+    first, last = split(made(Functional), X, at=["after"])
+    part = first.build()
+    assert (part.train()(X) == 0).any() and not (part.eval()(X) == 0).any()
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "words"),
+    [
+        (Branching, {}, r"cannot trace 'middle': .*leaf=\['middle'\]"),
+        (Overwriting, {"at": ["second"]}, "changes in place what a later part"),
+        (UNet, {"at": ["up3"]}, "'up3', for no such submodule is called: did you mean"),
+        (UNet, {"at": ["up2", "down2"]}, "in the order in which their submodules run"),
+        (UNet, {"at": ["down1"]}, "nothing would be left on one side"),
+        (UNet, {"leaf": ["dwon1"]}, "no submodule 'dwon1' to be a leaf"),
+    ],
+)
+def test_what_cannot_be_cut_is_refused_on_one_line(
+    kind: Callable[[], nn.Module], options: dict[str, Any], words: str
+) -> None:
+    with pytest.raises(PartitionError, match=words) as raised:
+        split(made(kind), X, **options)
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.filterwarnings("ignore:what stages keep")
+def test_a_leaf_is_called_as_a_whole() -> None:
+    layers = split(made(Branching), X, leaf=["middle"])
+    assert len(layers) == 2
+    trained(2, layers, stages=2)
+
+
+def test_tied_weights_across_a_cut_are_refused_with_both_layers() -> None:
+    class Tied(UNet):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up1[0].weight = self.up2[0].weight
+            self.up1[0].weight = nn.Parameter(torch.zeros(4, 8, 3, 3))
+            self.middle[1] = self.down2[1]
+
+    with pytest.raises(PartitionError, match="share .* but are cut apart"):
+        trained(1, split(made(Tied), X, at=["down2", "middle", "up2"]))
+
+
+def test_a_head_that_borrows_layers_is_refused() -> None:
+    layers = split(made(UNet), X, at=["down2", "middle", "up2"])
+    with pytest.raises(
+        PglpipeError, match="expected the network's layers for a head thin-2"
+    ) as raised:
+        trained(1, layers, head="thin-2")
+    assert isinstance(raised.value, ConfigError)
