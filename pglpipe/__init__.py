@@ -5,6 +5,7 @@ from pglpipe.checkpoint.writer import Checkpoints
 from pglpipe.errors import PglpipeError, UserError, WorkerError
 from pglpipe.losses import LocalLoss
 from pglpipe.models.layer import Layer
+from pglpipe.models.split import split
 from pglpipe.observe.observers import Observer
 from pglpipe.observe.records import EvaluationRecord, StepRecord, Summary
 from pglpipe.plan.memory import Memory
@@ -41,4 +42,5 @@ __all__ = [
     "anew",
     "constant",
     "cosine",
+    "split",
 ]

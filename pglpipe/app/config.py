@@ -58,7 +58,10 @@ class Network(Section, title="Network", in_python=False):
     """The network of a run."""
 
     model: str = option(
-        "resnet20", "network, or PACKAGE.MODULE:FUNCTION", text(), common=True
+        "resnet20",
+        "network, torchvision:NAME, or PACKAGE.MODULE:FUNCTION",
+        text(),
+        common=True,
     )
     width: int = option(0, "base width of the network; 0 for its own", whole(0))
 

@@ -43,6 +43,7 @@ from pglpipe.plan.memory import as_text
 from pglpipe.plan.placement import Plan
 from pglpipe.trainer import Trainer
 from pglpipe.utils import device as devices
+from pglpipe.utils.seeding import Draws
 
 _LINGER_SECONDS = 2.0
 
@@ -214,12 +215,14 @@ def _trainer(
     Args:
         fits: whether what is fitted to a memory budget is still open.
     """
-    layers = models.build(
-        config.network.model,
-        image_shape=material.image_shape,
-        num_classes=len(material.classes),
-        width=config.network.width,
-    )
+    # Layers are drawn where they live; a module that is split is drawn as a whole, everywhere alike.
+    with Draws(config.machine.seed, "network").seeded():
+        layers = models.build(
+            config.network.model,
+            image_shape=material.image_shape,
+            num_classes=len(material.classes),
+            width=config.network.width,
+        )
     trainer = Trainer(
         layers,
         loss=nn.CrossEntropyLoss(),

@@ -17,6 +17,7 @@ from pglpipe.models.layer import Layer
 from pglpipe.models.mlp import mlp
 from pglpipe.models.resnet import resnet
 from pglpipe.models.vgg import vgg11
+from pglpipe.models.vision import PREFIX, vision_model
 
 __all__ = [
     "MODELS",
@@ -48,7 +49,7 @@ def build(
     """The layers of the network called ``name``.
 
     Args:
-        name: a key of :data:`MODELS`, or ``PACKAGE.MODULE:FUNCTION``. The function is called
+        name: a key of :data:`MODELS`, ``torchvision:NAME``, or ``PACKAGE.MODULE:FUNCTION``. The function is called
             with the keyword arguments ``image_shape`` and ``num_classes`` (and ``width`` unless it
             is 0), and returns anything that :func:`as_layers` accepts.
         image_shape: ``(C, H, W)`` of one image.
@@ -72,10 +73,12 @@ def build(
     }
     if width:
         options["width"] = width
+    if name.startswith(PREFIX):
+        return vision_model(name.removeprefix(PREFIX), **options)  # type: ignore[arg-type]
     if ":" in name:
         return as_layers(call_imported(name, options))
     if name not in MODELS:
         raise ConfigError(
-            f"unknown model {name!r}: {nearest(name, MODELS)}, or PACKAGE.MODULE:FUNCTION"
+            f"unknown model {name!r}: {nearest(name, MODELS)}, torchvision:NAME, or PACKAGE.MODULE:FUNCTION"
         )
     return MODELS[name](**options)

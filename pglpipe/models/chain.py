@@ -7,6 +7,7 @@ what comes                     what it becomes                 names
 list of modules                one layer per module            "0", "1", …
 list of zero-argument makers   built only where they live      "0", "1", …
 list of :class:`Layer`         itself                          the layers' own
+what ``split`` gives           itself                          the module's own
 =============================  ==============================  =====================
 
 A module is a chain's item as it stands: it keeps its weights, and stays shared where it
@@ -125,7 +126,12 @@ def _items(chain: object) -> list[tuple[str, object]]:
     if isinstance(chain, Sequence) and not isinstance(chain, str):
         return [(str(index), item) for index, item in enumerate(chain)]
     raise ConfigError(
-        f"expected {ACCEPTED}, got {type(chain).__name__}; give the layers in their order"
+        f"expected {ACCEPTED}, got {type(chain).__name__}; "
+        + (
+            "cut it with pglpipe.split(module, example)"
+            if isinstance(chain, nn.Module)
+            else "give the layers in their order"
+        )
     )
 
 

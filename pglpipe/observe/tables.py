@@ -13,6 +13,7 @@ from rich.table import Table
 from pglpipe.observe.records import Summary
 from pglpipe.observe.terminal import clock, layers_of, number, percent, worker_of
 from pglpipe.plan.memory import as_text
+from pglpipe.plan.partition import StageRow
 from pglpipe.plan.placement import Plan
 from pglpipe.steps import MEMORY_KINDS
 
@@ -21,38 +22,50 @@ _MIB = 2**20
 
 def show_plan(plan: Plan) -> None:
     """Prints what each stage holds and costs."""
-    table = Table(
-        "stage",
-        "worker",
-        "layers",
-        "parameters",
-        "+ head",
-        "MMAC",
-        "KiB",
-        "ms",
-        "share",
-        box=SIMPLE_HEAD,
-    )
+    is_timed = any(row.seconds for row in plan.rows)
+    columns = ["stage", "worker", "layers", "weights", "+ head", "MMAC", "KiB", "sends"]
+    if is_timed:
+        columns.append("ms")
+    table = Table(*columns, "share", box=SIMPLE_HEAD)
     for row in plan.rows:
-        table.add_row(
+        cells = [
             str(row.index),
             str(worker_of(plan, row.index)),
             layers_of(row),
-            f"{row.parameters:,}",
-            f"{row.head_parameters:,}",
+            _count(row.parameters),
+            _count(row.head_parameters),
             f"{row.macs / 1e6:.2f}",
             f"{row.saved_bytes / 1024:.0f}",
-            f"{row.seconds * 1e3:.1f}" if row.seconds else "–",
-            percent(row.share),
-        )
+            _crossing(row),
+        ]
+        if is_timed:
+            cells.append(f"{row.seconds * 1e3:.1f}")
+        table.add_row(*cells, percent(row.share))
     console = Console(markup=False)
     console.print(table)
     console.print(
-        "Heads included. MMAC (forward) and KiB (saved for backward) are per image, ms per batch. "
+        "Heads included. MMAC (forward), KiB (saved for backward) and what a stage sends to the next one, in KiB, are "
+        f"per sample{', ms per batch' if is_timed else ''}. "
         "Repeat this cut with "
         f"--balance {','.join(map(str, plan.balance))}"
     )
     console.print(_memory(plan, ()), _settings(plan))
+
+
+def _count(number: int) -> str:
+    """A number of weights in at most six characters."""
+    for unit, name in ((10**9, "G"), (10**6, "M"), (10**3, "k")):
+        if number >= 10 * unit or (number >= unit and unit > 1000):
+            return f"{number / unit:.3g}{name}"
+    return f"{number:,}"
+
+
+def _crossing(row: StageRow) -> str:
+    """What a stage sends to the next one: KiB, and tensors if there are several."""
+    if not row.crossing:
+        return "–"
+    several = f" in {row.crossing}" if row.crossing > 1 else ""
+    return f"{row.crossing_bytes / 1024:.3g}{several}"
 
 
 def show_exits(plan: Plan, summary: Summary, folder: Path | None = None) -> None:

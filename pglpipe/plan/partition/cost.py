@@ -44,6 +44,8 @@ class LayerCost:
             parameters and buffers. Memory that several layers keep is counted where it is
             first kept, so the sum over consecutive layers is what they keep together.
         seconds: of forward and backward for a whole batch; 0 when not measured.
+        output_bytes: of all tensors of the output, per sample.
+        outputs: how many tensors those are.
     """
 
     name: str
@@ -52,6 +54,8 @@ class LayerCost:
     macs: int
     saved_bytes: int
     seconds: float = 0.0
+    output_bytes: int = 0
+    outputs: int = 1
 
 
 # Of the layers, and of the heads after all of them but the last; None where there is no head.
@@ -192,6 +196,8 @@ def _analyse(
         parameters=sum(p.numel() for p in module.parameters()),
         macs=flops // 2 // batch,
         saved_bytes=(keeps.num_bytes - saved.num_bytes) // batch,
+        output_bytes=sum(tensor.nbytes for tensor in tensors_of(output)) // batch,
+        outputs=len(tensors_of(output)),
     )
     if given is x:
         saved.storages, saved.num_bytes = keeps.storages, keeps.num_bytes

@@ -133,6 +133,8 @@ class StageRow:
         output_shape: of one sample's activation after its last layer.
         seconds: forward and backward of a batch, head included; 0 when not measured.
         share: of all stages' seconds, or multiply-adds when not measured; 0 … 1.
+        crossing_bytes: of what goes to the next stage, per sample, before it is packed; 0 for the last stage.
+        crossing: how many tensors those are.
     """
 
     index: int
@@ -146,6 +148,8 @@ class StageRow:
     output_shape: tuple[int, ...]
     seconds: float
     share: float
+    crossing_bytes: int = 0
+    crossing: int = 0
 
 
 def describe(
@@ -174,13 +178,18 @@ def describe(
     ]
     total = sum(loads) or 1.0
     return [
-        _row(index, body, head, load / total)
+        _row(index, body, head, load / total, ends=index == len(balance) - 1)
         for index, ((body, head), load) in enumerate(zip(stages, loads, strict=True))
     ]
 
 
 def _row(
-    index: int, body: list[LayerCost], head: list[LayerCost], share: float
+    index: int,
+    body: list[LayerCost],
+    head: list[LayerCost],
+    share: float,
+    *,
+    ends: bool,
 ) -> StageRow:
     return StageRow(
         index=index,
@@ -194,4 +203,6 @@ def _row(
         output_shape=body[-1].output_shape,
         seconds=sum(cost.seconds for cost in body + head),
         share=share,
+        crossing_bytes=0 if ends else body[-1].output_bytes,
+        crossing=0 if ends else body[-1].outputs,
     )

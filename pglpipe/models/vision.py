@@ -1,0 +1,54 @@
+"""The classification networks of torchvision, ``torchvision:NAME`` on the command line."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+
+from pglpipe.errors import ConfigError, nearest, setting
+from pglpipe.models.layer import Layer
+from pglpipe.models.split import split
+from pglpipe.utils.torchvision import import_torchvision
+
+PREFIX = "torchvision:"
+# Classifiers in the middle, which learn in training alone, are what heads are for.
+_OPTIONS: dict[str, dict[str, Any]] = {
+    "googlenet": {"aux_logits": False, "init_weights": False},
+    "inception_v3": {"aux_logits": False, "init_weights": False},
+}
+
+
+def vision_model(
+    name: str, *, image_shape: tuple[int, int, int], num_classes: int, width: int = 0
+) -> list[Layer]:
+    """The layers of a network that ``torchvision.models`` has, with fresh weights.
+
+    Args:
+        name: as ``torchvision.models.list_models`` has it.
+        image_shape: ``(C, H, W)`` of one image.
+        num_classes: number of logits.
+        width: 0; the networks have their own.
+
+    Raises:
+        ConfigError: there is no such network, or a width is given.
+        PartitionError: it takes no such images.
+    """
+    models = import_torchvision().models
+    known = models.list_models(module=models)
+    if name not in known:
+        raise ConfigError(
+            f"unknown model {PREFIX}{name}: {nearest(name, known)} of torchvision"
+        )
+    if width:
+        raise ConfigError(
+            f"expected no {setting('width')} for {PREFIX}{name}, whose layers have their own, got {width}; drop it"
+        )
+    options = {"num_classes": num_classes, **_OPTIONS.get(name, {})}
+    if "vit" in name and "max" not in name:
+        options["image_size"] = image_shape[-1]
+    elif "input_size" in inspect.signature(models.get_model_builder(name)).parameters:
+        options["input_size"] = tuple(image_shape[1:])
+    module = models.get_model(name, weights=None, **options)
+    return split(module, torch.zeros(2, *image_shape))
