@@ -28,10 +28,10 @@ from pglpipe.app.config import RunConfig
 from pglpipe.app.config_file import resolve
 from pglpipe.cluster.world import World
 from pglpipe.data import Recipe
+from pglpipe.messages.activation import main
 from pglpipe.models.layer import Layer
 from pglpipe.plan.partition import LayerCost, activations, measure, slices
 from pglpipe.plan.placement import Plan
-from pglpipe.utils.activation import main
 
 CLASSES = 10
 SEGMENTS = 4  # of checkpointing

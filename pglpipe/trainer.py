@@ -1,4 +1,4 @@
-"""The Python interface: a chain of layers in, a trained ordinary network out.
+"""The Python interface: layers in, a trained ordinary network out.
 
 Every method is called by all workers alike. Worker 0 reads the data and drives the
 pipeline through its coordinator; the others follow the commands until ``Stop``. Whatever
@@ -139,12 +139,13 @@ LOAD: dict[str, Rule] = {"path": of("a safetensors file", _weights)}
 
 
 class Trainer:
-    """Trains a chain of layers as a pipeline of locally supervised stages.
+    """Trains a network as a pipeline of locally supervised stages.
 
     Args:
-        layers: an ``nn.Sequential``, or a list of modules, of zero-argument builders (built
-            only where they live, from a seed of their own) or of :class:`~pglpipe.models.layer.Layer`.
-            After :meth:`fit` modules hold the trained weights, on worker 0.
+        layers: an ``nn.Sequential``, a list of modules, of zero-argument builders (built only where they live,
+            from a seed of their own) or of :class:`~pglpipe.models.layer.Layer`, or what
+            :func:`pglpipe.split` makes of any other module. After :meth:`fit` modules hold the trained
+            weights, on worker 0.
         loss: the true loss, ``(outputs, targets) -> scalar``, a mean over the batch.
         optimizer: makes a stage's optimizer from its parameters.
         learning_rate: ``(step, total_steps) -> factor``; see :func:`pglpipe.anew` for a final phase.

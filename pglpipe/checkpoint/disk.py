@@ -33,7 +33,7 @@ from safetensors import SafetensorError
 from pglpipe.errors import DataError
 from pglpipe.utils.snapshot import Snapshot
 
-FORMAT = 4
+FORMAT = 3
 MANIFEST = "manifest.json"
 UNFINISHED = "unfinished"
 _STEP = re.compile(r"step-(\d{8,})")

@@ -18,6 +18,7 @@ from pglpipe.cluster.world import World
 from pglpipe.data.loader import Sample
 from pglpipe.engine.worker import Worker
 from pglpipe.errors import ConfigError, DataError, WorkerError, warn
+from pglpipe.messages.activation import gradients_like, main
 from pglpipe.messages.codec import Wire
 from pglpipe.messages.packet import Packet
 from pglpipe.messages.reports import Report
@@ -32,7 +33,6 @@ from pglpipe.stage.stage import Stage
 from pglpipe.steps import StepSettings, find_steps
 from pglpipe.steps.base import named_by_loss
 from pglpipe.transport import EdgePlan, OpenEdges, capacity_for
-from pglpipe.utils.activation import gradients_like, main
 from pglpipe.utils.seeding import Draws
 from pglpipe.utils.snapshot import Snapshot, fill_module, module_snapshot
 

@@ -27,12 +27,12 @@ from pglpipe.engine.build import Pipeline
 from pglpipe.engine.coordinator import Coordinator
 from pglpipe.engine.source import Source
 from pglpipe.errors import ConfigError, UserError, WorkerError, warn
+from pglpipe.messages.activation import main
 from pglpipe.observe.observers import Observer
 from pglpipe.observe.records import Summary
 from pglpipe.plan.placement import Plan, draft, enlarged
 from pglpipe.plan.spec import Blueprint
 from pglpipe.transport import pick_backend
-from pglpipe.utils.activation import main
 
 
 class Session:

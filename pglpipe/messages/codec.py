@@ -26,8 +26,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from pglpipe.messages.activation import Activation, named, unnamed
 from pglpipe.messages.packet import UNCHANGED, Packet
-from pglpipe.utils.activation import Activation, named, unnamed
 
 WIRE_FORMATS = ("same", "bf16", "fp8", "int8")
 

@@ -14,25 +14,32 @@ was computed last.
 
 from __future__ import annotations
 
-import copy
 import operator
 from collections import OrderedDict
-from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from itertools import takewhile
 
 import torch
 from torch import Tensor, fx, nn
 
 from pglpipe.errors import PartitionError, nearest
+from pglpipe.messages.activation import Activation, map_tensors, tensors_of
 from pglpipe.models.layer import Layer
-from pglpipe.utils.activation import Activation, map_tensors, tensors_of
+from pglpipe.models.tracing import (
+    arguments,
+    is_floating,
+    mode,
+    note_values,
+    owners,
+    trace,
+)
 
 # What holds modules, and does nothing of its own.
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 _AFTER = "after "
+_MOST_LAYERS = 80  # from where on planning takes long, and no cut needs so many
 
 
 def split(
@@ -110,10 +117,10 @@ class Traced:
                 raise PartitionError(
                     f"no submodule {name!r} to be a leaf: {nearest(name, known)}"
                 )
-        self._root, self._graph = _trace(module, leaf)
+        self._root, self._graph = trace(module, leaf)
         self._inputs = [n for n in self._graph.nodes if n.op == "placeholder"]
         (self._output,) = (n for n in self._graph.nodes if n.op == "output")
-        _run(self._root, self._graph, self._inputs, example)
+        note_values(self._root, self._graph, self._inputs, example)
         self._batch = len(tensors_of(example)[0])
         self._fixed = self._found_fixed()
         self._nodes = [
@@ -135,9 +142,9 @@ class Traced:
         found = []
         for text in at:
             name = text.removeprefix(_AFTER)
-            numbers = [i for i, n in enumerate(self._nodes) if name in _owners(n)]
+            numbers = [i for i, n in enumerate(self._nodes) if name in owners(n)]
             if not numbers:
-                called = dict.fromkeys(o for n in self._nodes for o in _owners(n))
+                called = dict.fromkeys(o for n in self._nodes for o in owners(n))
                 raise PartitionError(
                     f"cannot cut at {text!r}, for no such submodule is called: {nearest(name, called)}"
                 )
@@ -154,16 +161,23 @@ class Traced:
     def everywhere(self) -> list[int]:
         """Between any two operations with parameters the place where the fewest bytes would cross.
 
-        Places within a submodule where more would cross than before and after it are left out.
+        Places within a submodule where more would cross than before and after it are left out; and where there would
+        be very many layers, those that are deepest within submodules.
         """
         costly = [i for i, node in enumerate(self._nodes) if self._has_parameters(node)]
         found = []
         for before, after in zip(costly, costly[1:], strict=False):
             places = [p for p in range(before + 1, after + 1) if not self._refusal(p)]
             if places:
-                place = min(places, key=lambda p: (self._bytes(p), -p))
+                place = min(
+                    places, key=lambda p: (self._bytes(p), len(self._around(p)), -p)
+                )
                 if not self._is_inside(place):
                     found.append(place)
+        depths = sorted({len(self._around(place)) for place in found})
+        while len(found) >= _MOST_LAYERS and len(depths) > 1:
+            deepest = depths.pop()
+            found = [place for place in found if len(self._around(place)) < deepest]
         return found
 
     def alive(self, place: int) -> list[fx.Node]:
@@ -173,7 +187,7 @@ class Traced:
             for node in [*self._inputs, *self._nodes[:place]]
             if any(self._comes_after(user, place) for user in node.users)
         ]
-        floating = [n for n in crossing if _is_floating(n.meta["value"])]
+        floating = [n for n in crossing if is_floating(n.meta["value"])]
         read = floating[-1:]
         return [*read, *(node for node in crossing if node not in read)]
 
@@ -194,16 +208,16 @@ class Traced:
                 return f"{node.name!r}, which is {type(value).__name__}, would cross"
             if value.ndim == 0 or len(value) != self._batch:
                 return f"{node.name!r} of shape {tuple(value.shape)}, which has not the batch first, would cross"
-        if not alive or not _is_floating(alive[0].meta["value"]):
+        if not alive or not is_floating(alive[0].meta["value"]):
             return "nothing that a head could read would cross"
         return ""
 
     def _check_place(self, place: int, text: str) -> None:
         if reason := self._refusal(place):
             names = dict.fromkeys(
-                _owners(self._nodes[p])[-1]
+                owners(self._nodes[p])[-1]
                 for p in range(1, len(self._nodes))
-                if not self._refusal(p) and _owners(self._nodes[p])
+                if not self._refusal(p) and owners(self._nodes[p])
             )
             near = ", ".join(list(names)[:5])
             raise PartitionError(
@@ -212,19 +226,22 @@ class Traced:
 
     def _is_inside(self, place: int) -> bool:
         """Whether a place is within a submodule before and after which fewer bytes would cross."""
-        around = zip(
-            _owners(self._nodes[place - 1]), _owners(self._nodes[place]), strict=False
-        )
-        for owner, other in around:
-            if owner != other:
-                return False
+        for owner in self._around(place):
             if isinstance(self.module.get_submodule(owner), _CONTAINERS):
                 continue
-            own = [i for i, node in enumerate(self._nodes) if owner in _owners(node)]
+            own = [i for i, node in enumerate(self._nodes) if owner in owners(node)]
             ends = [p for p in (own[0], own[-1] + 1) if not self._refusal(p)]
             if ends and self._bytes(place) > max(map(self._bytes, ends)):
                 return True
         return False
+
+    def _around(self, place: int) -> list[str]:
+        """The submodules within which a place is."""
+        if not 0 < place < len(self._nodes):
+            return []
+        before, after = owners(self._nodes[place - 1]), owners(self._nodes[place])
+        pairs = zip(before, after, strict=False)
+        return [owner for owner, _ in takewhile(lambda pair: pair[0] == pair[1], pairs)]
 
     def _has_parameters(self, node: fx.Node) -> bool:
         if node.op == "call_module":
@@ -255,8 +272,8 @@ class Traced:
         names: list[str] = []
         layers: list[Layer] = []
         for first, end in zip(bounds, bounds[1:], strict=False):
-            owners = [o for n in self._nodes[first:end] for o in _owners(n)[-1:]]
-            name = owners[0] if owners else self._nodes[first].name
+            called = [o for n in self._nodes[first:end] for o in owners(n)[-1:]]
+            name = called[0] if called else self._nodes[first].name
             names.append(name)
             if names.count(name) > 1:
                 name = f"{name} ({names.count(name)})"
@@ -327,8 +344,8 @@ class Traced:
         """
         if any(tensor.is_meta for tensor in tensors_of(example)):
             return
-        with _mode(self.module, training=False):
-            expected = self.module(*_arguments(map_tensors(Tensor.clone, example)))
+        with mode(self.module, training=False):
+            expected = self.module(*arguments(map_tensors(Tensor.clone, example)))
             x = example
             for layer in layers:
                 # As if each layer were on another worker.
@@ -376,142 +393,3 @@ class _Part(nn.Module):
             left_out = last in owner._non_persistent_buffers_set
             kept = last in owner._buffers and not left_out
             mine.register_buffer(last, value.clone(), persistent=kept)
-
-
-class _Tracer(fx.Tracer):
-    """Follows a module into its submodules, but for leaves."""
-
-    def __init__(self, leaves: Collection[str]) -> None:
-        super().__init__()
-        self._leaves = leaves
-        self.within: list[str] = []
-
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        hooks = "_forward_hooks", "_forward_pre_hooks", "_backward_hooks"
-        return (
-            module_qualified_name in self._leaves
-            or any(getattr(m, name) for name in hooks)
-            or super().is_leaf_module(m, module_qualified_name)
-        )
-
-    def call_module(
-        self, m: nn.Module, forward: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Any:
-        self.within.append(self.path_of_module(m))
-        output = super().call_module(m, forward, args, kwargs)
-        self.within.pop()  # not where it has failed: there it says where
-        return output
-
-
-def _trace(module: nn.Module, leaf: Collection[str]) -> tuple[nn.Module, fx.Graph]:
-    """The operations, in either mode, and the module that has what they refer to.
-
-    A submodule that does other things in training is not traced into.
-    """
-    leaves = set(leaf)
-    while True:
-        roots, graphs = [], []
-        for training in (True, False):
-            with _mode(module, training=training):
-                # Tensors that forward makes become attributes of what is traced.
-                roots.append(copy.copy(module))
-                graphs.append(_traced_once(roots[-1], leaves))
-        train, evaluation = graphs
-        if (owner := _first_difference(train, evaluation)) is None:
-            return roots[0], train
-        if not owner or owner in leaves:
-            raise PartitionError(
-                f"cannot trace {type(module).__name__}, whose own forward does other things in training than in "
-                "evaluation; move that into a submodule"
-            )
-        leaves.add(owner)
-
-
-def _traced_once(module: nn.Module, leaves: Collection[str]) -> fx.Graph:
-    tracer = _Tracer(leaves)
-    try:
-        return tracer.trace(module)
-    except Exception as error:  # whatever a forward does with what has no values
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        where = tracer.within[-1] if tracer.within else ""
-        remedy = (
-            f"name it with leaf=[{where!r}]" if where else "give its layers as a list"
-        )
-        raise PartitionError(
-            f"cannot trace {where or type(module).__name__!r}: {reason}; {remedy}"
-        ) from error
-
-
-def _first_difference(some: fx.Graph, others: fx.Graph) -> str | None:
-    """The submodule in which two graphs begin to differ; None if they do not."""
-    for node, other in zip(some.nodes, others.nodes, strict=False):
-        if _described(node) != _described(other):
-            inner = [*_owners(node)[-1:], ""]
-            if node.op == "call_module":
-                inner = [*_owners(node)[-2:-1], ""]
-            return inner[0]
-    return None if len(some.nodes) == len(others.nodes) else ""
-
-
-def _described(node: fx.Node) -> tuple[object, ...]:
-    return node.op, str(node.target), str(node.args), str(node.kwargs)
-
-
-def _owners(node: fx.Node) -> list[str]:
-    """The submodules that an operation belongs to, from the outermost one."""
-    stack = [path for path, _ in node.meta.get("nn_module_stack", {}).values()]
-    if node.op == "call_module" and str(node.target) not in stack:
-        stack.append(str(node.target))
-    return [path for path in stack if path]
-
-
-def _run(
-    module: nn.Module, graph: fx.Graph, inputs: Sequence[fx.Node], example: Activation
-) -> None:
-    """Notes every operation's value, on the meta device, in its ``meta["value"]``."""
-    given = _arguments(example)
-    if len(given) > len(inputs):
-        raise PartitionError(
-            f"expected an example for the inputs {', '.join(str(n.target) for n in inputs)}, got {len(given)} values"
-        )
-    whole = copy.deepcopy(fx.GraphModule(module, graph))
-
-    def run(device: str) -> None:
-        with torch.device(device), torch.no_grad():
-            to_device = partial(map_tensors, lambda tensor: tensor.to(device))
-            _Noting(whole.to(device), graph).run(*map(to_device, given))
-
-    try:
-        run("meta")
-    except Exception:  # a leaf looks at values
-        whole = copy.deepcopy(fx.GraphModule(module, graph))
-        run("cpu")
-
-
-class _Noting(fx.Interpreter):
-    def __init__(self, module: fx.GraphModule, graph: fx.Graph) -> None:
-        super().__init__(module, graph=graph)
-
-    def run_node(self, n: fx.Node) -> Any:
-        n.meta["value"] = value = super().run_node(n)
-        return value
-
-
-def _is_floating(value: object) -> bool:
-    return isinstance(value, Tensor) and value.is_floating_point()
-
-
-def _arguments(example: Activation) -> tuple[Activation, ...]:
-    return example if isinstance(example, tuple) else (example,)
-
-
-@contextmanager
-def _mode(module: nn.Module, *, training: bool) -> Iterator[None]:
-    """Switches a module to training or evaluation within its block."""
-    before = {part: part.training for part in module.modules()}
-    module.train(training)
-    try:
-        yield
-    finally:
-        for part, mode in before.items():
-            part.training = mode

@@ -6,6 +6,7 @@ import inspect
 from typing import Any
 
 import torch
+from torch import nn
 
 from pglpipe.errors import ConfigError, nearest, setting
 from pglpipe.models.layer import Layer
@@ -35,20 +36,28 @@ def vision_model(
         ConfigError: there is no such network, or a width is given.
         PartitionError: it takes no such images.
     """
-    models = import_torchvision().models
-    known = models.list_models(module=models)
-    if name not in known:
-        raise ConfigError(
-            f"unknown model {PREFIX}{name}: {nearest(name, known)} of torchvision"
-        )
     if width:
         raise ConfigError(
             f"expected no {setting('width')} for {PREFIX}{name}, whose layers have their own, got {width}; drop it"
         )
+    module = vision_network(name, image_shape=image_shape, num_classes=num_classes)
+    return split(module, torch.zeros(2, *image_shape))
+
+
+def vision_network(
+    name: str, *, image_shape: tuple[int, int, int], num_classes: int
+) -> nn.Module:
+    """The same network as one module."""
+    models = import_torchvision().models
+    known = models.list_models(module=models)
+    if name not in known:
+        raise ConfigError(
+            f"unknown model {PREFIX}{name}: {nearest(name, known)}, as torchvision has them"
+        )
     options = {"num_classes": num_classes, **_OPTIONS.get(name, {})}
-    if "vit" in name and "max" not in name:
+    if name.startswith("vit_"):
         options["image_size"] = image_shape[-1]
     elif "input_size" in inspect.signature(models.get_model_builder(name)).parameters:
         options["input_size"] = tuple(image_shape[1:])
-    module = models.get_model(name, weights=None, **options)
-    return split(module, torch.zeros(2, *image_shape))
+    module: nn.Module = models.get_model(name, weights=None, **options)
+    return module

@@ -18,12 +18,12 @@ from pglpipe.checkpoint.weights import shapes_of
 from pglpipe.data.loader import Sample
 from pglpipe.errors import PartitionError, setting
 from pglpipe.heads import Site, build_head
+from pglpipe.messages.activation import Activation, main
 from pglpipe.models.layer import Layer
 from pglpipe.models.split import Piece
 from pglpipe.plan.partition import HeadBuilder, check_heads, slices
 from pglpipe.plan.spec import Blueprint
 from pglpipe.schedules.gradients import head_depth
-from pglpipe.utils.activation import Activation, main
 
 
 def head_builder(

@@ -24,6 +24,7 @@ from pglpipe.cluster.world import World
 from pglpipe.data.loader import Sample
 from pglpipe.errors import ConfigError, setting, warn
 from pglpipe.heads import borrowed
+from pglpipe.messages.activation import Activation, main
 from pglpipe.messages.codec import Wire
 from pglpipe.models.layer import Layer
 from pglpipe.models.split import body_of
@@ -50,7 +51,6 @@ from pglpipe.schedules.timetable import TIMETABLES
 from pglpipe.stage.forwards import dense
 from pglpipe.steps import MEMORY_KINDS, find_steps
 from pglpipe.steps.borrow import BorrowPlan
-from pglpipe.utils.activation import Activation, main
 
 Skeleton = tuple[nn.Module, nn.Module | None]  # body and head, on the meta device
 

@@ -17,10 +17,10 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor, nn
 
+from pglpipe.messages.activation import Activation, detached, main, named
 from pglpipe.stage.exit import Exit, weighted
 from pglpipe.stage.forwards import Kept, SavedForwards
 from pglpipe.stage.settings import Learning
-from pglpipe.utils.activation import Activation, detached, main, named
 from pglpipe.utils.buffers import unmoved
 
 Gradients = Mapping[str, Tensor]

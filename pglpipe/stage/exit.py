@@ -18,10 +18,10 @@ from pglpipe.losses import Beside, Supervised
 from pglpipe.losses.accuracy import count_correct
 from pglpipe.losses.parts import is_sum, shares, weight_of
 from pglpipe.losses.state import Remembered, foreign_leaf, name_of, untrained
+from pglpipe.messages.activation import Activation, main, tensors_of
 from pglpipe.messages.reports import ExitCount
 from pglpipe.stage.forwards import NOT_REPEATED, Kept
 from pglpipe.stage.settings import Learning, compiled
-from pglpipe.utils.activation import Activation, main, tensors_of
 from pglpipe.utils.buffers import unmoved
 from pglpipe.utils.in_place import KeepsInputs
 from pglpipe.utils.seeding import Draws, derive, seeded

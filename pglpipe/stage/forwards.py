@@ -25,8 +25,8 @@ from torch import Tensor, nn
 
 from pglpipe.errors import ConfigError
 from pglpipe.losses.state import foreign_leaf, name_of, untrained
+from pglpipe.messages.activation import Activation, map_tensors, tensors_of
 from pglpipe.transport import is_dense
-from pglpipe.utils.activation import Activation, map_tensors, tensors_of
 from pglpipe.utils.buffers import (
     Buffers,
     copies_of,

@@ -26,13 +26,13 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from pglpipe.messages.activation import Activation, detached, joined, split
 from pglpipe.messages.reports import ExitCount
 from pglpipe.stage.backward import GuidedBackward
 from pglpipe.stage.exit import Exit, weighted
 from pglpipe.stage.forwards import SavedForwards, dense
 from pglpipe.stage.optimizer import StageOptimizer
 from pglpipe.stage.settings import Learning, compiled
-from pglpipe.utils.activation import Activation, detached, joined, split
 from pglpipe.utils.buffers import Attributes
 from pglpipe.utils.in_place import KeepsInputs
 from pglpipe.utils.snapshot import Snapshot, fill_module, module_snapshot

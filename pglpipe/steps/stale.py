@@ -34,6 +34,7 @@ import torch
 from torch import Tensor
 
 from pglpipe.errors import ConfigError, setting
+from pglpipe.messages.activation import Activation, map_tensors, named, unnamed
 from pglpipe.messages.commands import Message, Microbatch, TrainStep
 from pglpipe.messages.packet import Packet
 from pglpipe.schedules.guidance import Guidance
@@ -43,7 +44,6 @@ from pglpipe.stage.stage import Stage
 from pglpipe.steps.base import Step, StepSettings, by_loss, named_by_loss, only
 from pglpipe.steps.sweep import Sweep, Visit
 from pglpipe.transport import Links
-from pglpipe.utils.activation import Activation, map_tensors, named, unnamed
 from pglpipe.utils.clock import Figures
 from pglpipe.utils.saved_bytes import CountedTensor
 from pglpipe.utils.snapshot import Snapshot
@@ -283,7 +283,7 @@ class StaleStep(Step):
         if stage is not self._stages[0]:
             rising = _waiting_at(stage.index - 1, self._risen)
         found = Snapshot()
-        found.numbers |= {"step": self._next_step, "guided": sorted(self._guided)}
+        found.numbers |= {"next_step": self._next_step, "guided": sorted(self._guided)}
         for step, x in _waiting_at(stage.index, self._inputs).items():
             found.add(f"inputs.{step}", Snapshot(named(x)))
         for step, packet in rising.items():
@@ -294,9 +294,9 @@ class StaleStep(Step):
         """Goes on from what waited at the stages, by index; what was on the edge goes there again."""
         for stage in self._stages:
             snapshot = snapshots[stage.index]
-            if not snapshot.numbers:
-                continue  # the run before had no such steps
-            self._next_step = snapshot.numbers["step"]
+            if "next_step" not in snapshot.numbers:
+                continue  # the run before had no such steps, or was of an earlier version
+            self._next_step = snapshot.numbers["next_step"]
             self._guided = set(snapshot.numbers["guided"])
             for step, values in _by_step(snapshot.part("inputs"), stage.device):
                 self._inputs[stage.index, step] = CountedTensor(unnamed(values))

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+from pglpipe.messages.activation import Activation
 from pglpipe.messages.codec import Wire
 from pglpipe.messages.commands import Command, Message
 from pglpipe.messages.packet import Packet
 from pglpipe.stage.stage import Stage
 from pglpipe.transport import Outbox
-from pglpipe.utils.activation import Activation
 
 
 class Visit:

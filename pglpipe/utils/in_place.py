@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from pglpipe.errors import ConfigError
-from pglpipe.utils.activation import Activation, map_tensors
+from pglpipe.messages.activation import Activation, map_tensors
 from pglpipe.utils.buffers import unmoved
 from pglpipe.utils.seeding import generators_kept
 

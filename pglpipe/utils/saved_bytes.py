@@ -16,7 +16,7 @@ from types import TracebackType
 import torch
 from torch import Tensor
 
-from pglpipe.utils.activation import Activation, tensors_of
+from pglpipe.messages.activation import Activation, tensors_of
 
 
 class SavedBytes:

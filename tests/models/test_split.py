@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from pglpipe import ALWAYS, Guidance, Layer, PglpipeError
 from pglpipe.errors import ConfigError, PartitionError
+from pglpipe.messages.activation import tensors_of
 from pglpipe.models.split import split
-from pglpipe.utils.activation import tensors_of
 
 
 def block(channels: int, out: int) -> nn.Sequential:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from pglpipe.errors import PartitionError, setting
+from pglpipe.messages.activation import Activation, detached, main
 from pglpipe.plan.memory.fit import Memory
 from pglpipe.plan.memory.weigh import (
     Criterion,
@@ -25,7 +26,6 @@ from pglpipe.plan.memory.weigh import (
 from pglpipe.schedules.gradients import head_depth
 from pglpipe.schedules.timetable import Timetable
 from pglpipe.stage.settings import Learning
-from pglpipe.utils.activation import Activation, detached, main
 
 
 class PredictionError(Exception):

@@ -22,14 +22,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pglpipe.schedules.timetable import Action, Row
-from pglpipe.utils.activation import (
+from pglpipe.messages.activation import (
     Activation,
     detached,
     main,
     map_tensors,
     tensors_of,
 )
+from pglpipe.schedules.timetable import Action, Row
 from pglpipe.utils.in_place import changes_input
 from pglpipe.utils.saved_bytes import SavedBytes
 

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from pglpipe.errors import PartitionError, UserError
+from pglpipe.messages.activation import Activation, main, map_tensors, tensors_of
 from pglpipe.models.layer import Layer
-from pglpipe.utils.activation import Activation, main, map_tensors, tensors_of
 from pglpipe.utils.seeding import seeded
 
 R = TypeVar("R")

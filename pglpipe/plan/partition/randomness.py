@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pglpipe.errors import ConfigError, setting
+from pglpipe.messages.activation import Activation, main
 from pglpipe.models.layer import Layer
 from pglpipe.plan.partition.cost import HeadBuilder, head_layer
 from pglpipe.plan.partition.split import slices
-from pglpipe.utils.activation import Activation, main
 
 # Of what a module put out and the targets.
 Criterion = Callable[[Any, Tensor], Tensor]

@@ -15,6 +15,13 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
+from pglpipe.messages.activation import (
+    Activation,
+    detached,
+    main,
+    map_tensors,
+    tensors_of,
+)
 from pglpipe.models.layer import Layer
 from pglpipe.plan.partition.cost import (
     Costs,
@@ -23,13 +30,6 @@ from pglpipe.plan.partition.cost import (
     analyse,
     head_layer,
     random_like,
-)
-from pglpipe.utils.activation import (
-    Activation,
-    detached,
-    main,
-    map_tensors,
-    tensors_of,
 )
 from pglpipe.utils.seeding import seeded
 

@@ -1,0 +1,154 @@
+"""What ``torch.fx`` records of a module: its operations, whose they are, and what they give."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from pglpipe.errors import PartitionError
+from pglpipe.messages.activation import Activation, map_tensors
+
+
+class _Tracer(fx.Tracer):
+    """Follows a module into its submodules, but for leaves."""
+
+    def __init__(self, leaves: Collection[str]) -> None:
+        super().__init__()
+        self._leaves = leaves
+        self.within: list[str] = []
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        hooks = "_forward_hooks", "_forward_pre_hooks", "_backward_hooks"
+        return (
+            module_qualified_name in self._leaves
+            or any(getattr(m, name) for name in hooks)
+            or super().is_leaf_module(m, module_qualified_name)
+        )
+
+    def call_module(
+        self, m: nn.Module, forward: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        self.within.append(self.path_of_module(m))
+        output = super().call_module(m, forward, args, kwargs)
+        self.within.pop()  # not where it has failed: there it says where
+        return output
+
+
+def trace(module: nn.Module, leaf: Collection[str]) -> tuple[nn.Module, fx.Graph]:
+    """The operations, in either mode, and the module that has what they refer to.
+
+    A submodule that does other things in training is not traced into.
+    """
+    leaves = set(leaf)
+    while True:
+        roots, graphs = [], []
+        for training in (True, False):
+            with mode(module, training=training):
+                # Tensors that forward makes become attributes of what is traced.
+                roots.append(copy.copy(module))
+                graphs.append(_traced_once(roots[-1], leaves))
+        train, evaluation = graphs
+        if (owner := _first_difference(train, evaluation)) is None:
+            return roots[0], train
+        if not owner or owner in leaves:
+            raise PartitionError(
+                f"cannot trace {type(module).__name__}, whose own forward does other things in training than in "
+                "evaluation; move that into a submodule"
+            )
+        leaves.add(owner)
+
+
+def _traced_once(module: nn.Module, leaves: Collection[str]) -> fx.Graph:
+    tracer = _Tracer(leaves)
+    try:
+        return tracer.trace(module)
+    except Exception as error:  # whatever a forward does with what has no values
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        where = tracer.within[-1] if tracer.within else ""
+        remedy = (
+            f"name it with leaf=[{where!r}]" if where else "give its layers as a list"
+        )
+        raise PartitionError(
+            f"cannot trace {where or type(module).__name__!r}: {reason}; {remedy}"
+        ) from error
+
+
+def _first_difference(some: fx.Graph, others: fx.Graph) -> str | None:
+    """The submodule in which two graphs begin to differ; None if they do not."""
+    for node, other in zip(some.nodes, others.nodes, strict=False):
+        if _described(node) != _described(other):
+            inner = [*owners(node)[-1:], ""]
+            if node.op == "call_module":
+                inner = [*owners(node)[-2:-1], ""]
+            return inner[0]
+    return None if len(some.nodes) == len(others.nodes) else ""
+
+
+def _described(node: fx.Node) -> tuple[object, ...]:
+    return node.op, str(node.target), str(node.args), str(node.kwargs)
+
+
+def owners(node: fx.Node) -> list[str]:
+    """The submodules that an operation belongs to, from the outermost one."""
+    stack = [path for path, _ in node.meta.get("nn_module_stack", {}).values()]
+    if node.op == "call_module" and str(node.target) not in stack:
+        stack.append(str(node.target))
+    return [path for path in stack if path]
+
+
+def note_values(
+    module: nn.Module, graph: fx.Graph, inputs: Sequence[fx.Node], example: Activation
+) -> None:
+    """Notes every operation's value, on the meta device, in its ``meta["value"]``."""
+    given = arguments(example)
+    if len(given) > len(inputs):
+        raise PartitionError(
+            f"expected an example for the inputs {', '.join(str(n.target) for n in inputs)}, got {len(given)} values"
+        )
+    whole = copy.deepcopy(fx.GraphModule(module, graph))
+
+    def run(device: str) -> None:
+        with torch.device(device), torch.no_grad():
+            to_device = partial(map_tensors, lambda tensor: tensor.to(device))
+            _Noting(whole.to(device), graph).run(*map(to_device, given))
+
+    try:
+        run("meta")
+    except Exception:  # a leaf looks at values
+        whole = copy.deepcopy(fx.GraphModule(module, graph))
+        run("cpu")
+
+
+class _Noting(fx.Interpreter):
+    def __init__(self, module: fx.GraphModule, graph: fx.Graph) -> None:
+        super().__init__(module, graph=graph)
+
+    def run_node(self, n: fx.Node) -> Any:
+        n.meta["value"] = value = super().run_node(n)
+        return value
+
+
+def is_floating(value: object) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point()
+
+
+def arguments(example: Activation) -> tuple[Activation, ...]:
+    return example if isinstance(example, tuple) else (example,)
+
+
+@contextmanager
+def mode(module: nn.Module, *, training: bool) -> Iterator[None]:
+    """Switches a module to training or evaluation within its block."""
+    before = {part: part.training for part in module.modules()}
+    module.train(training)
+    try:
+        yield
+    finally:
+        for part, mode in before.items():
+            part.training = mode

@@ -1,0 +1,32 @@
+"""The programs of docs/your-model.md run as they stand, alike on one worker and on two."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+from testing.commands import ROOT, forked, run
+
+DOCUMENT = (ROOT / "docs" / "your-model.md").read_text(encoding="utf-8")
+PROGRAMS = dict(
+    re.findall(
+        r"^```python\n# (\w+\.py)\n(.*?)^```$", DOCUMENT, re.DOTALL | re.MULTILINE
+    )
+)
+
+
+def test_every_program_has_a_name() -> None:
+    assert len(PROGRAMS) == DOCUMENT.count("```python")
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("name", PROGRAMS)
+@pytest.mark.filterwarnings("ignore")
+def test_a_program_prints_the_same_on_any_number_of_workers(
+    name: str, tmp_path: Path
+) -> None:
+    (tmp_path / name).write_text(PROGRAMS[name], encoding="utf-8")
+    alone = run(forked(1, name), cwd=tmp_path).check()
+    together = run(forked(2, name), cwd=tmp_path).check()
+    assert alone.out and set(together.out.split()) == set(alone.out.split())
