@@ -19,6 +19,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
 from pglpipe.errors import ConfigError, PartitionError
@@ -75,16 +76,13 @@ class HeldModules:
         """All of them, and their parts."""
         return list(self._training)
 
+    @torch.no_grad()
     def fill(self, tensors: Mapping[str, Tensor]) -> None:
         """Copies the network's tensors, by name, into the modules."""
         for prefix, module in self._modules.items():
-            own = {
-                key.removeprefix(prefix): tensor
-                for key, tensor in tensors.items()
-                if key.startswith(prefix)
-            }
-            # What no operation of a traced module uses is in no stage.
-            module.load_state_dict(own, strict=bool(prefix))
+            # Not load_state_dict, which asks some modules for more than tensors.
+            for name, tensor in module.state_dict(keep_vars=True).items():
+                tensor.copy_(tensors[prefix + name])
 
     def restore_modes(self) -> None:
         """Switches them to training or evaluation, as they were handed in."""
