@@ -73,7 +73,8 @@ def test_a_network_of_torchvision_learns_as_if_it_were_whole(name: str) -> None:
 
     def trained(size: int, module: nn.Module, steps: int, **options: Any) -> Any:
         layers = split(module, x[:2])
-        options |= dict(optimizer=sgd, head="mlp", stages=4)
+        head = "0c1f" if name.startswith("vit") else "mlp"  # tokens, or maps
+        options |= dict(optimizer=sgd, head=head, stages=4)
         return train(size, layers, [batch] * steps, **options)
 
     digests = {
