@@ -34,6 +34,7 @@ from pglpipe.losses.state import (
 )
 from pglpipe.models import as_layers
 from pglpipe.models.chain import HeldModules
+from pglpipe.models.split import inputs_of
 from pglpipe.observe.observers import Observer, Observers
 from pglpipe.observe.records import Summary
 from pglpipe.plan.checks import Asked, check_workers, idle
@@ -188,6 +189,7 @@ class Trainer:
         if machine.overlap_stages:
             check_device(device)
         self._held = HeldModules(chain := as_layers(layers))
+        self._inputs = inputs_of(chain)
         for each, option in ((loss, "loss"), (cut.local_loss, "local_loss")):
             check_untrained(each, option)
             check_reaches_no_layer(each, self._held.modules, option)
@@ -221,7 +223,8 @@ class Trainer:
 
         Args:
             loaders: of batches ``(x [B, ...], targets [B, ...])``; the largest of their first
-                batches is the largest that may ever come.
+                batches is the largest that may ever come. Where the network has several inputs, ``x``
+                is a tuple of tensors, or a dict by the names of the arguments of its ``forward``.
         """
         return self._session.plan(
             lambda: largest_batch([self._read(each, "training") for each in loaders])
@@ -322,7 +325,7 @@ class Trainer:
     def _read(self, loader: Loader, option: str) -> BatchReader:
         """The one reader of a loader, so that no batch of a generator is lost; on worker 0."""
         if id(loader) not in self._readers:
-            self._readers[id(loader)] = BatchReader(loader, option)
+            self._readers[id(loader)] = BatchReader(loader, option, self._inputs)
         return self._readers[id(loader)]
 
     def _fill_held_modules(self) -> None:

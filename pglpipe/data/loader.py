@@ -11,6 +11,7 @@ from torch import Tensor
 
 from pglpipe.data.reader import BatchReader
 from pglpipe.errors import ConfigError, DataError, setting
+from pglpipe.messages.activation import Activation, map_tensors, tensors_of
 from pglpipe.schedules.guidance import Guidance
 
 
@@ -58,26 +59,30 @@ class Position:
 
 @dataclass(frozen=True)
 class Sample:
-    """The largest batch, on the meta device: inputs ``[B, ...]`` and targets ``[B, ...]``.
+    """The largest batch, on the meta device: inputs, tensors ``[B, ...]``, and targets ``[B, ...]``.
 
     Attributes:
         trained: samples in the largest batch that is trained on.
     """
 
-    x: Tensor
+    x: Activation
     targets: Tensor
     trained: int
 
     @property
     def nbytes(self) -> int:
         """Of inputs and targets."""
-        return sum(t.numel() * t.element_size() for t in (self.x, self.targets))
+        return sum(t.numel() * t.element_size() for t in self._tensors)
+
+    @property
+    def _tensors(self) -> list[Tensor]:
+        return [*tensors_of(self.x), self.targets]
 
     def to_json(self) -> list[Any]:
         """Shapes, strides and types, for the other workers."""
         tensors = [
             [t.shape, t.stride(), str(t.dtype).removeprefix("torch.")]
-            for t in (self.x, self.targets)
+            for t in self._tensors
         ]
         return [*tensors, self.trained]
 
@@ -85,19 +90,22 @@ class Sample:
     def from_json(described: list[Any]) -> Sample:
         """The sample that :meth:`to_json` described."""
         *tensors, trained = described
-        x, targets = (
+        *x, targets = (
             torch.empty_strided(
                 shape, stride, dtype=getattr(torch, dtype), device="meta"
             )
             for shape, stride, dtype in tensors
         )
-        return Sample(x, targets, trained)
+        return Sample(x[0] if len(x) == 1 else tuple(x), targets, trained)
 
 
 def largest_batch(readers: Sequence[BatchReader]) -> Sample:
     """The largest batch that is known of, as shapes; the first reader's is trained on."""
-    trained = len(readers[0].first()[0])
-    batches = [[t.to("meta") for t in reader.largest()] for reader in readers]
+    trained = len(readers[0].first()[1])
+    batches = [
+        map_tensors(lambda tensor: tensor.to("meta"), reader.largest())
+        for reader in readers
+    ]
     samples = [Sample(x, targets, trained) for x, targets in batches]
     return max(samples, key=lambda sample: sample.nbytes)
 

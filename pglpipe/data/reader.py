@@ -1,13 +1,14 @@
 """A user's loader, as worker 0 reads it: batches, how many there are, and how large.
 
 A loader is anything that can be looped over and yields batches: a ``DataLoader``, a list, a generator. A
-batch is a pair ``(x [B, ...], targets [B, ...])`` of tensors or arrays.
+batch is a pair ``(x [B, ...], targets [B, ...])`` of tensors or arrays. A network with several inputs has a tuple
+of tensors for ``x``, or a dict of them by the names of its ``forward``.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -17,8 +18,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDataset
 
 from pglpipe.errors import ConfigError, DataError, warn
+from pglpipe.messages.activation import Activation, map_tensors, tensors_of
 
-Batch = tuple[Tensor, Tensor]
+Batch = tuple[Activation, Tensor]
 Loader = Iterable[Any]
 
 _END = object()
@@ -30,6 +32,7 @@ class BatchReader:
     Args:
         loader: what a user passed.
         option: as what it was passed, for messages.
+        inputs: names of the network's inputs, where it has names for them.
 
     Attributes:
         is_one_shot: whether it can be looped over only once, as a generator.
@@ -40,9 +43,10 @@ class BatchReader:
         ConfigError: it is no loader.
     """
 
-    def __init__(self, loader: Loader, option: str) -> None:
+    def __init__(self, loader: Loader, option: str, inputs: Sequence[str] = ()) -> None:
         self._loader = loader
         self._option = option
+        self._inputs = inputs
         self._first: Batch | None = None
         self._rest: Iterator[Any] | None = None
         self._check()
@@ -66,7 +70,7 @@ class BatchReader:
                     f"expected at least one batch from the {self._option} loader, got an empty one; pass data, or a "
                     "loader that begins anew each time it is looped over"
                 )
-            self._first = as_batch(item, self._option)
+            self._first = self._as_batch(item)
             if self.is_one_shot:
                 self._rest = itertools.chain([self._first], iterator)
         return self._first
@@ -78,10 +82,13 @@ class BatchReader:
     def smaller(self) -> Batch | None:
         """The first batch cut to the size of an epoch's smallest one, if that is known and smaller."""
         x, targets = self.first()
-        size = min((len(one) for one, _ in self._batches()), default=len(x))
+        whole = len(targets)
+        size = min((len(some) for _, some in self._batches()), default=whole)
         if self.samples is not None and self._size and not self._drops:
             size = self.samples % self._size
-        return (x[:size], targets[:size]) if 0 < size < len(x) else None
+        if not 0 < size < whole:
+            return None
+        return map_tensors(lambda tensor: tensor[:size], x), targets[:size]
 
     def left(self, samples: int, batches: int) -> int | None:
         """Batches left of an epoch of which so much has been read; None if that is not known."""
@@ -120,9 +127,9 @@ class BatchReader:
         for item in self._loader if self._rest is None else self._rest:
             if taken >= limit:
                 return
-            x, targets = as_batch(item, self._option)
+            x, targets = self._as_batch(item)
             if passed < samples or (samples < 0 and passed_batches < batches):
-                passed, passed_batches = passed + len(x), passed_batches + 1
+                passed, passed_batches = passed + len(targets), passed_batches + 1
                 continue
             if samples > 0 and passed != samples:
                 raise DataError(
@@ -140,7 +147,7 @@ class BatchReader:
     def once(self) -> Iterator[Batch]:
         """All batches, in the loader's order as it is."""
         for item in self._loader if self._rest is None else self._rest:
-            yield as_batch(item, self._option)
+            yield self._as_batch(item)
 
     # -- private ------------------------------------------------------------------------
 
@@ -148,13 +155,16 @@ class BatchReader:
         """All of them, where they are in a list; else none."""
         if type(self._loader) not in (list, tuple):  # others may count who reads them
             return []
-        return [as_batch(item, self._option) for item in self._loader]
+        return [self._as_batch(item) for item in self._loader]
+
+    def _as_batch(self, item: Any) -> Batch:
+        return as_batch(item, self._option, self._inputs)
 
     def _sizes(self) -> tuple[int | None, int | None, bool]:
         """Samples of an epoch, and of a batch, and whether a smaller last batch is left out."""
         loader = self._loader
         if batches := self._batches():
-            return sum(len(x) for x, _ in batches), None, False
+            return sum(len(targets) for _, targets in batches), None, False
         if isinstance(loader, DataLoader):
             samples = _length(loader.sampler)
             return samples, loader.batch_size, loader.drop_last
@@ -198,23 +208,51 @@ class BatchReader:
                 return
 
 
-def as_batch(item: Any, option: str) -> Batch:
+def as_batch(item: Any, option: str, inputs: Sequence[str] = ()) -> Batch:
     """A batch from what a loader yields.
+
+    Args:
+        inputs: names of the network's inputs, where it has names for them.
 
     Raises:
         DataError: it is none.
     """
     got = _described(item)
     if isinstance(item, (tuple, list)) and len(item) == 2:
+        if isinstance(item[0], Mapping):
+            item = _in_order(item[0], inputs, option), item[1]
         with suppress(TypeError, ValueError, RuntimeError):
-            x, targets = map(_as_tensor, item)
-            if x.ndim and targets.ndim and len(x) == len(targets) and len(x):
+            x, targets = _as_input(item[0]), _as_tensor(item[1])
+            each = [*tensors_of(x), targets]
+            if all(t.ndim and len(t) == len(targets) and len(t) for t in each):
                 return x, targets
-            got = f"shapes {tuple(x.shape)} and {tuple(targets.shape)}"
+            got = "shapes " + " and ".join(str(tuple(t.shape)) for t in each)
     raise DataError(
         f"expected batches (x [B, ...], targets [B, ...]) from the {option} loader, got {got}; have it yield pairs of "
         "tensors, for example with a collate_fn"
     )
+
+
+def _in_order(
+    x: Mapping[Any, Any], inputs: Sequence[str], option: str
+) -> tuple[Any, ...]:
+    """The inputs of a network in the order in which it names them."""
+    if set(x) != set(inputs):
+        expected = f"the inputs {', '.join(inputs)}" if inputs else "a tensor"
+        raise DataError(
+            f"expected batches with {expected} from the {option} loader, got {', '.join(map(str, x))}; have it yield "
+            "({input: tensor, ...}, targets) for a module that pglpipe.split has cut"
+        )
+    return tuple(x[name] for name in inputs)
+
+
+def _as_input(part: Any) -> Activation:
+    """One tensor, or a tuple of the tensors that are the network's inputs."""
+    if isinstance(part, (tuple, list)) and part:
+        if all(isinstance(each, Tensor) and each.ndim for each in part):
+            tensors = tuple(map(_as_tensor, part))
+            return tensors if len(tensors) > 1 else tensors[0]
+    return _as_tensor(part)
 
 
 def _as_tensor(part: Any) -> Tensor:
@@ -236,7 +274,7 @@ def _described(item: Any) -> str:
 
 
 def _bytes(batch: Batch) -> int:
-    return sum(tensor.numel() * tensor.element_size() for tensor in batch)
+    return sum(t.numel() * t.element_size() for t in tensors_of(batch))
 
 
 def _length(sized: Any) -> int | None:

@@ -208,7 +208,7 @@ def _edge_plan(
     ends = [stages[-1] for stages in plan.stages_of[:-1]]
     boundaries = [plan.activations[end] for end in ends]
     batch = Packet(targets=sample.targets)
-    if (image := blueprint.image(sample.x)) is not None:
+    if (image := blueprint.image(main(sample.x))) is not None:
         batch["image"] = image
     # Beside gradients, the norms of all parameters travel up.
     parameters = sum(len(layout.body) + 1 for layout in plan.layouts)

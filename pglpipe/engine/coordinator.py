@@ -28,6 +28,7 @@ from pglpipe.data.loader import Position, Span
 from pglpipe.data.reader import Batch, BatchReader
 from pglpipe.engine.source import Source
 from pglpipe.errors import ConfigError, DataError, EdgeTimeout, warn
+from pglpipe.messages.activation import Activation, named, split
 from pglpipe.messages.commands import (
     Collect,
     EndEvaluation,
@@ -121,7 +122,7 @@ class Coordinator:
         self._shares = shares
 
     def set_room(self, room: Sequence[int]) -> None:
-        """Says how many bytes the inputs and the targets of a batch may have."""
+        """Says how many bytes each input and the targets of a batch may have."""
         self._room = room
 
     # -- what the pipeline is to do ---------------------------------------------------
@@ -263,15 +264,14 @@ class Coordinator:
         for batch in reader.epoch(epoch, left, at.samples, at.batches):
             at.batches += 1
             if at.samples >= 0:
-                at.samples += len(batch[0])
+                at.samples += len(batch[1])
             self._check_size(batch)
             yield batch
 
     def _check_size(self, batch: Batch) -> None:
         """Refuses a batch that the edges have no room for."""
-        for name, tensor, most in zip(
-            ("x", "targets"), batch, self._room, strict=False
-        ):
+        tensors = [*named(batch[0]).items(), ("targets", batch[1])]
+        for (name, tensor), most in zip(tensors, self._room, strict=False):
             if tensor.nbytes > most:
                 raise ConfigError(
                     f"expected batches of at most {most} bytes in {name}, as the first ones, got one of shape "
@@ -279,7 +279,7 @@ class Coordinator:
                 )
 
     def _step(
-        self, epoch: int, span: Span, x: Tensor, targets: Tensor
+        self, epoch: int, span: Span, x: Activation, targets: Tensor
     ) -> Iterator[Message]:
         step = self._at.step
         self._at.step += 1
@@ -294,7 +294,7 @@ class Coordinator:
         kind: str,
         step: int,
         epoch: int,
-        x: Tensor,
+        x: Activation,
         targets: Tensor,
         compares: bool,
     ) -> Iterator[Message]:
@@ -310,7 +310,7 @@ class Coordinator:
         asked = self._spec.compare_every > 0 and kind_of_step.compares_gradients
         command = TrainStep(kind, step, epoch, samples, parts, int(asked and compares))
         yield Message(command, Packet() if shares is None else Packet(shares=shares))
-        chunks = zip(x.tensor_split(parts), each, strict=True)
+        chunks = zip(split(x, parts), each, strict=True)
         for index, chunk in enumerate(chunks):
             yield Message(Microbatch(step, index), _packet(*chunk))
 
@@ -440,5 +440,5 @@ class Coordinator:
         )
 
 
-def _packet(x: Tensor, targets: Tensor) -> Packet:
-    return Packet(x=x, targets=targets)
+def _packet(x: Activation, targets: Tensor) -> Packet:
+    return Packet({**named(x), "targets": targets})

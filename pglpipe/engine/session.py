@@ -27,7 +27,7 @@ from pglpipe.engine.build import Pipeline
 from pglpipe.engine.coordinator import Coordinator
 from pglpipe.engine.source import Source
 from pglpipe.errors import ConfigError, UserError, WorkerError, warn
-from pglpipe.messages.activation import main
+from pglpipe.messages.activation import main, tensors_of
 from pglpipe.observe.observers import Observer
 from pglpipe.observe.records import Summary
 from pglpipe.plan.placement import Plan, draft, enlarged
@@ -145,7 +145,8 @@ class Session:
 
     def _limit(self, sample: Sample) -> None:
         if self._coordinator is not None and self._world.size > 1:
-            self._coordinator.set_room([t.nbytes for t in (sample.x, sample.targets)])
+            tensors = [*tensors_of(sample.x), sample.targets]
+            self._coordinator.set_room([tensor.nbytes for tensor in tensors])
 
     def _grow(self, sample: Sample) -> None:
         """Opens the edges anew, for larger batches."""

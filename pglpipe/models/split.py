@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import operator
 from collections import OrderedDict
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import takewhile
@@ -28,12 +28,13 @@ from pglpipe.errors import PartitionError, nearest
 from pglpipe.messages.activation import Activation, map_tensors, tensors_of
 from pglpipe.models.layer import Layer
 from pglpipe.models.tracing import (
-    arguments,
+    inputs_by_name,
     is_floating,
     mode,
     note_values,
     owners,
     trace,
+    unnamed_inputs,
 )
 
 # What holds modules, and does nothing of its own.
@@ -54,7 +55,8 @@ def split(
     Args:
         module: the network. Its submodules stay what they are, and hold the trained weights after
             :meth:`~pglpipe.trainer.Trainer.fit`.
-        example: an input, tensors ``[B, ...]`` of 2 samples or more.
+        example: an input, tensors ``[B, ...]`` of 2 samples or more: one, a tuple of them, or a dict by the names of
+            the arguments of ``forward``.
         at: where to cut: the name of a submodule cuts before it is first called, ``"after NAME"`` after it was last
             called. None for all places where few bytes would cross.
         leaf: names of submodules that are called as a whole, because they cannot be traced.
@@ -69,7 +71,9 @@ def split(
     >>> [layer.name for layer in split(network, torch.ones(2, 4), at=["2"])]
     ['0', '2']
     """
-    traced = Traced(module, example, leaf)
+    given = inputs_by_name(module, example)
+    example = unnamed_inputs(given)
+    traced = Traced(module, given, leaf)
     ends = traced.everywhere() if at is None else traced.places(at)
     layers = traced.cut(ends)
     traced.check(layers, example)
@@ -98,17 +102,23 @@ def body_of(layers: Sequence[Layer], build: Callable[[Layer], nn.Module]) -> nn.
     return nn.Sequential(OrderedDict((layer.name, build(layer)) for layer in layers))
 
 
+def inputs_of(layers: Sequence[Layer]) -> list[str]:
+    """The names of a network's inputs, in order; none of a network that was given as layers."""
+    first = layers[0]
+    return first.traced.inputs if isinstance(first, Piece) else []
+
+
 class Traced:
     """A module's operations.
 
     Args:
         module: what is traced.
-        example: its input.
+        given: examples of its inputs, by name, in order.
         leaf: submodules that are not traced into.
     """
 
     def __init__(
-        self, module: nn.Module, example: Activation, leaf: Collection[str]
+        self, module: nn.Module, given: Mapping[str, Tensor], leaf: Collection[str]
     ) -> None:
         self.module = module
         known = dict(module.named_modules())
@@ -117,11 +127,11 @@ class Traced:
                 raise PartitionError(
                     f"no submodule {name!r} to be a leaf: {nearest(name, known)}"
                 )
-        self._root, self._graph = trace(module, leaf)
+        self._root, self._graph = trace(module, leaf, given)
         self._inputs = [n for n in self._graph.nodes if n.op == "placeholder"]
         (self._output,) = (n for n in self._graph.nodes if n.op == "output")
-        note_values(self._root, self._graph, self._inputs, example)
-        self._batch = len(tensors_of(example)[0])
+        note_values(self._root, self._graph, list(given.values()))
+        self._batch = len(next(iter(given.values())))
         self._fixed = self._found_fixed()
         self._nodes = [
             node
@@ -130,6 +140,11 @@ class Traced:
         ]
         self._number = {node: i for i, node in enumerate(self._nodes)}
         self._unused = self._found_unused()
+
+    @property
+    def inputs(self) -> list[str]:
+        """The names of the module's inputs, in order."""
+        return [str(node.target) for node in self._inputs]
 
     # -- where to cut -----------------------------------------------------------------
 
@@ -345,7 +360,8 @@ class Traced:
         if any(tensor.is_meta for tensor in tensors_of(example)):
             return
         with mode(self.module, training=False):
-            expected = self.module(*arguments(map_tensors(Tensor.clone, example)))
+            inputs = zip(self.inputs, tensors_of(example), strict=True)
+            expected = self.module(**{name: x.clone() for name, x in inputs})
             x = example
             for layer in layers:
                 # As if each layer were on another worker.

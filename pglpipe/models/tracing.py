@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial
+from inspect import signature
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
 from pglpipe.errors import PartitionError
-from pglpipe.messages.activation import Activation, map_tensors
+from pglpipe.messages.activation import Activation
 
 
 class _Tracer(fx.Tracer):
@@ -40,10 +40,12 @@ class _Tracer(fx.Tracer):
         return output
 
 
-def trace(module: nn.Module, leaf: Collection[str]) -> tuple[nn.Module, fx.Graph]:
+def trace(
+    module: nn.Module, leaf: Collection[str], given: Collection[str]
+) -> tuple[nn.Module, fx.Graph]:
     """The operations, in either mode, and the module that has what they refer to.
 
-    A submodule that does other things in training is not traced into.
+    A submodule that does other things in training is not traced into. Inputs that are not given have their defaults.
     """
     leaves = set(leaf)
     while True:
@@ -52,7 +54,7 @@ def trace(module: nn.Module, leaf: Collection[str]) -> tuple[nn.Module, fx.Graph
             with mode(module, training=training):
                 # Tensors that forward makes become attributes of what is traced.
                 roots.append(copy.copy(module))
-                graphs.append(_traced_once(roots[-1], leaves))
+                graphs.append(_traced_once(roots[-1], leaves, given))
         train, evaluation = graphs
         if (owner := _first_difference(train, evaluation)) is None:
             return roots[0], train
@@ -64,10 +66,14 @@ def trace(module: nn.Module, leaf: Collection[str]) -> tuple[nn.Module, fx.Graph
         leaves.add(owner)
 
 
-def _traced_once(module: nn.Module, leaves: Collection[str]) -> fx.Graph:
+def _traced_once(
+    module: nn.Module, leaves: Collection[str], given: Collection[str]
+) -> fx.Graph:
     tracer = _Tracer(leaves)
+    parameters = signature(module.forward).parameters
+    absent = {n: p.default for n, p in parameters.items() if n not in given}
     try:
-        return tracer.trace(module)
+        graph = tracer.trace(module, concrete_args=absent or None)
     except Exception as error:  # whatever a forward does with what has no values
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         where = tracer.within[-1] if tracer.within else ""
@@ -77,6 +83,12 @@ def _traced_once(module: nn.Module, leaves: Collection[str]) -> fx.Graph:
         raise PartitionError(
             f"cannot trace {where or type(module).__name__!r}: {reason}; {remedy}"
         ) from error
+    for node in [n for n in graph.nodes if n.op == "placeholder"]:
+        if str(node.target) not in given:
+            for check in list(node.users):  # that nobody gives another value
+                graph.erase_node(check)
+            graph.erase_node(node)
+    return graph
 
 
 def _first_difference(some: fx.Graph, others: fx.Graph) -> str | None:
@@ -102,21 +114,41 @@ def owners(node: fx.Node) -> list[str]:
     return [path for path in stack if path]
 
 
-def note_values(
-    module: nn.Module, graph: fx.Graph, inputs: Sequence[fx.Node], example: Activation
-) -> None:
-    """Notes every operation's value, on the meta device, in its ``meta["value"]``."""
-    given = arguments(example)
-    if len(given) > len(inputs):
+def inputs_by_name(module: nn.Module, example: Activation) -> dict[str, Tensor]:
+    """The inputs that an example gives, in the order of the arguments of ``forward``.
+
+    Raises:
+        PartitionError: it gives one that there is not, or not all that are needed.
+    """
+    parameters = signature(module.forward).parameters
+    given = example
+    if not isinstance(example, Mapping):
+        values = example if isinstance(example, tuple) else (example,)
+        given = dict(zip(parameters, values, strict=False))
+    needed = [n for n, p in parameters.items() if p.default is p.empty]
+    wrong = [n for n in given if n not in parameters]
+    missing = [n for n in needed if n not in given]
+    if wrong or missing or not all(isinstance(t, Tensor) for t in given.values()):
         raise PartitionError(
-            f"expected an example for the inputs {', '.join(str(n.target) for n in inputs)}, got {len(given)} values"
+            f"expected an example with a tensor for each input of {type(module).__name__}, {', '.join(needed)}, got "
+            f"{', '.join(map(str, given)) or 'none'}"
         )
+    return {name: given[name] for name in parameters if name in given}
+
+
+def unnamed_inputs(given: Mapping[str, Tensor]) -> Activation:
+    """The inputs as a trainer has them: one tensor, or a tuple."""
+    values = tuple(given.values())
+    return values if len(values) > 1 else values[0]
+
+
+def note_values(module: nn.Module, graph: fx.Graph, given: Sequence[Tensor]) -> None:
+    """Notes every operation's value, on the meta device if it can be, in its ``meta["value"]``."""
     whole = copy.deepcopy(fx.GraphModule(module, graph))
 
     def run(device: str) -> None:
         with torch.device(device), torch.no_grad():
-            to_device = partial(map_tensors, lambda tensor: tensor.to(device))
-            _Noting(whole.to(device), graph).run(*map(to_device, given))
+            _Noting(whole.to(device), graph).run(*(x.to(device) for x in given))
 
     try:
         run("meta")
@@ -136,10 +168,6 @@ class _Noting(fx.Interpreter):
 
 def is_floating(value: object) -> bool:
     return isinstance(value, Tensor) and value.is_floating_point()
-
-
-def arguments(example: Activation) -> tuple[Activation, ...]:
-    return example if isinstance(example, tuple) else (example,)
 
 
 @contextmanager

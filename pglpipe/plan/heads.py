@@ -60,7 +60,7 @@ def head_builder(
             seed = blueprint.learning.machine.seed
             site = Site(shape, num_outputs, position, copied, depth_fraction, seed)
             head = build_head(named, site)
-        return local_loss.auxiliary(head, shape, tuple(sample.x.shape[1:]))
+        return local_loss.auxiliary(head, shape, tuple(main(sample.x).shape[1:]))
 
     return build
 

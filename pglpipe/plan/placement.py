@@ -24,7 +24,7 @@ from pglpipe.cluster.world import World
 from pglpipe.data.loader import Sample
 from pglpipe.errors import ConfigError, setting, warn
 from pglpipe.heads import borrowed
-from pglpipe.messages.activation import Activation, main
+from pglpipe.messages.activation import Activation, main, map_tensors
 from pglpipe.messages.codec import Wire
 from pglpipe.models.layer import Layer
 from pglpipe.models.split import body_of
@@ -130,7 +130,7 @@ def draft(
     if stand_in and not alike(heads, head_skeletons(stand_in, balance, outputs)):
         costs = weighed(layers, sample.x, head, ends)
     if blueprint.learning.machine.overlap_stages:
-        image = blueprint.image(sample.x)
+        image = blueprint.image(main(sample.x))
         local = partial(blueprint.learning.local_loss, image=image)
         batch = sample.x, sample.targets
         check_draws_nothing(
@@ -236,7 +236,9 @@ def _weigh(
     prediction = MemoryPrediction(
         skeletons,
         blueprint.learning,
-        (sample.x[: sample.trained].clone(), sample.targets[: sample.trained].clone()),
+        map_tensors(
+            lambda tensor: tensor[: sample.trained].clone(), (sample.x, sample.targets)
+        ),
         stages_of,
         TIMETABLES[blueprint.memory.timetable],
         lambda y: wire.rounded(dense(y)),

@@ -12,7 +12,7 @@ from testing.worlds import Trained, train
 from torch import Tensor, nn
 
 from pglpipe import ALWAYS, Guidance, Layer, PglpipeError
-from pglpipe.errors import ConfigError, PartitionError
+from pglpipe.errors import ConfigError, DataError, PartitionError
 from pglpipe.messages.activation import tensors_of
 from pglpipe.models.split import split
 
@@ -59,6 +59,25 @@ class Masked(nn.Module):
         x = self.second(x).relu().masked_fill(mask, 0.0) + shift
         x = self.third(x).relu()
         y: Tensor = self.last(x) + nn.functional.one_hot(largest % 10, 10)
+        return y
+
+
+class TwoInputs(nn.Module):
+    """An image and a whole number for each sample; a third input is not given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.image, self.number = nn.Linear(192, 16), nn.Embedding(10, 16)
+        self.both, self.last = nn.Linear(16, 16), nn.Linear(16, 10)
+
+    def forward(
+        self, image: Tensor, number: Tensor, bias: Tensor | None = None
+    ) -> Tensor:
+        x = self.image(image.flatten(1)).relu()
+        x = x + self.number(number)
+        if bias is not None:
+            x = x + bias
+        y: Tensor = self.last(self.both(x).relu())
         return y
 
 
@@ -221,6 +240,38 @@ def test_what_is_alive_crosses_a_cut_and_nothing_else() -> None:
     assert dtypes == [[torch.float32, torch.bool, torch.int64]]
 
 
+@pytest.mark.parametrize("given", ["a tuple", "a dict"])
+@pytest.mark.parametrize("kind", ["local and global", "stale", "local microbatches"])
+def test_a_network_may_have_several_inputs(kind: str, given: str) -> None:
+    number = torch.tensor([3, 1, 4, 1])
+    x: Any = {"number": number, "image": X} if given == "a dict" else (X, number)
+    reference, batch = made(TwoInputs), (x, BATCH[1])
+
+    def result(size: int, **options: Any) -> Trained:
+        layers = split(made(TwoInputs), x, at=["number", "both", "last"])
+        return trained(size, layers, batch, evaluate=[batch], **options)
+
+    found = [result(size, **STEPS[kind]).summary.parameters_sha256 for size in (1, 2)]
+    assert found[0] == found[1]
+    body = result(2, guidance=ALWAYS, microbatches=2).body
+    optimizer = plain(reference.parameters())
+    for _ in range(4):
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(reference(X, number), BATCH[1]).backward()
+        optimizer.step()
+    for name, expected in reference.state_dict().items():
+        torch.testing.assert_close(body[name], expected, rtol=1e-5, atol=1e-6)
+
+
+def test_a_batch_without_an_input_is_refused() -> None:
+    x = {"image": X, "number": torch.tensor([3, 1, 4, 1])}
+    layers = split(made(TwoInputs), x, at=["both"])
+    with pytest.raises(DataError, match="the inputs image, number .*, got image; have"):
+        trained(1, layers, ({"image": X}, BATCH[1]), stages=2)
+    with pytest.raises(DataError, match="the inputs x from the training loader, got x, y"):
+        trained(1, split(made(UNet), X), ({"x": X, "y": X}, BATCH[1]))
+
+
 def test_a_cut_can_be_after_a_submodule() -> None:
     before = split(made(UNet), X, at=["up1"])
     after = split(made(UNet), X, at=["after up2"])
@@ -258,6 +309,7 @@ def test_what_depends_on_the_mode_still_does() -> None:
         (UNet, {"at": ["up2", "down2"]}, "in the order in which their submodules run"),
         (UNet, {"at": ["down1"]}, "nothing would be left on one side"),
         (UNet, {"leaf": ["dwon1"]}, "no submodule 'dwon1' to be a leaf"),
+        (TwoInputs, {}, "each input of TwoInputs, image, number, got image"),
     ],
 )
 def test_what_cannot_be_cut_is_refused_on_one_line(

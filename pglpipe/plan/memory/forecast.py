@@ -14,7 +14,13 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from pglpipe.errors import PartitionError, setting
-from pglpipe.messages.activation import Activation, detached, main
+from pglpipe.messages.activation import (
+    Activation,
+    detached,
+    main,
+    map_tensors,
+    tensors_of,
+)
 from pglpipe.plan.memory.fit import Memory
 from pglpipe.plan.memory.weigh import (
     Criterion,
@@ -53,7 +59,7 @@ class MemoryPrediction:
         self,
         stages: Sequence[tuple[nn.Module, nn.Module | None]],
         learning: Learning,
-        batch: tuple[Tensor, Tensor],
+        batch: tuple[Activation, Tensor],
         stages_of: Sequence[range],
         timetable: Callable[[int, int], Timetable],
         carry: Callable[[Activation], Activation] = lambda output: output,
@@ -87,7 +93,7 @@ class MemoryPrediction:
     @property
     def samples(self) -> int:
         """In a training batch."""
-        return len(self._batch[0])
+        return len(self._batch[1])
 
     def peaks(self, kind: str, settings: Memory) -> list[int]:
         """Bytes kept for backward at their peak in a step of a kind, by rank.
@@ -119,8 +125,7 @@ class MemoryPrediction:
             for module in modules:
                 if isinstance(module, nn.Module):
                     module._apply(there)  # type: ignore[no-untyped-call]
-            x, targets = self._batch
-            self._batch = there(x), there(targets)
+            self._batch = map_tensors(there, self._batch)
         self._precision = precision
 
     def _locally(self, microbatches: int) -> list[int]:
@@ -136,7 +141,7 @@ class MemoryPrediction:
         parts = min(microbatches, self.samples)
         sizes = [len(part) for part in torch.arange(self.samples).tensor_split(parts)]
         weights = [self._weigh(size, input_gradient=True) for size in sizes]
-        batch = sum(_nbytes(tensor) for tensor in self._batch)
+        batch = sum(_nbytes(tensor) for tensor in tensors_of(self._batch))
         # The first worker's microbatches are views of the batch.
         views = [
             [dataclasses.replace(first, input=0, targets=0), *others]
@@ -166,11 +171,10 @@ class MemoryPrediction:
         return self._weights[size, input_gradient]
 
     def _weighed(self, size: int, input_gradient: bool) -> Iterator[StageBytes]:
-        x: Activation
-        x, targets = (t[:size].clone() for t in self._batch)
+        x, targets = map_tensors(lambda tensor: tensor[:size].clone(), self._batch)
         copied = False
         local, num_stages = self._local_loss, len(self._stages)
-        image = local.image(x) if local.image else None
+        image = local.image(main(x)) if local.image else None
         for index, (body, head) in enumerate(self._stages):
             x = detached(x, with_gradient=input_gradient and index > 0)
             place = head_depth(index, num_stages)

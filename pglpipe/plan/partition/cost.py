@@ -64,7 +64,7 @@ Costs = tuple[list[LayerCost], list[LayerCost | None]]
 
 def analyse(
     layers: Sequence[Layer],
-    sample: Tensor,
+    sample: Activation,
     head: HeadBuilder,
     ends: Collection[int] | None = None,
 ) -> Costs:
@@ -83,7 +83,7 @@ def analyse(
         PartitionError: a layer or a needed head fails on what it gets, or returns anything but one
             tensor ``[B, ...]``; or no head can be made at all.
     """
-    x: Activation = sample.to("meta")
+    x = on_meta(sample)
     saved = _Saved()
     layer_costs = list[LayerCost]()
     head_costs, failures = list[LayerCost | None](), list[PartitionError]()
@@ -107,7 +107,7 @@ def analyse(
     return layer_costs, head_costs
 
 
-def activations(layers: Sequence[Layer], sample: Tensor) -> list[Activation]:
+def activations(layers: Sequence[Layer], sample: Activation) -> list[Activation]:
     """What each layer puts out for a batch, on the meta device: shapes and types.
 
     Strides may differ from those of a real run, where kernels choose them by device.
@@ -119,7 +119,7 @@ def activations(layers: Sequence[Layer], sample: Tensor) -> list[Activation]:
     Raises:
         PartitionError: as :func:`analyse`.
     """
-    x: Activation = sample.to("meta")
+    x = on_meta(sample)
     outputs = list[Activation]()
     with torch.no_grad():
         for layer in layers:
@@ -128,6 +128,11 @@ def activations(layers: Sequence[Layer], sample: Tensor) -> list[Activation]:
             x = output if given is x else _of_batch(output, len(main(x)))
             outputs.append(x)
     return outputs
+
+
+def on_meta(x: Activation) -> Activation:
+    """The same shapes and types, without values."""
+    return map_tensors(lambda tensor: tensor.to("meta"), x)
 
 
 def head_layer(

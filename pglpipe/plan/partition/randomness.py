@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from pglpipe.errors import ConfigError, setting
 from pglpipe.messages.activation import Activation, main
 from pglpipe.models.layer import Layer
-from pglpipe.plan.partition.cost import HeadBuilder, head_layer
+from pglpipe.plan.partition.cost import HeadBuilder, head_layer, on_meta
 from pglpipe.plan.partition.split import slices
 
 # Of what a module put out and the targets.
@@ -28,7 +28,7 @@ Criterion = Callable[[Any, Tensor], Tensor]
 def check_draws_nothing(
     layers: Sequence[Layer],
     sizes: Sequence[int],
-    sample: tuple[Tensor, Tensor],
+    sample: tuple[Activation, Tensor],
     head: HeadBuilder,
     losses: tuple[Criterion, Criterion],
 ) -> None:
@@ -42,7 +42,7 @@ def check_draws_nothing(
         losses: the true one and that of the heads. One that cannot be computed on the meta
             device is checked as far as it can.
     """
-    x, targets = (tensor.to("meta") for tensor in sample)
+    x, targets = on_meta(sample)
     loss, local_loss = losses
     ends = {part.stop for part in slices(sizes)[:-1]}
     for number, layer in enumerate(layers, start=1):

@@ -36,7 +36,7 @@ from pglpipe.utils.seeding import seeded
 
 def measure(
     layers: Sequence[Layer],
-    sample: Tensor,
+    sample: Activation,
     head: HeadBuilder,
     ends: Collection[int] | None = None,
     *,
