@@ -223,10 +223,11 @@ def as_batch(item: Any, option: str, inputs: Sequence[str] = ()) -> Batch:
             item = _in_order(item[0], inputs, option), item[1]
         with suppress(TypeError, ValueError, RuntimeError):
             x, targets = _as_input(item[0]), _as_tensor(item[1])
-            each = [*tensors_of(x), targets]
-            if all(t.ndim and len(t) == len(targets) and len(t) for t in each):
-                return x, targets
-            got = "shapes " + " and ".join(str(tuple(t.shape)) for t in each)
+            shapes = [tuple(t.shape) for t in (*tensors_of(x), targets)]
+            got = "shapes " + " and ".join(map(str, shapes))
+            if all(shape and shape[0] for shape in shapes):
+                if len({shape[0] for shape in shapes}) == 1:
+                    return x, targets
     raise DataError(
         f"expected batches (x [B, ...], targets [B, ...]) from the {option} loader, got {got}; have it yield pairs of "
         "tensors, for example with a collate_fn"

@@ -268,7 +268,9 @@ def test_a_batch_without_an_input_is_refused() -> None:
     layers = split(made(TwoInputs), x, at=["both"])
     with pytest.raises(DataError, match="the inputs image, number .*, got image; have"):
         trained(1, layers, ({"image": X}, BATCH[1]), stages=2)
-    with pytest.raises(DataError, match="the inputs x from the training loader, got x, y"):
+    with pytest.raises(
+        DataError, match="the inputs x from the training loader, got x, y"
+    ):
         trained(1, split(made(UNet), X), ({"x": X, "y": X}, BATCH[1]))
 
 
