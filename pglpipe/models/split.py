@@ -59,13 +59,14 @@ def split(
             the arguments of ``forward``.
         at: where to cut: the name of a submodule cuts before it is first called, ``"after NAME"`` after it was last
             called. None for all places where few bytes would cross.
-        leaf: names of submodules that are called as a whole, because they cannot be traced.
+        leaf: names of submodules that are called as a whole, beside those that cannot be traced.
 
     Returns:
         One layer more than there are names in ``at``.
 
     Raises:
-        PartitionError: the module cannot be traced, there is no such submodule, or no cut can be made there.
+        PartitionError: the module's own ``forward`` cannot be traced, there is no such submodule, or no cut can be made
+            there.
 
     >>> network = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
     >>> [layer.name for layer in split(network, torch.ones(2, 4), at=["2"])]

@@ -45,25 +45,46 @@ def trace(
 ) -> tuple[nn.Module, fx.Graph]:
     """The operations, in either mode, and the module that has what they refer to.
 
-    A submodule that does other things in training is not traced into. Inputs that are not given have their defaults.
+    A submodule that cannot be traced, or does other things in training, is called as a whole, and so are those of the
+    same class. Inputs that are not given have their defaults.
+
+    Raises:
+        PartitionError: the module's own ``forward`` is such a one.
     """
+    kinds = {name: type(part) for name, part in module.named_modules()}
     leaves = set(leaf)
     while True:
-        roots, graphs = [], []
-        for training in (True, False):
-            with mode(module, training=training):
-                # Tensors that forward makes become attributes of what is traced.
-                roots.append(copy.copy(module))
-                graphs.append(_traced_once(roots[-1], leaves, given))
-        train, evaluation = graphs
-        if (owner := _first_difference(train, evaluation)) is None:
-            return roots[0], train
+        roots: list[nn.Module] = []
+        graphs: list[fx.Graph] = []
+        try:
+            for training in (True, False):
+                with mode(module, training=training):
+                    # Tensors that forward makes become attributes of what is traced.
+                    roots.append(copy.copy(module))
+                    graphs.append(_traced_once(roots[-1], leaves, given))
+            if (owner := _first_difference(*graphs)) is None:
+                return roots[0], graphs[0]
+            reason = "it does other things in training than in evaluation"
+        except _Untraceable as error:
+            owner, reason = error.owner, str(error)
         if not owner or owner in leaves:
             raise PartitionError(
-                f"cannot trace {type(module).__name__}, whose own forward does other things in training than in "
-                "evaluation; move that into a submodule"
+                f"cannot trace the forward of {type(module).__name__}: {reason}; move that into a submodule, or give the "
+                "layers as a list"
             )
-        leaves.add(owner)
+        leaves |= {name for name, kind in kinds.items() if kind is kinds[owner]}
+
+
+class _Untraceable(Exception):
+    """A submodule does with its inputs what needs values.
+
+    Args:
+        owner: its name.
+    """
+
+    def __init__(self, reason: str, owner: str) -> None:
+        super().__init__(reason)
+        self.owner = owner
 
 
 def _traced_once(
@@ -76,13 +97,7 @@ def _traced_once(
         graph = tracer.trace(module, concrete_args=absent or None)
     except Exception as error:  # whatever a forward does with what has no values
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        where = tracer.within[-1] if tracer.within else ""
-        remedy = (
-            f"name it with leaf=[{where!r}]" if where else "give its layers as a list"
-        )
-        raise PartitionError(
-            f"cannot trace {where or type(module).__name__!r}: {reason}; {remedy}"
-        ) from error
+        raise _Untraceable(reason, "".join(tracer.within[-1:])) from error
     for node in [n for n in graph.nodes if n.op == "placeholder"]:
         if str(node.target) not in given:
             for check in list(node.users):  # that nobody gives another value

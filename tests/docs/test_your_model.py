@@ -1,4 +1,7 @@
-"""The programs of docs/your-model.md run as they stand, alike on one worker and on two."""
+"""The programs of docs/your-model.md run as they stand, alike on one worker and on two.
+
+Each takes seconds, for it is started as a user would, in processes that import PyTorch.
+"""
 
 from __future__ import annotations
 

@@ -305,7 +305,12 @@ def test_what_depends_on_the_mode_still_does() -> None:
 @pytest.mark.parametrize(
     ("kind", "options", "words"),
     [
-        (Branching, {}, r"cannot trace 'middle': .*leaf=\['middle'\]"),
+        (
+            Choosing,
+            {},
+            "cannot trace the forward of Choosing: .*; move that into a sub",
+        ),
+        (FunctionalDropout, {}, "other things in training .*; move that into a submod"),
         (Overwriting, {"at": ["second"]}, "changes in place what a later part"),
         (UNet, {"at": ["up3"]}, "'up3', for no such submodule is called: did you mean"),
         (UNet, {"at": ["up2", "down2"]}, "in the order in which their submodules run"),
@@ -323,10 +328,14 @@ def test_what_cannot_be_cut_is_refused_on_one_line(
 
 
 @pytest.mark.filterwarnings("ignore:what stages keep")
-def test_a_leaf_is_called_as_a_whole() -> None:
-    layers = split(made(Branching), X, leaf=["middle"])
+def test_a_submodule_that_cannot_be_traced_is_called_as_a_whole() -> None:
+    layers = split(made(Branching), X)
     assert len(layers) == 2
     trained(2, layers, stages=2)
+
+
+def test_so_is_a_leaf() -> None:
+    assert len(split(made(UNet), X)) > len(split(made(UNet), X, leaf=["middle"])) > 5
 
 
 def test_tied_weights_across_a_cut_are_refused_with_both_layers() -> None:
