@@ -217,17 +217,21 @@ def as_batch(item: Any, option: str, inputs: Sequence[str] = ()) -> Batch:
     Raises:
         DataError: it is none.
     """
-    got = _described(item)
+    got, wrong = _described(item), ""
     if isinstance(item, (tuple, list)) and len(item) == 2:
         if isinstance(item[0], Mapping):
             item = _in_order(item[0], inputs, option), item[1]
         with suppress(TypeError, ValueError, RuntimeError):
-            x, targets = _as_input(item[0]), _as_tensor(item[1])
+            x, targets = _as_input(item[0], inputs), _as_tensor(item[1])
             shapes = [tuple(t.shape) for t in (*tensors_of(x), targets)]
             got = "shapes " + " and ".join(map(str, shapes))
-            if all(shape and shape[0] for shape in shapes):
+            if inputs and len(shapes) - 1 != len(inputs):
+                wrong = f"{len(shapes) - 1} tensors"
+            elif all(shape and shape[0] for shape in shapes):
                 if len({shape[0] for shape in shapes}) == 1:
                     return x, targets
+        if wrong:
+            raise _other_inputs(inputs, option, wrong)
     raise DataError(
         f"expected batches (x [B, ...], targets [B, ...]) from the {option} loader, got {got}; have it yield pairs of "
         "tensors, for example with a collate_fn"
@@ -239,18 +243,23 @@ def _in_order(
 ) -> tuple[Any, ...]:
     """The inputs of a network in the order in which it names them."""
     if set(x) != set(inputs):
-        expected = f"the inputs {', '.join(inputs)}" if inputs else "a tensor"
-        raise DataError(
-            f"expected batches with {expected} from the {option} loader, got {', '.join(map(str, x))}; have it yield "
-            "({input: tensor, ...}, targets) for a module that pglpipe.split has cut"
-        )
-    return tuple(x[name] for name in inputs)
+        raise _other_inputs(inputs, option, ", ".join(map(str, x)))
+    return tuple(_as_tensor(x[name]) for name in inputs)
 
 
-def _as_input(part: Any) -> Activation:
+def _other_inputs(inputs: Sequence[str], option: str, got: str) -> DataError:
+    expected = f"the inputs {', '.join(inputs)}" if inputs else "a tensor"
+    return DataError(
+        f"expected batches with {expected} from the {option} loader, got {got}; have it yield "
+        "({input: tensor, ...}, targets) for a module that pglpipe.split has cut"
+    )
+
+
+def _as_input(part: Any, inputs: Sequence[str]) -> Activation:
     """One tensor, or a tuple of the tensors that are the network's inputs."""
     if isinstance(part, (tuple, list)) and part:
-        if all(isinstance(each, Tensor) and each.ndim for each in part):
+        are_tensors = all(isinstance(each, Tensor) and each.ndim for each in part)
+        if are_tensors or len(inputs) > 1:
             tensors = tuple(map(_as_tensor, part))
             return tensors if len(tensors) > 1 else tensors[0]
     return _as_tensor(part)

@@ -82,7 +82,8 @@ class HeldModules:
         for prefix, module in self._modules.items():
             # Not load_state_dict, which asks some modules for more than tensors.
             for name, tensor in module.state_dict(keep_vars=True).items():
-                tensor.copy_(tensors[prefix + name])
+                if prefix + name in tensors:  # else it is there by another name
+                    tensor.copy_(tensors[prefix + name])
 
     def restore_modes(self) -> None:
         """Switches them to training or evaluation, as they were handed in."""

@@ -36,6 +36,7 @@ from pglpipe.models.tracing import (
     trace,
     unnamed_inputs,
 )
+from pglpipe.utils.seeding import Draws, generators_kept
 
 # What holds modules, and does nothing of its own.
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
@@ -131,8 +132,14 @@ class Traced:
         self._root, self._graph = trace(module, leaf, given)
         self._inputs = [n for n in self._graph.nodes if n.op == "placeholder"]
         (self._output,) = (n for n in self._graph.nodes if n.op == "output")
-        note_values(self._root, self._graph, list(given.values()))
         self._batch = len(next(iter(given.values())))
+        if self._batch < 2:
+            raise PartitionError(
+                f"expected an example of 2 samples or more, got {self._batch}; give a batch"
+            )
+        note_values(self._root, self._graph, list(given.values()), "value")
+        fewer = [tensor[:-1] for tensor in given.values()]
+        note_values(self._root, self._graph, fewer, "fewer")
         self._fixed = self._found_fixed()
         self._nodes = [
             node
@@ -141,6 +148,7 @@ class Traced:
         ]
         self._number = {node: i for i, node in enumerate(self._nodes)}
         self._unused = self._found_unused()
+        self._learned = self._found_learned()
 
     @property
     def inputs(self) -> list[str]:
@@ -204,7 +212,8 @@ class Traced:
             if any(self._comes_after(user, place) for user in node.users)
         ]
         floating = [n for n in crossing if is_floating(n.meta["value"])]
-        read = floating[-1:]
+        learned = [n for n in floating if n in self._learned]
+        read = (learned or floating)[-1:]
         return [*read, *(node for node in crossing if node not in read)]
 
     def _comes_after(self, user: fx.Node, place: int) -> bool:
@@ -222,7 +231,9 @@ class Traced:
             value = node.meta["value"]
             if not isinstance(value, Tensor):
                 return f"{node.name!r}, which is {type(value).__name__}, would cross"
-            if value.ndim == 0 or len(value) != self._batch:
+            fewer = node.meta["fewer"]
+            sizes = [len(each) if each.ndim else 0 for each in (value, fewer)]
+            if sizes != [self._batch, self._batch - 1]:
                 return f"{node.name!r} of shape {tuple(value.shape)}, which has not the batch first, would cross"
         if not alive or not is_floating(alive[0].meta["value"]):
             return "nothing that a head could read would cross"
@@ -268,6 +279,14 @@ class Traced:
             for fixed in node.all_input_nodes
             if fixed.op == "get_attr"
         )
+
+    def _found_learned(self) -> set[fx.Node]:
+        """What depends on parameters and on the batch."""
+        learned: set[fx.Node] = set()
+        for node in self._nodes:
+            if self._has_parameters(node) or learned & set(node.all_input_nodes):
+                learned.add(node)
+        return learned
 
     def _found_fixed(self) -> set[fx.Node]:
         """What does not depend on the batch."""
@@ -331,8 +350,12 @@ class Traced:
             graph.output(values[0] if len(values) == 1 else values)
         code = type(fx.GraphModule(self._root, graph)).forward
         part = _Part(code)
+        # Submodules that are called before tensors of submodules that may be among them.
         names = [
-            str(n.target) for n in graph.nodes if n.op in ("call_module", "get_attr")
+            str(node.target)
+            for op in ("call_module", "get_attr")
+            for node in graph.nodes
+            if node.op == op
         ]
         for name in dict.fromkeys(names if first else [*names, *self._unused]):
             part.adopt(self._root, name)
@@ -340,15 +363,18 @@ class Traced:
 
     def _found_unused(self) -> list[str]:
         """Tensors of the module's ``state_dict`` that no operation has; the first layer keeps them."""
-        used = [
-            str(n.target)
-            for n in self._graph.nodes
-            if n.op in ("call_module", "get_attr")
-        ]
+        used: set[int] = set()
+        for node in self._graph.nodes:
+            if node.op == "call_module":
+                owner = self._root.get_submodule(str(node.target))
+                used |= {id(t) for t in owner.state_dict(keep_vars=True).values()}
+            elif node.op == "get_attr":
+                used.add(id(operator.attrgetter(str(node.target))(self._root)))
+        # A tensor with two names is one.
         return [
             name
-            for name in self.module.state_dict()
-            if not any(name == own or name.startswith(f"{own}.") for own in used)
+            for name, tensor in self.module.state_dict(keep_vars=True).items()
+            if isinstance(tensor, Tensor) and id(tensor) not in used
         ]
 
     @torch.no_grad()
@@ -360,9 +386,11 @@ class Traced:
         """
         if any(tensor.is_meta for tensor in tensors_of(example)):
             return
-        with mode(self.module, training=False):
-            inputs = zip(self.inputs, tensors_of(example), strict=True)
-            expected = self.module(**{name: x.clone() for name, x in inputs})
+        inputs = dict(zip(self.inputs, tensors_of(example), strict=True))
+        with mode(self.module, training=False), generators_kept(self.module):
+            with Draws(0, "split").seeded():
+                expected = self.module(**{n: x.clone() for n, x in inputs.items()})
+        with mode(self.module, training=False), Draws(0, "split").seeded():
             x = example
             for layer in layers:
                 # As if each layer were on another worker.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import operator
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from inspect import signature
@@ -18,16 +19,17 @@ from pglpipe.messages.activation import Activation
 class _Tracer(fx.Tracer):
     """Follows a module into its submodules, but for leaves."""
 
+    proxy_buffer_attributes = True
+
     def __init__(self, leaves: Collection[str]) -> None:
         super().__init__()
         self._leaves = leaves
         self.within: list[str] = []
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        hooks = "_forward_hooks", "_forward_pre_hooks", "_backward_hooks"
         return (
             module_qualified_name in self._leaves
-            or any(getattr(m, name) for name in hooks)
+            or bool(_own_ways(m))
             or super().is_leaf_module(m, module_qualified_name)
         )
 
@@ -51,6 +53,10 @@ def trace(
     Raises:
         PartitionError: the module's own ``forward`` is such a one.
     """
+    if ways := _own_ways(module):
+        raise PartitionError(
+            f"expected {type(module).__name__} without {ways}, which its layers would leave out; move that into a submodule"
+        )
     kinds = {name: type(part) for name, part in module.named_modules()}
     leaves = set(leaf)
     while True:
@@ -75,6 +81,20 @@ def trace(
         leaves |= {name for name, kind in kinds.items() if kind is kinds[owner]}
 
 
+def _own_ways(module: nn.Module) -> str:
+    """What a module does beside its forward; empty for most."""
+    hooks = (
+        "_forward_hooks",
+        "_forward_pre_hooks",
+        "_backward_hooks",
+        "_backward_pre_hooks",
+    )
+    if any(getattr(module, name) for name in hooks):
+        return "hooks"
+    is_plain = type(module).train is nn.Module.train
+    return "" if is_plain else "a train method of its own"
+
+
 class _Untraceable(Exception):
     """A submodule does with its inputs what needs values.
 
@@ -92,7 +112,11 @@ def _traced_once(
 ) -> fx.Graph:
     tracer = _Tracer(leaves)
     parameters = signature(module.forward).parameters
-    absent = {n: p.default for n, p in parameters.items() if n not in given}
+    absent = {
+        n: p.default
+        for n, p in parameters.items()
+        if n not in given and p.default is not p.empty
+    }
     try:
         graph = tracer.trace(module, concrete_args=absent or None)
     except Exception as error:  # whatever a forward does with what has no values
@@ -103,7 +127,21 @@ def _traced_once(
             for check in list(node.users):  # that nobody gives another value
                 graph.erase_node(check)
             graph.erase_node(node)
+    for node in graph.nodes:
+        changed = node.args[0] if node.args else None
+        if isinstance(changed, fx.Node) and changed.op == "get_attr" and _writes(node):
+            owner = "".join(owners(node)[-1:])
+            raise _Untraceable(f"it changes {str(changed.target)!r} in place", owner)
     return graph
+
+
+def _writes(node: fx.Node) -> bool:
+    """Whether an operation changes its first argument."""
+    if node.op == "call_method":
+        name = str(node.target)
+        return name.endswith("_") and not name.endswith("__")
+    changing = operator.iadd, operator.isub, operator.imul, operator.itruediv
+    return node.op == "call_function" and node.target in (*changing, operator.setitem)
 
 
 def _first_difference(some: fx.Graph, others: fx.Graph) -> str | None:
@@ -135,11 +173,16 @@ def inputs_by_name(module: nn.Module, example: Activation) -> dict[str, Tensor]:
     Raises:
         PartitionError: it gives one that there is not, or not all that are needed.
     """
-    parameters = signature(module.forward).parameters
+    parameters = {
+        name: parameter
+        for name, parameter in signature(module.forward).parameters.items()
+        if parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
+    }
     given = example
     if not isinstance(example, Mapping):
         values = example if isinstance(example, tuple) else (example,)
-        given = dict(zip(parameters, values, strict=False))
+        names = [*parameters, *map(str, range(len(parameters), len(values)))]
+        given = dict(zip(names, values, strict=False))
     needed = [n for n, p in parameters.items() if p.default is p.empty]
     wrong = [n for n in given if n not in parameters]
     missing = [n for n in needed if n not in given]
@@ -157,13 +200,15 @@ def unnamed_inputs(given: Mapping[str, Tensor]) -> Activation:
     return values if len(values) > 1 else values[0]
 
 
-def note_values(module: nn.Module, graph: fx.Graph, given: Sequence[Tensor]) -> None:
-    """Notes every operation's value, on the meta device if it can be, in its ``meta["value"]``."""
+def note_values(
+    module: nn.Module, graph: fx.Graph, given: Sequence[Tensor], key: str
+) -> None:
+    """Notes every operation's value, on the meta device if it can be, in its ``meta[key]``."""
     whole = copy.deepcopy(fx.GraphModule(module, graph))
 
     def run(device: str) -> None:
         with torch.device(device), torch.no_grad():
-            _Noting(whole.to(device), graph).run(*(x.to(device) for x in given))
+            _Noting(whole.to(device), graph, key).run(*(x.to(device) for x in given))
 
     try:
         run("meta")
@@ -173,11 +218,12 @@ def note_values(module: nn.Module, graph: fx.Graph, given: Sequence[Tensor]) -> 
 
 
 class _Noting(fx.Interpreter):
-    def __init__(self, module: fx.GraphModule, graph: fx.Graph) -> None:
+    def __init__(self, module: fx.GraphModule, graph: fx.Graph, key: str) -> None:
         super().__init__(module, graph=graph)
+        self._key = key
 
     def run_node(self, n: fx.Node) -> Any:
-        n.meta["value"] = value = super().run_node(n)
+        n.meta[self._key] = value = super().run_node(n)
         return value
 
 

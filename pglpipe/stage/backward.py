@@ -95,7 +95,7 @@ class GuidedBackward:
                     output, kept, self._gradients.guided_heads, weight or 1.0
                 )
                 if compares or self._gradients.guided_local_weight:
-                    self._remember(output, own)
+                    self._remember(output, own["x"])
             _backward(output, gradients)
         return self._gradients_of(x), loss
 
@@ -170,7 +170,7 @@ class GuidedBackward:
             if self._exit.head is None and guided:
                 weight = self._gradients.guided_weight
             loss, own = self._local_gradient(output, kept, "trained", weight)
-            at_output = {**arriving, self._index: {"x": own}}
+            at_output = {**arriving, self._index: own}
             leaving = {
                 source: _through(output, x, at_output[source])
                 for source in passing
@@ -192,7 +192,7 @@ class GuidedBackward:
                 output, kept, self._gradients.guided_heads, weight
             )
             if weight := self._gradients.guided_local_weight:
-                _backward(output, {"x": weight * own})
+                _backward(output, {name: weight * g for name, g in own.items()})
         return loss
 
     def replay(
@@ -220,23 +220,30 @@ class GuidedBackward:
 
     def _local_gradient(
         self, output: Activation, kept: Kept, heads: str, weight: float
-    ) -> tuple[Tensor, Tensor]:
-        """A microbatch's part of this stage's own loss, and its gradient at what the head reads.
+    ) -> tuple[Tensor, Gradients]:
+        """A microbatch's part of this stage's own loss, and its gradients at what the head, or the true loss, reads.
 
         Args:
             weight: of that gradient, and of the head's.
         """
-        leaf, head = main(output).detach().requires_grad_(), self._exit.head
+        head = self._exit.head
+        leaf = detached(output if head is None else main(output), with_gradient=True)
         # A head that is frozen keeps its statistics, too.
         with unmoved(head) if head and heads == "frozen" else nullcontext():
             loss = self._exit.loss(leaf, kept)
         total = weighted(loss, weight)
+        leaves = {name: t for name, t in named(leaf).items() if t.requires_grad}
         if heads == "trained":
             total.backward()  # type: ignore[no-untyped-call]
-            own = leaf.grad
+            found = [t.grad for t in leaves.values()]
         else:
-            (own,) = torch.autograd.grad(total, leaf, allow_unused=True)
-        return loss.detach(), torch.zeros_like(leaf) if own is None else own
+            found = list(
+                torch.autograd.grad(total, list(leaves.values()), allow_unused=True)
+            )
+        return loss.detach(), {
+            name: torch.zeros_like(leaf) if own is None else own
+            for (name, leaf), own in zip(leaves.items(), found, strict=True)
+        }
 
     def _drop_of_head(self) -> None:
         """Leaves a head that does not count a gradient of 0: momentum and weight decay go on."""
@@ -266,27 +273,32 @@ def _backward(output: Activation, gradients: Gradients) -> None:
         if output.requires_grad:
             output.backward(gradients["x"])  # type: ignore[no-untyped-call]
         return
-    if roots := _roots(output, gradients):
-        torch.autograd.backward(list(roots), list(roots.values()))
+    roots, at_roots = _roots(output, gradients)
+    if roots:
+        torch.autograd.backward(roots, at_roots)
 
 
-def _roots(output: Activation, gradients: Gradients) -> dict[Tensor, Tensor]:
-    """Tensors of an output and their gradients."""
-    return {
-        tensor: gradients[name]
+def _roots(
+    output: Activation, gradients: Gradients
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Tensors of an output and their gradients; a tensor with two names is there twice, and its gradients add up."""
+    names = [
+        name
         for name, tensor in named(output).items()
         if name in gradients and tensor.requires_grad
-    }
+    ]
+    tensors = named(output)
+    return [tensors[name] for name in names], [gradients[name] for name in names]
 
 
 def _through(output: Activation, x: Activation, gradients: Gradients) -> Gradients:
     """The gradients at a stage's input; its parameters get none."""
     inputs = {name: t for name, t in named(x).items() if t.requires_grad}
-    roots = _roots(output, gradients)
+    roots, at_roots = _roots(output, gradients)
     found = torch.autograd.grad(
-        list(roots),
+        roots,
         list(inputs.values()),
-        list(roots.values()),
+        at_roots,
         retain_graph=True,
         allow_unused=True,
         materialize_grads=True,

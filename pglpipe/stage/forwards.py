@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from pglpipe.errors import ConfigError
 from pglpipe.losses.state import foreign_leaf, name_of, untrained
-from pglpipe.messages.activation import Activation, map_tensors, tensors_of
+from pglpipe.messages.activation import Activation, main, map_tensors, tensors_of
 from pglpipe.transport import is_dense
 from pglpipe.utils.buffers import (
     Buffers,
@@ -174,7 +174,7 @@ class SavedForwards:
     def _check_learns(self, output: Activation) -> None:
         """Refuses layers to none of which a gradient gets."""
         trains = any(p.requires_grad for p in self._layers.parameters())
-        if trains and not any(t.requires_grad for t in tensors_of(output)):
+        if trains and not main(output).requires_grad:
             raise ConfigError(
                 f"expected the output of stage {self._index} to depend on its parameters, but no gradient gets to them; "
                 "give torch.utils.checkpoint use_reentrant=False, and detach nothing, or freeze them with "

@@ -6,12 +6,13 @@ import copy
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from testing.worlds import Trained, train
 from torch import Tensor, nn
 
-from pglpipe import ALWAYS, Guidance, Layer, PglpipeError
+from pglpipe import ALWAYS, NEVER, Guidance, Layer, PglpipeError
 from pglpipe.errors import ConfigError, DataError, PartitionError
 from pglpipe.messages.activation import tensors_of
 from pglpipe.models.split import split
@@ -357,3 +358,166 @@ def test_a_head_that_borrows_layers_is_refused() -> None:
     ) as raised:
         trained(1, layers, head="thin-2")
     assert isinstance(raised.value, ConfigError)
+
+
+# -- what a module may do --------------------------------------------------------------
+
+
+class Small(nn.Module):
+    """Two layers, and whatever ``between`` does."""
+
+    def __init__(self, between: Callable[[Any, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(192, 16), nn.Linear(16, 16)
+        self.third, self.last = nn.Linear(16, 16), nn.Linear(16, 10)
+        self.act, self.relu = nn.Identity(), nn.ReLU(inplace=True)
+        self.alias = nn.Sequential(self.first, self.third)
+        self.register_buffer("scale", torch.full((16,), 2.0))
+        self.between = between
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.last(self.between(self, self.first(x.flatten(1))))
+        return y
+
+
+def one_tensor_twice(self: Any, x: Tensor) -> Tensor:
+    y: Tensor = self.second(self.act(x)) + x
+    return y
+
+
+def changed_in_place(self: Any, x: Tensor) -> Tensor:
+    y: Tensor = self.second(self.relu(x)) + x
+    return y
+
+
+def parameter_before_its_module(self: Any, x: Tensor) -> Tensor:
+    y: Tensor = self.second(x / self.second.weight.norm())
+    return y
+
+
+def buffer_used_twice(self: Any, x: Tensor) -> Tensor:
+    y: Tensor = self.second(x * (self.scale * 2)) * self.scale
+    return y
+
+
+SMALL = [
+    one_tensor_twice,
+    changed_in_place,
+    parameter_before_its_module,
+    buffer_used_twice,
+]
+
+
+@pytest.mark.parametrize("between", SMALL)
+def test_a_global_step_is_back_propagation_whatever_is_between(between: Any) -> None:
+    batch = X.double(), BATCH[1]
+    module, reference = (made(lambda: Small(between), torch.float64) for _ in "ab")
+    at = ["last"] if between is parameter_before_its_module else ["second"]
+    layers = split(module, batch[0], at=at)
+    body = trained(2, layers, batch, guidance=ALWAYS, stages=2).body
+    optimizer = plain(reference.parameters())
+    for _ in range(4):
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(reference(batch[0]), batch[1]).backward()
+        optimizer.step()
+    state = reference.state_dict()
+    assert set(state) - set(body) <= {name for name in state if "alias" in name}
+    for name, found in body.items():
+        torch.testing.assert_close(found, state[name], rtol=1e-12, atol=1e-14)
+
+
+def test_heads_read_the_last_value_that_learns() -> None:
+    class Beside(Small):
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.first(x.flatten(1))
+            beside = x.flatten(1)[:, :16] * 2
+            y: Tensor = self.last(self.second(h) + beside)
+            return y
+
+    module = made(lambda: Beside(one_tensor_twice))
+    before = module.first.weight.clone()
+    trained(1, split(module, X, at=["second"]), stages=2, guidance=NEVER)
+    assert not torch.equal(module.first.weight, before)
+
+
+def test_what_is_made_of_a_buffer_follows_it() -> None:
+    module = made(lambda: Small(buffer_used_twice))
+    parts = [layer.build() for layer in split(module, X, at=["second"])]
+    with torch.no_grad():
+        for part in (*parts, module):
+            if "scale" in dict(part.named_buffers()):
+                part.scale.fill_(7.0)
+        assert torch.equal(parts[1](parts[0](X)), module(X))
+
+
+@pytest.mark.parametrize("kind", ["local and global", "windows", "stale windows"])
+def test_a_module_may_return_a_structure(kind: str) -> None:
+    class Two(Small):
+        def forward(self, x: Tensor) -> Any:
+            h = self.first(x.flatten(1)).relu()
+            return {"logits": self.last(self.second(h)), "mean": h.mean(1)}
+
+    def loss(outputs: Any, targets: Tensor) -> Tensor:
+        found: Tensor = nn.functional.cross_entropy(outputs["logits"], targets)
+        return found + outputs["mean"].square().mean()
+
+    def digest(size: int) -> str:
+        layers = split(made(lambda: Two(one_tensor_twice)), X, at=["second"])
+        heads = nn.CrossEntropyLoss()
+        options = STEPS[kind] | dict(loss=loss, local_loss=heads, stages=2)
+        return trained(size, layers, **options).summary.parameters_sha256
+
+    assert digest(1) == digest(2)
+
+
+def test_a_forward_may_draw_and_take_more_than_it_is_given() -> None:
+    class Drawing(Small):
+        def forward(self, x: Tensor, *rest: Any, **more: Any) -> Tensor:
+            h = self.first(x.flatten(1))
+            y: Tensor = self.last(self.second(h + torch.randn_like(h)))
+            return y
+
+    layers = split(made(lambda: Drawing(one_tensor_twice)), X, at=["second"])
+    digests = {
+        trained(size, layers_of, stages=2).summary.parameters_sha256
+        for size, layers_of in (
+            (1, layers),
+            (2, split(made(lambda: Drawing(one_tensor_twice)), X, at=["second"])),
+        )
+    }
+    assert len(digests) == 1
+
+
+def test_what_a_cut_would_leave_out_is_refused() -> None:
+    hooked = made(UNet)
+    hooked.register_forward_hook(lambda *_: None)
+    with pytest.raises(PartitionError, match="expected UNet without hooks"):
+        split(hooked, X)
+
+    class Frozen(UNet):
+        def train(self, mode: bool = True) -> Any:
+            return super().train(False)
+
+    with pytest.raises(PartitionError, match="without a train method of its own"):
+        split(made(Frozen), X)
+
+    def counting(self: Any, x: Tensor) -> Tensor:
+        self.scale.add_(1)
+        return x
+
+    with pytest.raises(PartitionError, match="changes 'scale' in place"):
+        split(made(lambda: Small(counting)), X)
+    with pytest.raises(PartitionError, match="2 samples or more, got 1"):
+        split(made(UNet), X[:1])
+    with pytest.raises(PartitionError, match="each input of UNet, x, got x, 1"):
+        split(made(UNet), (X, X))
+
+
+def test_batches_have_as_many_inputs_as_the_network() -> None:
+    number = np.array([3, 1, 4, 1])
+    layers = split(made(TwoInputs), (X, torch.from_numpy(number)), at=["both"])
+    for x in ((X, number), {"image": X.numpy(), "number": number}):
+        trained(1, layers, (x, BATCH[1]), stages=2)
+    for x in (X, (X, number, number)):
+        with pytest.raises(DataError, match="the inputs image, number"):
+            trained(1, layers, (x, BATCH[1]), stages=2)
