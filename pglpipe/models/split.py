@@ -138,8 +138,8 @@ class Traced:
                 f"expected an example of 2 samples or more, got {self._batch}; give a batch"
             )
         note_values(self._root, self._graph, list(given.values()), "value")
-        fewer = [tensor[:-1] for tensor in given.values()]
-        note_values(self._root, self._graph, fewer, "fewer")
+        more = [torch.cat([tensor, tensor[:1]]) for tensor in given.values()]
+        note_values(self._root, self._graph, more, "one more")
         self._fixed = self._found_fixed()
         self._nodes = [
             node
@@ -231,9 +231,9 @@ class Traced:
             value = node.meta["value"]
             if not isinstance(value, Tensor):
                 return f"{node.name!r}, which is {type(value).__name__}, would cross"
-            fewer = node.meta["fewer"]
-            sizes = [len(each) if each.ndim else 0 for each in (value, fewer)]
-            if sizes != [self._batch, self._batch - 1]:
+            values = value, node.meta["one more"]
+            sizes = [len(each) if each.ndim else 0 for each in values]
+            if sizes != [self._batch, self._batch + 1]:
                 return f"{node.name!r} of shape {tuple(value.shape)}, which has not the batch first, would cross"
         if not alive or not is_floating(alive[0].meta["value"]):
             return "nothing that a head could read would cross"

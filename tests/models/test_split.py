@@ -521,3 +521,30 @@ def test_batches_have_as_many_inputs_as_the_network() -> None:
     for x in (X, (X, number, number)):
         with pytest.raises(DataError, match="the inputs image, number"):
             trained(1, layers, (x, BATCH[1]), stages=2)
+
+
+def test_only_what_has_the_batch_first_crosses_a_cut() -> None:
+    class Turned(Small):
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.first(x.flatten(1))[:, :4]  # as many as there are samples
+            h = self.act(h.t()).t()
+            y: Tensor = self.last(self.second(nn.functional.pad(h, (0, 12))))
+            return y
+
+    with pytest.raises(PartitionError, match="which has not the batch first"):
+        split(made(lambda: Turned(one_tensor_twice)), X, at=["act"])
+
+
+def test_two_samples_are_enough_of_an_example_for_batchnorm() -> None:
+    norm = nn.Sequential(nn.Flatten(), nn.Linear(192, 4), nn.BatchNorm1d(4), nn.ReLU())
+
+    class Normed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm, self.last = norm, nn.Linear(4, 10)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y: Tensor = self.last(self.norm(x))
+            return y
+
+    assert len(split(made(Normed), X[:2], at=["last"])) == 2
