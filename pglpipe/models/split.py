@@ -8,8 +8,8 @@ values that are alive where it begins, and gives those that are alive where it e
     alive            a       a, b     a, c
 
 The modules themselves stay what they are, with their names, modes and hooks; layers only call them. What does not
-depend on the batch is computed again in each layer that needs it, and crosses no cut. Heads read the value that
-was computed last.
+depend on the batch is computed again in each layer that needs it, and crosses no cut. Heads read the last value
+that was computed from parameters.
 """
 
 from __future__ import annotations
