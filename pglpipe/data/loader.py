@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pglpipe.data.reader import BatchReader
 from pglpipe.errors import ConfigError, DataError, setting
-from pglpipe.messages.activation import Activation, map_tensors, tensors_of
+from pglpipe.messages.activation import Activation, map_tensors, tensors_of, together
 from pglpipe.schedules.guidance import Guidance
 
 
@@ -96,7 +96,7 @@ class Sample:
             )
             for shape, stride, dtype in tensors
         )
-        return Sample(x[0] if len(x) == 1 else tuple(x), targets, trained)
+        return Sample(together(x), targets, trained)
 
 
 def largest_batch(readers: Sequence[BatchReader]) -> Sample:

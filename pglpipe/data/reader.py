@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDataset
 
 from pglpipe.errors import ConfigError, DataError, warn
-from pglpipe.messages.activation import Activation, map_tensors, tensors_of
+from pglpipe.messages.activation import Activation, map_tensors, tensors_of, together
 
 Batch = tuple[Activation, Tensor]
 Loader = Iterable[Any]
@@ -260,8 +260,7 @@ def _as_input(part: Any, inputs: Sequence[str]) -> Activation:
     if isinstance(part, (tuple, list)) and part:
         are_tensors = all(isinstance(each, Tensor) and each.ndim for each in part)
         if are_tensors or len(inputs) > 1:
-            tensors = tuple(map(_as_tensor, part))
-            return tensors if len(tensors) > 1 else tensors[0]
+            return together([_as_tensor(each) for each in part])
     return _as_tensor(part)
 
 

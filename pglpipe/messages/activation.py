@@ -46,9 +46,12 @@ def named(x: Activation) -> dict[str, Tensor]:
 
 def unnamed(values: Mapping[str, Tensor]) -> Activation:
     """The activation that :func:`named` took apart."""
-    if len(values) == 1:
-        return values["x"]
-    return tuple(values[name] for name in sorted(values, key=_number))
+    return together([values[name] for name in sorted(values, key=_number)])
+
+
+def together(tensors: Sequence[Any]) -> Activation:
+    """One tensor as it is, several as a tuple."""
+    return tensors[0] if len(tensors) == 1 else tuple(tensors)
 
 
 def _number(name: str) -> int:

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from pglpipe.errors import PartitionError, nearest
-from pglpipe.messages.activation import Activation, map_tensors, tensors_of
+from pglpipe.messages.activation import Activation, map_tensors, tensors_of, together
 from pglpipe.models.layer import Layer
 from pglpipe.models.tracing import (
     inputs_by_name,
@@ -34,7 +34,6 @@ from pglpipe.models.tracing import (
     note_values,
     owners,
     trace,
-    unnamed_inputs,
 )
 from pglpipe.utils.seeding import Draws, generators_kept
 
@@ -74,7 +73,7 @@ def split(
     ['0', '2']
     """
     given = inputs_by_name(module, example)
-    example = unnamed_inputs(given)
+    example = together(list(given.values()))
     traced = Traced(module, given, leaf)
     ends = traced.everywhere() if at is None else traced.places(at)
     layers = traced.cut(ends)
@@ -147,6 +146,7 @@ class Traced:
             if node.op not in ("placeholder", "output") and node not in self._fixed
         ]
         self._number = {node: i for i, node in enumerate(self._nodes)}
+        self._alive: dict[int, list[fx.Node]] = {}
         self._unused = self._found_unused()
         self._learned = self._found_learned()
 
@@ -206,6 +206,11 @@ class Traced:
 
     def alive(self, place: int) -> list[fx.Node]:
         """The values that cross a cut before an operation; first the one that heads read."""
+        if place not in self._alive:
+            self._alive[place] = self._found_alive(place)
+        return self._alive[place]
+
+    def _found_alive(self, place: int) -> list[fx.Node]:
         crossing = [
             node
             for node in [*self._inputs, *self._nodes[:place]]
@@ -292,11 +297,11 @@ class Traced:
         """What does not depend on the batch."""
         fixed: set[fx.Node] = set()
         for node in self._graph.nodes:
-            if node.op not in ("placeholder", "output"):
-                if all(each in fixed for each in node.all_input_nodes):
-                    # A module may draw, count or learn though it is given nothing.
-                    if node.op != "call_module":
-                        fixed.add(node)
+            # A module may draw, count or learn though it is given nothing.
+            if node.op in ("placeholder", "output", "call_module"):
+                continue
+            if fixed.issuperset(node.all_input_nodes):
+                fixed.add(node)
         return fixed
 
     # -- layers -----------------------------------------------------------------------
@@ -312,7 +317,6 @@ class Traced:
             names.append(name)
             if names.count(name) > 1:
                 name = f"{name} ({names.count(name)})"
-
             layers.append(self._piece(name, first, end))
         return layers
 
@@ -346,8 +350,7 @@ class Traced:
         if end == len(self._nodes):
             graph.output(fx.map_arg(self._output.args[0], copied))
         else:
-            values = tuple(copied(node) for node in self.alive(end))
-            graph.output(values[0] if len(values) == 1 else values)
+            graph.output(together([copied(node) for node in self.alive(end)]))
         code = type(fx.GraphModule(self._root, graph)).forward
         part = _Part(code)
         # Submodules that are called before tensors of submodules that may be among them.

@@ -194,12 +194,6 @@ def inputs_by_name(module: nn.Module, example: Activation) -> dict[str, Tensor]:
     return {name: given[name] for name in parameters if name in given}
 
 
-def unnamed_inputs(given: Mapping[str, Tensor]) -> Activation:
-    """The inputs as a trainer has them: one tensor, or a tuple."""
-    values = tuple(given.values())
-    return values if len(values) > 1 else values[0]
-
-
 def note_values(
     module: nn.Module, graph: fx.Graph, given: Sequence[Tensor], key: str
 ) -> None:

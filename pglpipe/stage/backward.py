@@ -282,13 +282,12 @@ def _roots(
     output: Activation, gradients: Gradients
 ) -> tuple[list[Tensor], list[Tensor]]:
     """Tensors of an output and their gradients; a tensor with two names is there twice, and its gradients add up."""
-    names = [
-        name
+    pairs = [
+        (tensor, gradients[name])
         for name, tensor in named(output).items()
         if name in gradients and tensor.requires_grad
     ]
-    tensors = named(output)
-    return [tensors[name] for name in names], [gradients[name] for name in names]
+    return [tensor for tensor, _ in pairs], [gradient for _, gradient in pairs]
 
 
 def _through(output: Activation, x: Activation, gradients: Gradients) -> Gradients:

@@ -288,10 +288,20 @@ def test_submodules_keep_their_modes_hooks_and_trained_weights() -> None:
     module = made(UNet)
     module.middle.eval()
     calls: list[bool] = []
-    module.up2.register_forward_hook(lambda self, x, y: calls.append(self.training))
+
+    def hook(self: nn.Module, given: tuple[Tensor, ...], output: Tensor) -> None:
+        if not output.is_meta:  # as in the plan
+            calls.append(self.training)
+
+    module.up2.register_forward_hook(hook)
     before = copy.deepcopy(module.state_dict())
-    result = trained(2, split(module, X, at=["down2", "middle", "up2"]))
-    assert True in calls and not module.middle.training and module.up2.training
+    layers = split(module, X, at=["down2", "middle", "up2"])
+    calls.clear()
+    result = trained(2, layers, evaluate=[BATCH])
+    # Each of four steps and the evaluation, and before the first of either kind a trial.
+    assert calls == [True] * (1 + 4) + [False] * (1 + 1)
+    modes = [part.training for part in (module, module.middle, module.up2)]
+    assert modes == [True, False, True]
     for name, tensor in module.state_dict().items():
         assert torch.equal(tensor, result.body[name])
     assert not torch.equal(before["fc.weight"], module.fc.weight)
