@@ -39,7 +39,7 @@ class Pipeline(Row):
     def __init__(self, track: Track, guidance: Guidance, **options: Any) -> None:
         self._track = track
         self._guidance = guidance
-        self.period = guidance.period
+        self.period = max(1, guidance.period)
         self._options = options
 
     def block(self, steps: int) -> Share | None:
@@ -59,7 +59,7 @@ class Pipeline(Row):
         rank, batch = self._track.arena.rank, self._track.workload.batch_size
         worker = summary.workers[rank]
         # Up go gradients of global steps alone, and warm-up may hold more than its part of them.
-        global_share = self._guidance.duration / max(1, self._guidance.period)
+        global_share = self._guidance.duration / self.period
         up = worker["bytes_sent_backward"] / max(1, summary.guided_steps) * global_share
         sent = {
             rank + 1: worker["bytes_sent_forward"] / summary.steps / batch,
