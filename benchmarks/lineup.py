@@ -11,7 +11,7 @@ from benchmarks.plain_rows import Accumulated, Checkpointed, DataParallel, EndTo
 from benchmarks.rows import Row, Track
 from benchmarks.schedule_rows import SCHEDULES, Schedule
 from benchmarks.workload import Workload, demo, resnet32, tiny
-from pglpipe import NEVER, Guidance
+from pglpipe import NEVER, Edges, Guidance, Memory
 
 # By the number of ranks.
 WORKLOADS: dict[str, Callable[[int], Workload]] = {
@@ -27,8 +27,8 @@ Searched = Callable[[Track, int], Row]
 # Rows as they are; their number of microbatches is nothing to choose.
 ROWS: dict[str, Maker] = {
     "local": lambda track: Pipeline(track, NEVER),
-    "local-bf16": lambda track: Pipeline(track, NEVER, edge_dtype="bf16"),
-    "local-rpc": lambda track: Pipeline(track, NEVER, transport="rpc"),
+    "local-bf16": lambda track: Pipeline(track, NEVER, edges=Edges(dtype="bf16")),
+    "local-rpc": lambda track: Pipeline(track, NEVER, edges=Edges(transport="rpc")),
     "local-saving": lambda track: Saving(track, every=50),
     "in-turns": InTurns,
     "stale": lambda track: Pipeline(track, _stale(1)),
@@ -53,7 +53,7 @@ def _pgl(period: int, duration: int, **options: Any) -> Searched:
     return lambda track, microbatches: Pipeline(
         track,
         Guidance(period=period, duration=duration),
-        microbatches=microbatches,
+        memory=Memory(microbatches=microbatches),
         **options,
     )
 
@@ -65,7 +65,7 @@ def _schedule(name: str) -> Searched:
 # Rows whose number of microbatches is searched.
 SEARCHED: dict[str, Searched] = {
     "pgl": _pgl(10, 1),
-    "pgl-bf16": _pgl(10, 1, edge_dtype="bf16"),
+    "pgl-bf16": _pgl(10, 1, edges=Edges(dtype="bf16")),
     "pgl-bursts": _pgl(50, 5),
     "pgl-short-bursts": _pgl(20, 2),
     "global": _pgl(1, 1),
