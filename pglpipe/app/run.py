@@ -17,10 +17,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from torch import nn
 
 from pglpipe import models
-from pglpipe.app.build import learning_rate, local_loss, optimizer
+from pglpipe.app.build import learning_rate, local_loss, optimizer, task
 from pglpipe.app.config import RunConfig
 from pglpipe.app.config_file import resolve
 from pglpipe.app.resume import Start
@@ -131,7 +130,12 @@ def _train(asked: RunConfig, world: World, early: list[int]) -> Summary:
     if leads and not start.is_new:
         _warn_beyond(config.memory.budget, plan)
     total_steps = config.length.steps or config.length.epochs * material.steps_per_epoch
-    screen = display.screen(plan, total_steps, quiet=config.output.quiet or not leads)
+    screen = display.screen(
+        plan,
+        total_steps,
+        quiet=config.output.quiet or not leads,
+        tokens=material.facts.tokens,
+    )
     observers.members.append(screen)
     if folder:
         folder.chosen = config
@@ -157,10 +161,11 @@ def _train(asked: RunConfig, world: World, early: list[int]) -> Summary:
         body, heads = trainer.weights()
         trainer.close()
         if folder:
-            state.save(folder.weights, body, heads, material.about())
-            folder.finish(config, summary, material.about())
+            about = material.facts.about()
+            state.save(folder.weights, body, heads, about)
+            folder.finish(config, summary, about)
     if folder:
-        tables.show_exits(plan, summary, folder.path)
+        tables.show_exits(plan, summary, folder.path, tokens=material.facts.tokens)
     return summary
 
 
@@ -219,18 +224,17 @@ def _trainer(
     with Draws(config.machine.seed, "network").seeded():
         layers = models.build(
             config.network.model,
-            image_shape=material.image_shape,
-            num_classes=len(material.classes),
-            width=config.network.width,
+            **material.facts.for_network(),
+            **{size: getattr(config.network, size) for size in models.SIZES},
         )
     trainer = Trainer(
         layers,
-        loss=nn.CrossEntropyLoss(),
-        optimizer=optimizer(config),
+        loss=task(config, material.facts),
+        optimizer=optimizer(config, layers),
         learning_rate=learning_rate(config, material.steps_per_epoch),
         cut=replace(
             config.cut,
-            local_loss=local_loss(config, material.recipe),
+            local_loss=local_loss(config, material.facts),
             model=config.network.model,
         ),
         guidance=config.guidance,

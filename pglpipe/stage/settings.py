@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -12,13 +12,15 @@ from torch import Tensor, nn
 
 from pglpipe.errors import ConfigError, setting
 from pglpipe.losses import LocalLoss, Loss, Supervised, build_loss
+from pglpipe.losses.metrics import Metric, Task
 from pglpipe.losses.parts import shares
 from pglpipe.schedules.gradients import Gradients
 from pglpipe.schedules.learning_rate import LearningRate
 from pglpipe.utils.arguments import Rule, of
 from pglpipe.utils.device import Machine
 
-OptimizerFactory = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
+# From the parameters of a stage; or, if that is what its argument is called, from its named_parameters.
+OptimizerFactory = Callable[[Any], torch.optim.Optimizer]
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,7 @@ class Learning:
         optimizer: makes a stage's optimizer from its parameters.
         learning_rate: factor on the optimizer's learning rates.
         gradients: what is done with gradients.
+        metrics: what evaluations report of every exit, by name.
         machine: how it is computed.
         retains: whether a graph may be run backward more than once, to tell gradients apart.
     """
@@ -40,6 +43,7 @@ class Learning:
     optimizer: OptimizerFactory
     learning_rate: LearningRate
     gradients: Gradients = Gradients()
+    metrics: Mapping[str, Metric] = field(default_factory=dict)
     machine: Machine = Machine()
     retains: bool = False
 
@@ -88,6 +92,9 @@ def loss_rule() -> Rule:
     """What a loss must be."""
 
     def read(value: Any) -> Any:
+        if isinstance(value, Task):
+            read(value.loss)
+            return value
         if not callable(value) or isinstance(value, type):
             raise TypeError
         if isinstance(value, nn.Module) and getattr(value, "reduction", "") == "none":
