@@ -50,7 +50,7 @@ def generate(
     """Tokens that follow others, one after another.
 
     Args:
-        network: from tokens ``[1, T]`` to logits ``[1, T, N]``.
+        network: from tokens ``[1, context]`` to logits ``[1, context, N]``, each of which depends on no later token.
         tokens: that are there already, at least one.
         count: how many are to follow.
         context: the most tokens that the network reads.
@@ -59,8 +59,10 @@ def generate(
     """
     known, generator = list(tokens), torch.Generator().manual_seed(seed)
     for _ in range(count):
+        read = known[-context:]
+        padded = torch.tensor([read + [0] * (context - len(read))])
         with torch.inference_mode():
-            logits = network(torch.tensor([known[-context:]]))[0, -1].float().cpu()
+            logits = network(padded)[0, len(read) - 1].float()
         if temperature:
             odds = (logits / temperature).softmax(dim=0)
             known.append(int(torch.multinomial(odds, 1, generator=generator)))

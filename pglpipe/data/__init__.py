@@ -26,12 +26,12 @@ from pglpipe.errors import DataError, nearest, setting
 
 __all__ = [
     "DATASETS",
+    "IMAGE_SETS",
+    "TEXT_SETS",
     "Batches",
     "Dataset",
-    "IMAGE_SETS",
     "ImageSet",
     "Recipe",
-    "TEXT_SETS",
     "batches_on",
     "load",
 ]

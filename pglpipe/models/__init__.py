@@ -124,13 +124,13 @@ def _check_accepts(
     for size in SIZES:
         if size in options and size not in known:
             raise ConfigError(
-                f"expected no {setting(size)} for {setting('model', name)}, which has none, got {options[size]}; drop it"
+                f"expected no {setting(size)} for {name}, which has none, got {options[size]}; drop it"
             )
     for kind, own in (("text", "vocabulary"), ("images", "image_shape")):
         if own in options and own not in known:
             others = [n for n, f in MODELS.items() if own in _parameters(f)]
             raise ConfigError(
-                f"expected a network that reads {kind}, got {setting('model', name)}; choose {' or '.join(others)}, or "
+                f"expected a network that reads {kind}, got {name}; choose {' or '.join(others)}, or "
                 f"other data with {setting('dataset')}"
             )
 

@@ -127,6 +127,11 @@ def show_exits(
         console.print(f"written to {folder}", soft_wrap=True, markup=False)
 
 
+def show_text(text: str) -> None:
+    """Prints what a language model has written, as it is."""
+    Console(markup=False).print(f"A sample of what it writes:\n{text}", soft_wrap=True)
+
+
 def _scores(summary: Summary) -> dict[str, list[str]]:
     """What is known of the exits, by column: accuracy if it has a meaning, else the loss; and the task's metrics."""
     if any(accuracy is not None for accuracy in summary.exit_accuracy):
