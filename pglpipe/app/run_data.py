@@ -127,7 +127,7 @@ def _texts(config: RunConfig) -> Material:
             )
         # Path.expanduser fails for a user without a home.
         root = Path(os.path.expanduser(asked.data_root))
-        train, test = load_text(root, asked.tokenizer)
+        train, test = load_text(root, _cache(), asked.tokenizer)
     else:
         train, test = draw_text(seed)
     facts = TextFacts(asked.context, train.vocabulary, test.bytes_per_token)
@@ -145,6 +145,12 @@ def _texts(config: RunConfig) -> Material:
     trained = batches(train, asked.train_limit, is_train=True)
     tested = batches(test, asked.test_limit, is_train=False)
     return Material(trained, tested, len(trained), facts)
+
+
+def _cache() -> Path:
+    """Where tokens are kept from one run to the next."""
+    home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    return Path(home) / "pglpipe"
 
 
 def _images(

@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -153,13 +152,14 @@ class TextBatches:
 # -- files ----------------------------------------------------------------------------
 
 
-def load_text(root: Path, tokenizer: str = "") -> tuple[TextSet, TextSet]:
+def load_text(root: Path, cache: Path, tokenizer: str = "") -> tuple[TextSet, TextSet]:
     """Training and test text of a file or a folder, as this module's page says.
 
-    The tokens are written to the user's cache once, and read from there as they are used.
+    The tokens are written once, and read as they are used.
 
     Args:
         root: the file or the folder.
+        cache: the folder where tokens are written.
         tokenizer: a ``tokenizer.json`` of the ``tokenizers`` library; empty for bytes.
 
     Raises:
@@ -170,7 +170,7 @@ def load_text(root: Path, tokenizer: str = "") -> tuple[TextSet, TextSet]:
     known = [str(_CHUNK), vocabulary, Path(tokenizer).read_text() if tokenizer else ""]
     sets = []
     for part in train, test:
-        folder = _cache() / _digest([*known, *(piece.identity() for piece in part)])
+        folder = cache / _digest([*known, *(piece.identity() for piece in part)])
         if not (folder / "about.json").is_file():
             _tokenize(part, encode, vocabulary, folder)
         about = json.loads((folder / "about.json").read_text())
@@ -337,11 +337,6 @@ def _tokenize(
         raise DataError(
             f"expected room for tokens in {folder.parent}, got: {error.strerror}; make room, or set XDG_CACHE_HOME"
         ) from None
-
-
-def _cache() -> Path:
-    home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    return Path(home) / "pglpipe"
 
 
 def _digest(known: object) -> str:

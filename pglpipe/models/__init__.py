@@ -130,8 +130,7 @@ def _check_accepts(
         if own in options and own not in known:
             others = [n for n, f in MODELS.items() if own in _parameters(f)]
             raise ConfigError(
-                f"expected a network that reads {kind}, got {name}; choose {' or '.join(others)}, or "
-                f"other data with {setting('dataset')}"
+                f"expected a network that reads {kind}, got {name}; choose {' or '.join(others)}, or other data"
             )
 
 

@@ -26,10 +26,9 @@ LINES = [f"line {i} of the text\n" for i in range(200)]
 TEXT = "".join(LINES)
 
 
-@pytest.fixture(autouse=True)
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    return tmp_path / "cache" / "pglpipe"
+@pytest.fixture
+def cache(tmp_path: Path) -> Path:
+    return tmp_path / "cache"
 
 
 def write(folder: Path, **files: str) -> Path:
@@ -48,9 +47,9 @@ def text_of(part: TextSet) -> str:
 
 
 def test_of_a_file_the_last_tenth_is_tested_on_and_no_line_is_cut(
-    tmp_path: Path,
+    tmp_path: Path, cache: Path
 ) -> None:
-    train, test = load_text(write(tmp_path, data=TEXT) / "data")
+    train, test = load_text(write(tmp_path, data=TEXT) / "data", cache)
     assert text_of(train) + text_of(test) == TEXT
     assert text_of(train).endswith("\n")
     assert len(test.tokens) == pytest.approx(len(TEXT) / 10, abs=len(LINES[-1]))
@@ -59,17 +58,19 @@ def test_of_a_file_the_last_tenth_is_tested_on_and_no_line_is_cut(
 
 @pytest.mark.parametrize("names", [("train.txt", "test.txt"), ("train__a", "test__b")])
 def test_a_folder_may_say_what_is_trained_on(
-    names: tuple[str, str], tmp_path: Path
+    names: tuple[str, str], tmp_path: Path, cache: Path
 ) -> None:
     trained, tested = names
     root = write(tmp_path / "root", **{trained: TEXT, tested: "the end"})
-    assert [text_of(part) for part in load_text(root)] == [TEXT, "the end"]
+    assert [text_of(part) for part in load_text(root, cache)] == [TEXT, "the end"]
 
 
-def test_other_folders_are_one_text_in_the_order_of_their_names(tmp_path: Path) -> None:
+def test_other_folders_are_one_text_in_the_order_of_their_names(
+    tmp_path: Path, cache: Path
+) -> None:
     half = len(TEXT) // 2
     root = write(tmp_path / "root", a=TEXT[:half], b__c=TEXT[half:])
-    train, test = load_text(root)
+    train, test = load_text(root, cache)
     assert text_of(train) + text_of(test) == TEXT and len(test.tokens)
 
 
@@ -77,13 +78,13 @@ def test_tokens_are_made_once_and_again_when_the_text_has_changed(
     tmp_path: Path, cache: Path
 ) -> None:
     path = write(tmp_path, data=TEXT) / "data"
-    load_text(path)
+    load_text(path, cache)
     made = sorted(cache.iterdir())
-    load_text(path)
+    load_text(path, cache)
     assert sorted(cache.iterdir()) == made and len(made) == 2
     path.write_text(TEXT.upper())
     os.utime(path, (0, 0))
-    assert text_of(load_text(path)[0]).startswith("LINE 0")
+    assert text_of(load_text(path, cache)[0]).startswith("LINE 0")
 
 
 @pytest.mark.parametrize(
@@ -94,17 +95,17 @@ def test_tokens_are_made_once_and_again_when_the_text_has_changed(
     ],
 )
 def test_a_folder_without_text_is_refused(
-    files: dict[str, str], said: str, tmp_path: Path
+    files: dict[str, str], said: str, tmp_path: Path, cache: Path
 ) -> None:
     root = tmp_path / "root"
     root.mkdir()
     with pytest.raises(DataError, match=said):
-        load_text(write(root, **files))
+        load_text(write(root, **files), cache)
     with pytest.raises(DataError, match="found none; check"):
-        load_text(tmp_path / "nowhere")
+        load_text(tmp_path / "nowhere", cache)
 
 
-def test_a_tokenizer_makes_the_tokens(tmp_path: Path) -> None:
+def test_a_tokenizer_makes_the_tokens(tmp_path: Path, cache: Path) -> None:
     tokenizers: Any = pytest.importorskip("tokenizers")
     made = tokenizers.Tokenizer(tokenizers.models.BPE())
     made.decoder = tokenizers.decoders.BPEDecoder()
@@ -112,19 +113,13 @@ def test_a_tokenizer_makes_the_tokens(tmp_path: Path) -> None:
     made.train_from_iterator(LINES, trainer)
     made.save(str(tmp_path / "tokenizer.json"))
     path = write(tmp_path, data=TEXT) / "data"
-    train, test = load_text(path, str(tmp_path / "tokenizer.json"))
+    train, test = load_text(path, cache, str(tmp_path / "tokenizer.json"))
     assert train.vocabulary == made.get_vocab_size()
-    assert (
-        train.tokens.tolist()
-        == [
-            token
-            for line in TEXT[: -len(TEXT) // 10].splitlines(keepends=True)
-            for token in made.encode(line).ids
-        ][: len(train.tokens)]
-    )
+    expected = [token for line in LINES for token in made.encode(line).ids]
+    assert [*train.tokens.tolist(), *test.tokens.tolist()] == expected
     assert test.bytes_per_token > 2
     with pytest.raises(DataError, match="expected a tokenizer.json"):
-        load_text(path, str(path))
+        load_text(path, cache, str(path))
 
 
 # -- batches --------------------------------------------------------------------------
