@@ -30,7 +30,7 @@ ROWS: dict[str, dict[str, Any]] = {
     "last-tenth": {"guidance-final": 50},
     "last-tenth-full-rate": {"guidance-final": 50, "final-lr": 1.0},
     "one-in-ten": {"guidance-period": 10},
-    "window": {"guidance-period": 1, "guidance-reach": "2"},
+    "window": {"guidance-period": 1, "guidance-reach": "window"},
 }
 TITLES = {
     WHOLE: "end to end",
@@ -57,7 +57,7 @@ COMMON: dict[str, Any] = {
     "device": "cpu",
     "quiet": True,
 }
-COLUMNS = "", "bits per byte", "spread", "nats above", "gap closed, %", "tokens/s"
+COLUMNS = "", "bits per byte", "spread", "nats above", "gap closed, %"
 
 
 def main(
@@ -106,15 +106,14 @@ def write(found: dict[str, list[Summary]], results: Path, lr: float) -> None:
 
 def facts_of(summary: Summary) -> dict[str, Any]:
     """What is kept of a run."""
-    names = "exit_loss", "exit_metrics", "samples_per_second", "wall_seconds"
-    return {name: summary[name] for name in (*names, "parameters_sha256")}
+    names = "exit_loss", "exit_metrics", "parameters_sha256"
+    return {name: summary[name] for name in names}
 
 
 def cells(name: str, found: dict[str, list[Summary]]) -> list[str]:
     """A row of the table."""
     losses = [run["test_loss"] for run in found[name]]
     bits = [run["exit_metrics"]["bits-per-byte"][-1] for run in found[name]]
-    speed = statistics.fmean(run["samples_per_second"] for run in found[name])
     above = closed = "–"
     if WHOLE in found:
         gaps = differences(losses, found[WHOLE])
@@ -125,8 +124,7 @@ def cells(name: str, found: dict[str, list[Summary]]) -> list[str]:
             )
             closed = f"{100 * (1 - statistics.fmean(gaps) / local):.0f}"
     spread = f"{statistics.stdev(bits):.3f}" if len(bits) > 1 else "–"
-    rate = f"{speed * COMMON['context']:.0f}"
-    return [TITLES[name], f"{statistics.fmean(bits):.3f}", spread, above, closed, rate]
+    return [TITLES[name], f"{statistics.fmean(bits):.3f}", spread, above, closed]
 
 
 def differences(losses: list[float], whole: list[Summary]) -> list[float]:

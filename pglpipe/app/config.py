@@ -109,7 +109,7 @@ class Network(Section, title="Network", in_python=False):
 OPTIMIZERS = {
     "sgd": {"lr": 0.1, "momentum": 0.9, "weight_decay": 1e-4},
     "adamw": {"lr": 1e-3, "weight_decay": 0.1},
-    "muon": {"lr": 3e-3, "momentum": 0.95, "weight_decay": 0.1},
+    "muon": {"lr": 0.01, "momentum": 0.95, "weight_decay": 0.1},
 }
 
 
