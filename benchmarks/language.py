@@ -52,7 +52,6 @@ COMMON: dict[str, Any] = {
     "test-limit": 800,
     "evaluate-every": 1000,
     "compare-every": 0,
-    "sanity-check": False,
     "threads": 1,
     "device": "cpu",
     "quiet": True,
