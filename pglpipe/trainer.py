@@ -190,7 +190,7 @@ class Trainer:
         machine.set_threads()
         device = devices.pick(machine.device, world.local_rank)
         task = loss if isinstance(loss, Task) else Task(loss)
-        loss = task.loss
+        loss, self._as_pair = task.loss, task.batch
         if machine.overlap_stages:
             check_device(device)
         self._held = HeldModules(chain := as_layers(layers))
@@ -331,7 +331,9 @@ class Trainer:
     def _read(self, loader: Loader, option: str) -> BatchReader:
         """The one reader of a loader, so that no batch of a generator is lost; on worker 0."""
         if id(loader) not in self._readers:
-            self._readers[id(loader)] = BatchReader(loader, option, self._inputs)
+            self._readers[id(loader)] = BatchReader(
+                loader, option, self._inputs, self._as_pair
+            )
         return self._readers[id(loader)]
 
     def _fill_held_modules(self) -> None:

@@ -176,6 +176,8 @@ class Task:
         metrics: what evaluations report of every exit beside loss and accuracy: names of :data:`METRICS`, or functions
             ``(outputs, targets) -> float``, means over the batch; or a dict of them, or of :class:`Metric`, by the names
             that they are to have.
+        batch: a function from what the loader yields to ``(x, targets)``, where that is neither such a pair nor a dict
+            whose targets can be told by their name.
 
     Raises:
         ConfigError: there is no such metric.
@@ -183,6 +185,7 @@ class Task:
 
     loss: Loss
     metrics: Sequence[str | Loss] | Mapping[str, str | Loss | Metric] = ()
+    batch: Callable[[Any], Any] | None = None
     by_name: dict[str, Metric] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -14,6 +14,8 @@ from pglpipe.errors import ConfigError, setting
 from pglpipe.losses import LocalLoss, Loss, Supervised, build_loss
 from pglpipe.losses.metrics import Metric, Task
 from pglpipe.losses.parts import shares
+from pglpipe.losses.unpacking import UnpackingLoss, UnpackingMetric
+from pglpipe.messages.targets import TargetForm
 from pglpipe.schedules.gradients import Gradients
 from pglpipe.schedules.learning_rate import LearningRate
 from pglpipe.utils.arguments import Rule, of
@@ -79,6 +81,24 @@ class Learning:
         if all(row == [len(part) / total for part in parts] for row in found):
             return None
         return torch.tensor(found, dtype=torch.float64)
+
+    def unpacking(self, form: TargetForm) -> Learning:
+        """The same, with targets of several tensors.
+
+        Raises:
+            ConfigError: the local loss is none of outputs and targets alone.
+        """
+        local = self.local_loss
+        if not isinstance(local, Supervised):
+            raise ConfigError(
+                f"expected targets of one tensor for the local loss {type(local).__name__}, got {form}; give a "
+                "function (outputs, targets) -> scalar"
+            )
+        loss = UnpackingLoss(self.loss, form)
+        shares_loss = local.loss is self.loss
+        own = loss if shares_loss else UnpackingLoss(local.loss, form)
+        metrics = {n: UnpackingMetric(m, form) for n, m in self.metrics.items()}
+        return replace(self, loss=loss, local_loss=Supervised(own), metrics=metrics)
 
     def autocast(self, device: torch.device) -> AbstractContextManager[object]:
         """Lets PyTorch choose the precision of each operation, where that is asked for."""
