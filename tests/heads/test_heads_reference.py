@@ -88,6 +88,12 @@ def infopro(
     return w.linear(x)
 
 
+def auto(w: BorrowedWeights, x: Tensor) -> Tensor:
+    """Of 130 channels and 12 x 8 pixels: 4 x 2 become one, and 128 channels are left."""
+    x = w.unit(tiled(x, 3, 4), padding=0)
+    return infopro(w, x, convolutions=1, linears=2)
+
+
 def mlp(w: BorrowedWeights, x: Tensor) -> Tensor:
     x = tiled(x, 2, 2).flatten(1)
     for _ in range(3):
@@ -161,6 +167,7 @@ DRAWINGS: list[tuple[str, int | tuple[int, ...], Drawing]] = [
     ("mlp-sr", MAP, mlp_sr),
     ("cnn", MAP, cnn),
     ("pred", (64, 16, 8), pred),
+    ("auto", (130, 12, 8), auto),
     ("man", 3, man),
     ("man", 9, man_last),
     ("solo", 0, solo),
