@@ -24,7 +24,7 @@ from pglpipe.heads.site import Site
 
 FEATURES = 128
 STRIDED_ABOVE = 8  # pixels
-PUBLISHED_CHANNELS, PUBLISHED_PIXELS = 64, 32  # the most that 1c2f was published for
+CHANNELS, PIXELS = 64, 32  # of the largest maps that 1c2f was published for
 POOLED_ABOVE = 4  # pixels
 
 
@@ -68,14 +68,14 @@ def conv_head(site: Site, *, convolutions: int = 1, linears: int = 2) -> nn.Modu
 
 
 def auto_head(site: Site) -> nn.Module:
-    """``1c2f`` at a cost that suits any network; on tokens ``0c2f``.
+    """``1c2f`` at a cost that suits other networks, too; on tokens ``0c2f``.
 
-    ``1c2f`` was made for ResNets of two 3x3 convolutions a block, with 16, 32 and 64 channels on 32x32
-    images, and is left as it is there. Its own convolution costs 9 to 18 C^2 multiply-adds per pixel that it
-    puts out, and other networks have blocks that cost about C^2 in all (ResNet-50's: 1.06 C^2), so there the
-    head would be dearer than its stage. On maps of more than 64 channels, or with a side above 32
-    pixels, each side is therefore first pooled by 4 (by 2 from 8 pixels on, and not from 4 on), and channels
-    above 128 are reduced to 128 by a 1x1 convolution: as many as the hidden layer has that reads them.
+    ``1c2f`` was published for ResNets of two 3x3 convolutions a block, with 64 channels at most, on images of 32
+    pixels, and is left as it is there. It costs up to 9 C^2 multiply-adds for each pixel of a map of C channels,
+    where a whole block of ResNet-50 costs 1.06 C^2, so there the head would be dearer than its stage. Maps of more than
+    64 channels, or with a side above 32 pixels, are therefore pooled first, each side by 4 (by 2 where it has 8 pixels
+    or fewer, and not at all from 4 on), and reduced to 64 channels by a 1x1 convolution. With one block of
+    ResNet-50 as its stage the head is then a fifth of the stage or less.
 
     Args:
         site: where the head is put.
@@ -87,17 +87,17 @@ def auto_head(site: Site) -> nn.Module:
     channels, *sides = site.shape
     if len(sides) < 2:  # nothing to convolve
         return conv_head(site)
-    if channels <= PUBLISHED_CHANNELS and max(sides) <= PUBLISHED_PIXELS:
+    if channels <= CHANNELS and max(sides) <= PIXELS:
         return conv_head(site)
     kernel = [pooling(side) for side in sides]
     pool: Callable[..., nn.Module] = nn.AvgPool2d if len(sides) == 2 else nn.AvgPool3d
     # An incomplete window at the end is the mean of the pixels that are there.
     pools = max(kernel) > 1
     neck = [pool(tuple(kernel), ceil_mode=True)] if pools else []
-    if channels > FEATURES:
-        neck += convolution(channels, FEATURES, size=1, sides=len(sides))
+    if channels > CHANNELS:
+        neck += convolution(channels, CHANNELS, size=1, sides=len(sides))
     pooled = (math.ceil(side / k) for side, k in zip(sides, kernel, strict=True))
-    shape = (min(channels, FEATURES), *pooled)
+    shape = (min(channels, CHANNELS), *pooled)
     return nn.Sequential(*neck, *conv_head(replace(site, shape=shape)).children())
 
 
