@@ -74,8 +74,8 @@ def auto_head(site: Site) -> nn.Module:
     pixels, and is left as it is there. It costs up to 9 C^2 multiply-adds for each pixel of a map of C channels,
     where a whole block of ResNet-50 costs 1.06 C^2, so there the head would be dearer than its stage. Maps of more than
     64 channels, or with a side above 32 pixels, are therefore pooled first, each side by 4 (by 2 where it has 8 pixels
-    or fewer, and not at all from 4 on), and reduced to 64 channels by a 1x1 convolution. With one block of
-    ResNet-50 as its stage the head is then a fifth of the stage or less.
+    or fewer, and not at all from 4 on), and more than 128 channels are reduced to 128 by a 1x1 convolution: as many
+    as the hidden layer has that reads their mean. Fewer cost accuracy (docs/guide.md).
 
     Args:
         site: where the head is put.
@@ -94,10 +94,10 @@ def auto_head(site: Site) -> nn.Module:
     # An incomplete window at the end is the mean of the pixels that are there.
     pools = max(kernel) > 1
     neck = [pool(tuple(kernel), ceil_mode=True)] if pools else []
-    if channels > CHANNELS:
-        neck += convolution(channels, CHANNELS, size=1, sides=len(sides))
+    if channels > FEATURES:
+        neck += convolution(channels, FEATURES, size=1, sides=len(sides))
     pooled = (math.ceil(side / k) for side, k in zip(sides, kernel, strict=True))
-    shape = (min(channels, CHANNELS), *pooled)
+    shape = (min(channels, FEATURES), *pooled)
     return nn.Sequential(*neck, *conv_head(replace(site, shape=shape)).children())
 
 

@@ -89,7 +89,7 @@ def infopro(
 
 
 def auto(w: BorrowedWeights, x: Tensor) -> Tensor:
-    """Of 130 channels and 12 x 8 pixels: 4 x 2 become one, and 64 channels are left."""
+    """Of 130 channels and 12 x 8 pixels: 4 x 2 become one, and 128 channels are left."""
     x = w.unit(tiled(x, 3, 4), padding=0)
     return infopro(w, x, convolutions=1, linears=2)
 

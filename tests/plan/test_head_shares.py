@@ -57,10 +57,9 @@ def test_a_head_costs_less_than_a_quarter_of_its_stage(name: str, side: int) -> 
     assert rows[-1].head_share == 0
 
 
-@pytest.mark.parametrize("side", [32, pytest.param(224, marks=pytest.mark.slow)])
-def test_so_does_one_behind_a_single_block_of_resnet50(side: int) -> None:
+def test_so_does_one_behind_a_single_block_of_resnet50_for_large_images() -> None:
     sizes = ",".join(["2", *["1"] * 14, "2"])
-    rows = planned("resnet50", side, stages=16, balance=sizes)
+    rows = planned("resnet50", 224, stages=16, balance=sizes)
     assert all(0 < row.head_share < LARGEST for row in rows[:-1])
 
 
