@@ -9,13 +9,21 @@ import torch
 from torch import nn
 
 from pglpipe.errors import ConfigError
-from pglpipe.heads import HEADS, TOKEN_HEADS, VOLUME_HEADS, Site, build_head, find_head
+from pglpipe.heads import (
+    HEADS,
+    PER_TOKEN,
+    TOKEN_HEADS,
+    VOLUME_HEADS,
+    Site,
+    build_head,
+    find_head,
+)
 
 CONVOLUTIONAL = ["0c1f", "0c2f", "1c1f", "1c2f", "1c3f", "2c2f"]
 
 
-# The others need to know the network: tests/heads/test_heads_borrowed.py.
-ALONE = sorted(HEADS.keys() - {"man", "solo"})
+# The others need to know the network (tests/heads/test_heads_borrowed.py), or read tokens alone.
+ALONE = sorted(HEADS.keys() - {"man", "solo", *PER_TOKEN})
 
 
 def parameters(head: nn.Module) -> int:

@@ -53,6 +53,9 @@ class BorrowedWeights:
     def linear(self, x: Tensor) -> Tensor:
         return F.linear(x, next(self._left), next(self._left))
 
+    def next(self) -> Tensor:
+        return next(self._left)
+
     def unit(self, x: Tensor, stride: int = 1, padding: int = 1) -> Tensor:
         return self.normed(self.convolved(x, stride, padding)).clamp(min=0)
 
@@ -118,6 +121,12 @@ def pred(w: BorrowedWeights, x: Tensor) -> Tensor:
     return w.linear(tiled(x, 8, 8).flatten(1))
 
 
+def readout(w: BorrowedWeights, x: Tensor) -> Tensor:
+    """Of 5 tokens of 6 numbers."""
+    normed = F.rms_norm(x, (6,), w.next())
+    return F.linear(normed, w.next())
+
+
 def man_blocks(w: BorrowedWeights, x: Tensor) -> Tensor:
     """After layer 3: the next block halves the map."""
     ahead = w.block(x, stride=2)
@@ -168,6 +177,7 @@ DRAWINGS: list[tuple[str, int | tuple[int, ...], Drawing]] = [
     ("cnn", MAP, cnn),
     ("pred", (64, 16, 8), pred),
     ("auto", (130, 12, 8), auto),
+    ("readout", (5, 6), readout),
     ("man", 3, man),
     ("man", 9, man_last),
     ("solo", 0, solo),
