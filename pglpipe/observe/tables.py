@@ -36,7 +36,10 @@ def show_plan(plan: Plan) -> None:
     # It has to fit into 80 columns, and names of layers may be long.
     table = Table(box=SIMPLE_HEAD, collapse_padding=True, pad_edge=False)
     for column in (*columns, "share", "head"):
-        table.add_column(column, no_wrap=column != "layers", overflow="fold")
+        wraps = column == "layers"
+        table.add_column(
+            column, no_wrap=not wraps, overflow="fold", min_width=len(column)
+        )
     for row in plan.rows:
         cells = [
             str(row.index),
