@@ -149,6 +149,7 @@ class Traced:
         self._alive: dict[int, list[fx.Node]] = {}
         self._unused = self._found_unused()
         self._learned = self._found_learned()
+        self._costly = [i for i, n in enumerate(self._nodes) if self._has_parameters(n)]
 
     @property
     def inputs(self) -> list[str]:
@@ -188,9 +189,8 @@ class Traced:
         Places within a submodule where more would cross than before and after it are left out; and where there would
         be very many layers, those that are deepest within submodules.
         """
-        costly = [i for i, node in enumerate(self._nodes) if self._has_parameters(node)]
         found = []
-        for before, after in zip(costly, costly[1:], strict=False):
+        for before, after in zip(self._costly, self._costly[1:], strict=False):
             places = [p for p in range(before + 1, after + 1) if not self._refusal(p)]
             if places:
                 place = min(
@@ -262,6 +262,8 @@ class Traced:
             if isinstance(self.module.get_submodule(owner), _CONTAINERS):
                 continue
             own = [i for i, node in enumerate(self._nodes) if owner in owners(node)]
+            if own[0] <= self._costly[0] or self._costly[-1] <= own[-1]:
+                continue  # on one side of it is nothing to learn
             ends = [p for p in (own[0], own[-1] + 1) if not self._refusal(p)]
             if ends and self._bytes(place) > max(map(self._bytes, ends)):
                 return True

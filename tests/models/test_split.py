@@ -349,6 +349,29 @@ def test_so_is_a_leaf() -> None:
     assert len(split(made(UNet), X)) > len(split(made(UNet), X, leaf=["middle"])) > 5
 
 
+def test_a_module_that_begins_the_network_is_cut_though_it_gives_little() -> None:
+    class Backbone(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second, self.third = block(3, 4), block(4, 4), block(4, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y: Tensor = self.third(self.second(self.first(x))).mean((2, 3))
+            return y
+
+    class Classifier(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.backbone, self.fc = Backbone(), nn.Linear(4, 10)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y: Tensor = self.fc(self.backbone(x))
+            return y
+
+    names = {layer.name for layer in split(made(Classifier), X)}
+    assert {"backbone.second.0", "backbone.third.0", "fc"} <= names
+
+
 def test_tied_weights_across_a_cut_are_refused_with_both_layers() -> None:
     class Tied(UNet):
         def __init__(self) -> None:
