@@ -26,6 +26,7 @@ from torch import Tensor, fx, nn
 
 from pglpipe.errors import PartitionError, nearest
 from pglpipe.messages.activation import Activation, map_tensors, tensors_of, together
+from pglpipe.models import tying
 from pglpipe.models.layer import Layer
 from pglpipe.models.tracing import (
     inputs_by_name,
@@ -49,6 +50,7 @@ def split(
     *,
     at: Sequence[str] | None = None,
     leaf: Collection[str] = (),
+    untie: bool = False,
 ) -> list[Layer]:
     """The layers of any module, to be given to a trainer in its place.
 
@@ -60,6 +62,7 @@ def split(
         at: where to cut: the name of a submodule cuts before it is first called, ``"after NAME"`` after it was last
             called. None for all places where few bytes would cross.
         leaf: names of submodules that are called as a whole, beside those that cannot be traced.
+        untie: gives the module two parameters where it has one under two names, which could not be cut apart.
 
     Returns:
         One layer more than there are names in ``at``.
@@ -72,6 +75,8 @@ def split(
     >>> [layer.name for layer in split(network, torch.ones(2, 4), at=["2"])]
     ['0', '2']
     """
+    if untie:
+        tying.untie(module)
     given = inputs_by_name(module, example)
     example = together(list(given.values()))
     traced = Traced(module, given, leaf)

@@ -372,16 +372,47 @@ def test_a_module_that_begins_the_network_is_cut_though_it_gives_little() -> Non
     assert {"backbone.second.0", "backbone.third.0", "fc"} <= names
 
 
-def test_tied_weights_across_a_cut_are_refused_with_both_layers() -> None:
-    class Tied(UNet):
+class Tied(UNet):
+    """Two layers with one weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up1, self.fc = block(8, 8), nn.Linear(8, 10)
+        self.up1[0].weight = self.middle[0].weight
+
+
+def test_tied_weights_across_a_cut_are_refused_with_both_names() -> None:
+    layers = split(made(Tied), X, at=["down2", "middle", "up2"])
+    words = (
+        "share 'middle.0.weight' and 'up1.0.weight' but are cut apart; keep both .*, or make two of it with "
+        "untie=True$"
+    )
+    with pytest.raises(PartitionError, match=words):
+        trained(1, layers)
+
+
+def test_a_module_that_is_called_in_two_stages_is_refused() -> None:
+    class Twice(UNet):
         def __init__(self) -> None:
             super().__init__()
-            self.up1[0].weight = self.up2[0].weight
-            self.up1[0].weight = nn.Parameter(torch.zeros(4, 8, 3, 3))
             self.middle[1] = self.down2[1]
 
-    with pytest.raises(PartitionError, match="share .* but are cut apart"):
-        trained(1, split(made(Tied), X, at=["down2", "middle", "up2"]))
+    layers = split(made(Twice), X, at=["down2", "middle", "up2"], untie=True)
+    words = "share 'down2.1.weight' but are cut apart; keep both .*1, 2, 1...$"
+    with pytest.raises(PartitionError, match=words):
+        trained(1, layers)
+
+
+def test_tied_weights_are_made_two_that_begin_alike() -> None:
+    digests = set()
+    for size in (1, 2):
+        module = made(Tied)
+        layers = split(module, X, at=["down2", "middle", "up2"], untie=True)
+        first, second = module.middle[0].weight, module.up1[0].weight
+        assert torch.equal(first, second)
+        digests.add(trained(size, layers).summary.parameters_sha256)
+        assert not torch.equal(first, second)
+    assert len(digests) == 1
 
 
 def test_a_head_that_borrows_layers_is_refused() -> None:
