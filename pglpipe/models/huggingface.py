@@ -1,0 +1,188 @@
+"""The networks of Hugging Face's transformers, ``hf:CONFIG_OR_FOLDER`` on the command line.
+
+There is no code for any family. A network's own forward is recorded, with its blocks as operations: each is called as
+the family calls it, and rotary tables and masks, which depend on sizes alone, are constants that every stage holds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from inspect import signature
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pglpipe.errors import ConfigError
+from pglpipe.models import tying
+from pglpipe.models.layer import Layer
+from pglpipe.models.recording import Recorded
+from pglpipe.models.split import split
+from pglpipe.utils.optional import import_optional
+
+PREFIX = "hf:"
+# In this order, where a configuration does not name its architecture: several fit an encoder.
+_KINDS = (
+    "AutoModelForMaskedLM",
+    "AutoModelForCausalLM",
+    "AutoModelForImageClassification",
+)
+
+
+class HuggingFace(Recorded):
+    """A model of transformers that takes one tensor and gives logits.
+
+    Its submodules, parameters and buffers are the model's, with their names.
+
+    Args:
+        model: for language, ``[B, T]`` to ``[B, T, V]``; for classes of texts or images, to ``[B, C]``.
+    """
+
+    hugging_face: Any  # the model; not registered, or its tensors would have two names
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        vars(self).update(
+            hugging_face=model,
+            _modules=model._modules,
+            _parameters=model._parameters,
+            _buffers=model._buffers,
+            _non_persistent_buffers_set=model._non_persistent_buffers_set,
+            training=model.training,
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits; no sample is padded, and nothing is kept for a next token."""
+        model = self.hugging_face
+        model.training = self.training
+        inputs: dict[str, Any] = {model.main_input_name: x}
+        if "use_cache" in signature(model.forward).parameters:
+            inputs["use_cache"] = False
+        # Not called itself, since it is no submodule but the root of all.
+        output = model.forward(**inputs)
+        logits: Tensor = output.logits
+        return logits
+
+    def is_whole(self, name: str) -> bool:
+        """Blocks, and whatever stands beside the lists of blocks."""
+        lists = [
+            n for n, part in self.named_modules() if isinstance(part, nn.ModuleList)
+        ]
+        holds_blocks = any(f"{each}.".startswith(f"{name}.") for each in lists)
+        is_in_block = any(name.startswith(f"{each}.") for each in lists)
+        return super().is_whole(name) and (is_in_block or not holds_blocks)
+
+
+def hugging_face_model(
+    source: Any, example: Tensor, *, untie: bool = False, **options: Any
+) -> list[Layer]:
+    """The layers of a network of transformers.
+
+    Args:
+        source, untie, options: as for :func:`hugging_face_network`.
+        example: an input: tokens ``[B, T]`` or images ``[B, C, H, W]``, 2 samples or more; all batches are of this
+            shape, but for ``B``.
+
+    Raises:
+        ConfigError: there is no such network, or transformers is not installed.
+        PartitionError: its forward looks at values, or it takes no such input.
+    """
+    return split(hugging_face_network(source, untie=untie, **options), example)
+
+
+def hugging_face_network(
+    source: Any, *, untie: bool = False, **options: Any
+) -> HuggingFace:
+    """A network of transformers as one module, which gives logits.
+
+    Args:
+        source: a configuration of transformers, or the path of one as JSON: fresh weights. Or a folder with ``config.json``;
+            if there are weights in safetensors form, they are loaded.
+        untie: makes two of parameters that have two names, as token embeddings and readout.
+        options: of the configuration, such as ``num_labels``, instead of its own.
+
+    Raises:
+        ConfigError: there is no such network, or transformers is not installed.
+    """
+    transformers = import_optional("transformers", "huggingface")
+    folder = None
+    if isinstance(source, (str, Path)):
+        config, folder = _read(transformers, Path(source).expanduser(), options)
+    else:
+        config = source
+    for name, value in options.items():
+        setattr(config, name, value)
+    model = _made(transformers, config, folder)
+    if untie:
+        tying.untie(model)
+        model.config.tie_word_embeddings = False
+    return HuggingFace(model.float())
+
+
+def save_folder(
+    network: HuggingFace, folder: Path, tensors: Mapping[str, Tensor] | None = None
+) -> None:
+    """Writes ``config.json`` and ``model.safetensors``, as transformers' ``from_pretrained`` reads them.
+
+    Args:
+        folder: made if it is not there.
+        tensors: by name, instead of the network's own.
+    """
+    if tensors is not None:
+        network.load_state_dict(tensors)
+    network.hugging_face.save_pretrained(folder)
+
+
+def _read(
+    transformers: ModuleType, path: Path, options: Mapping[str, Any]
+) -> tuple[Any, Path | None]:
+    """The configuration at a path, and the folder that has weights for it."""
+    file = path / "config.json" if path.is_dir() else path
+    if not file.is_file():
+        raise ConfigError(
+            f"expected a configuration as JSON, or a folder with config.json, at {path}, found no such file; there is no "
+            "download, so give what is on this machine"
+        )
+    try:
+        config = transformers.AutoConfig.from_pretrained(file)
+    except (OSError, ValueError, KeyError) as error:
+        raise ConfigError(
+            f"expected a configuration of transformers with its model_type at {file}, got: {_line(error)}"
+        ) from None
+    has_weights = path.is_dir() and any(path.glob("*.safetensors"))
+    if path.is_dir() and not has_weights and any(path.glob("*.bin")):
+        raise ConfigError(
+            f"expected weights in safetensors form in {path}, found others, which may run code; convert them"
+        )
+    return config, path if has_weights else None
+
+
+def _made(transformers: ModuleType, config: Any, folder: Path | None) -> Any:
+    """The model of a configuration, with the weights of a folder or fresh ones."""
+    for architecture in (*(config.architectures or ())[:1], *_KINDS):
+        kind = getattr(transformers, architecture, None)
+        if kind is None:
+            continue
+        try:
+            if folder:
+                return kind.from_pretrained(
+                    folder,
+                    config=config,
+                    dtype=torch.float32,
+                    use_safetensors=True,
+                    ignore_mismatched_sizes=True,
+                )
+            make = kind.from_config if architecture in _KINDS else kind
+            return make(config)
+        except ValueError as error:
+            if "Unrecognized configuration class" not in str(error):
+                raise ConfigError(_line(error)) from None
+    raise ConfigError(
+        f"expected a configuration of a language model or of a classifier of images, got {type(config).__name__}"
+    )
+
+
+def _line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
