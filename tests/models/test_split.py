@@ -398,7 +398,7 @@ def test_a_module_that_is_called_in_two_stages_is_refused() -> None:
             self.middle[1] = self.down2[1]
 
     layers = split(made(Twice), X, at=["down2", "middle", "up2"], untie=True)
-    words = "share 'down2.1.weight' but are cut apart; keep both .*1, 2, 1...$"
+    words = "share 'down2.1.weight' but are cut apart; keep both"
     with pytest.raises(PartitionError, match=words):
         trained(1, layers)
 
