@@ -118,10 +118,15 @@ def _traced_once(
         raise Untraceable(reason, "".join(tracer.within[-1:])) from error
     for node in [n for n in graph.nodes if n.op == "placeholder"]:
         if str(node.target) not in given:
-            for check in list(node.users):  # that nobody gives another value
-                graph.erase_node(check)
-            graph.erase_node(node)
+            _erase(graph, node)  # with the checks that nobody gives another value
     return graph
+
+
+def _erase(graph: fx.Graph, node: fx.Node) -> None:
+    """Takes out a node and all that depends on it."""
+    for user in list(node.users):
+        _erase(graph, user)
+    graph.erase_node(node)
 
 
 def _refuse_writes(graph: fx.Graph) -> None:
