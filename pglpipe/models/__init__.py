@@ -9,15 +9,17 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 
-from pglpipe.errors import ConfigError, nearest
+from pglpipe.errors import ConfigError, nearest, setting
 from pglpipe.models.chain import Built, as_layers
+from pglpipe.models.huggingface import image_classifier
 from pglpipe.models.imported import call_imported
 from pglpipe.models.large import resnet50, vit_s_16
 from pglpipe.models.layer import Layer
 from pglpipe.models.mlp import mlp
 from pglpipe.models.resnet import resnet
+from pglpipe.models.timm import timm_model
 from pglpipe.models.vgg import vgg11
-from pglpipe.models.vision import PREFIX, vision_model
+from pglpipe.models.vision import vision_model
 
 __all__ = [
     "MODELS",
@@ -42,19 +44,33 @@ MODELS: dict[str, Callable[..., list[Layer]]] = {
     "vit_s_16": vit_s_16,
 }
 
+# Networks of other libraries, by what stands before their names: whole modules, which are cut.
+LIBRARIES: dict[str, Callable[..., list[Layer]]] = {
+    "torchvision:": vision_model,
+    "timm:": timm_model,
+    "hf:": image_classifier,
+}
+
 
 def build(
-    name: str, *, image_shape: tuple[int, int, int], num_classes: int, width: int = 0
+    name: str,
+    *,
+    image_shape: tuple[int, int, int],
+    num_classes: int,
+    width: int = 0,
+    untie: bool = False,
 ) -> list[Layer]:
     """The layers of the network called ``name``.
 
     Args:
-        name: a key of :data:`MODELS`, ``torchvision:NAME``, or ``PACKAGE.MODULE:FUNCTION``. The function is called
-            with the keyword arguments ``image_shape`` and ``num_classes`` (and ``width`` unless it
-            is 0), and returns anything that :func:`as_layers` accepts.
+        name: a key of :data:`MODELS`, ``torchvision:NAME``, ``timm:NAME``, ``hf:CONFIG_OR_FOLDER``, or
+            ``PACKAGE.MODULE:FUNCTION``. The function is called with the keyword arguments ``image_shape`` and
+            ``num_classes`` (and ``width`` unless it is 0, and ``untie`` where it is asked for), and returns anything
+            that :func:`as_layers` accepts.
         image_shape: ``(C, H, W)`` of one image.
         num_classes: number of logits.
         width: the network's base width; 0 takes its own.
+        untie: makes two of parameters that have two names.
 
     Raises:
         ConfigError: no such network, or it cannot be made as asked.
@@ -73,12 +89,24 @@ def build(
     }
     if width:
         options["width"] = width
-    if name.startswith(PREFIX):
-        return vision_model(name.removeprefix(PREFIX), **options)  # type: ignore[arg-type]
-    if ":" in name:
+    if untie:
+        options["untie"] = untie
+    library, colon, rest = name.partition(":")
+    if library + colon in LIBRARIES:
+        if width:
+            raise ConfigError(
+                f"expected no {setting('width')} for {name}, whose layers have their own, got {width}; drop it"
+            )
+        return LIBRARIES[library + colon](rest, **options)
+    if colon:
         return as_layers(call_imported(name, options))
     if name not in MODELS:
         raise ConfigError(
-            f"unknown model {name!r}: {nearest(name, MODELS)}, torchvision:NAME, or PACKAGE.MODULE:FUNCTION"
+            f"unknown model {name!r}: {nearest(name, MODELS)}, torchvision:NAME, timm:NAME, hf:CONFIG_OR_FOLDER, or "
+            "PACKAGE.MODULE:FUNCTION"
+        )
+    if untie:
+        raise ConfigError(
+            f"expected no {setting('untie')} for {name}, whose layers share nothing; drop it"
         )
     return MODELS[name](**options)

@@ -22,7 +22,6 @@ from pglpipe.models.recording import Recorded
 from pglpipe.models.split import split
 from pglpipe.utils.optional import import_optional
 
-PREFIX = "hf:"
 # In this order, where a configuration does not name its architecture: several fit an encoder.
 _KINDS = (
     "AutoModelForMaskedLM",
@@ -90,6 +89,40 @@ def hugging_face_model(
         PartitionError: its forward looks at values, or it takes no such input.
     """
     return split(hugging_face_network(source, untie=untie, **options), example)
+
+
+def image_classifier(
+    source: str,
+    *,
+    image_shape: tuple[int, int, int],
+    num_classes: int,
+    untie: bool = False,
+) -> list[Layer]:
+    """The layers of a classifier of images.
+
+    Args:
+        source, untie: as for :func:`hugging_face_network`.
+        image_shape: ``(C, H, W)`` of one image.
+        num_classes: number of logits; weights for another number are drawn anew.
+
+    Raises:
+        ConfigError: there is no such network, it is for others than such images, or transformers is not installed.
+    """
+    network = hugging_face_network(source, untie=untie, num_labels=num_classes)
+    model = network.hugging_face
+    config, (channels, *sides) = model.config, image_shape
+    size = getattr(config, "image_size", sides)
+    takes = (
+        getattr(config, "num_channels", channels),
+        *(size if isinstance(size, (list, tuple)) else [size] * len(sides)),
+    )
+    if model.main_input_name != "pixel_values" or takes != tuple(image_shape):
+        wants = "texts" if model.main_input_name == "input_ids" else f"images {takes}"
+        raise ConfigError(
+            f"expected a classifier of images of shape {tuple(image_shape)}, got {type(model).__name__} for {wants}; "
+            "choose other data, or change image_size and num_channels in a configuration without weights"
+        )
+    return split(network, torch.zeros(2, *image_shape))
 
 
 def hugging_face_network(

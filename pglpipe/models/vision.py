@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from pglpipe.errors import ConfigError, nearest, setting
+from pglpipe.errors import ConfigError, nearest
 from pglpipe.models.layer import Layer
 from pglpipe.models.split import split
 from pglpipe.utils.torchvision import import_torchvision
@@ -22,7 +22,11 @@ _OPTIONS: dict[str, dict[str, Any]] = {
 
 
 def vision_model(
-    name: str, *, image_shape: tuple[int, int, int], num_classes: int, width: int = 0
+    name: str,
+    *,
+    image_shape: tuple[int, int, int],
+    num_classes: int,
+    untie: bool = False,
 ) -> list[Layer]:
     """The layers of a network that ``torchvision.models`` has, with fresh weights.
 
@@ -30,18 +34,14 @@ def vision_model(
         name: as ``torchvision.models.list_models`` has it.
         image_shape: ``(C, H, W)`` of one image.
         num_classes: number of logits.
-        width: 0; the networks have their own.
+        untie: makes two of parameters that have two names.
 
     Raises:
-        ConfigError: there is no such network, or a width is given.
+        ConfigError: there is no such network.
         PartitionError: it takes no such images.
     """
-    if width:
-        raise ConfigError(
-            f"expected no {setting('width')} for {PREFIX}{name}, whose layers have their own, got {width}; drop it"
-        )
     module = vision_network(name, image_shape=image_shape, num_classes=num_classes)
-    return split(module, torch.zeros(2, *image_shape))
+    return split(module, torch.zeros(2, *image_shape), untie=untie)
 
 
 def vision_network(

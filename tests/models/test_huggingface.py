@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from pglpipe import ALWAYS, Guidance
 from pglpipe.errors import ConfigError, DataError, PartitionError
 from pglpipe.messages.activation import tensors_of
+from pglpipe.models import build
 from pglpipe.models.huggingface import (
     hugging_face_model,
     hugging_face_network,
@@ -224,6 +225,23 @@ def test_a_configuration_makes_fresh_weights(tmp_path: Path) -> None:
             "model.layers.0",
             "model.layers.1",
         ]
+
+
+def test_a_name_builds_a_classifier_of_images(tmp_path: Path) -> None:
+    options: Any = dict(image_shape=(3, 16, 16), num_classes=7)
+    save_folder(network("ViT"), tmp_path)
+    layers = build(f"hf:{tmp_path}", **options)
+    assert layers[-1].build().classifier.out_features == 7
+    # The weights are those of the folder, but for the readout, which is of other sizes.
+    found = layers[1].build().state_dict()
+    state = network("ViT").state_dict()
+    assert all(torch.equal(tensor, state[name]) for name, tensor in found.items())
+    for shape in ((1, 16, 16), (3, 32, 32)):
+        with pytest.raises(ConfigError, match=r"for images \(3, 16, 16\); choose"):
+            build(f"hf:{tmp_path}", image_shape=shape, num_classes=7)
+    save_folder(network("Llama"), tmp_path / "text")
+    with pytest.raises(ConfigError, match="got LlamaForCausalLM for texts; choose"):
+        build(f"hf:{tmp_path / 'text'}", **options)
 
 
 # -- tied weights ----------------------------------------------------------------------
