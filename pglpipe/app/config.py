@@ -59,11 +59,14 @@ class Network(Section, title="Network", in_python=False):
 
     model: str = option(
         "resnet20",
-        "network, torchvision:NAME, or PACKAGE.MODULE:FUNCTION",
+        "network, torchvision:NAME, timm:NAME, hf:CONFIG_OR_FOLDER, or PACKAGE.MODULE:FUNCTION",
         text(),
         common=True,
     )
     width: int = option(0, "base width of the network; 0 for its own", whole(0))
+    untie: bool = option(
+        False, "make two of parameters that the network has under two names", flag()
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

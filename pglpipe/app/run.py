@@ -222,6 +222,7 @@ def _trainer(
             image_shape=material.image_shape,
             num_classes=len(material.classes),
             width=config.network.width,
+            untie=config.network.untie,
         )
     trainer = Trainer(
         layers,
