@@ -34,6 +34,7 @@ from pglpipe.checkpoint.writer import Checkpoints
 from pglpipe.cluster.failure import fail
 from pglpipe.cluster.world import World, join
 from pglpipe.errors import Stopped, UserError, WorkerError, warn
+from pglpipe.models.huggingface import hugging_face_network, save_folder
 from pglpipe.observe import tables
 from pglpipe.observe import terminal as display
 from pglpipe.observe.observers import Observer, Observers
@@ -97,10 +98,23 @@ def evaluate(run_dir: Path, data_root: str = "") -> tuple[Plan, Summary]:
 
 
 def export(run_dir: Path, output: Path) -> None:
-    """Writes the uncut network of a finished run as an ordinary ``state_dict``."""
+    """Writes the uncut network of a finished run as an ordinary ``state_dict``.
+
+    A network of transformers becomes a folder that transformers reads, where ``output`` has no suffix.
+    """
     about = about_data(run_dir)
-    weights = state.load(run_dir / RunDirectory.WEIGHTS)
-    state.export(output, state.without_heads(weights), about)
+    weights = state.without_heads(state.load(run_dir / RunDirectory.WEIGHTS))
+    network = resolve(run_dir / RunDirectory.SETTINGS, {}).network
+    source = network.model.removeprefix("hf:")
+    if source == network.model or output.suffix:
+        state.export(output, weights, about)
+        return
+    names = dict(enumerate(about.get("classes", ())))
+    options = {"id2label": names, "label2id": {n: i for i, n in names.items()}}
+    module = hugging_face_network(
+        source, untie=network.untie, **(options if names else {})
+    )
+    save_folder(module, output, weights)
 
 
 def _train(asked: RunConfig, world: World, early: list[int]) -> Summary:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pglpipe.errors import ConfigError
+from pglpipe.errors import ConfigError, DataError
 from pglpipe.models import tying
 from pglpipe.models.layer import Layer
 from pglpipe.models.recording import Recorded
@@ -162,10 +162,24 @@ def save_folder(
     Args:
         folder: made if it is not there.
         tensors: by name, instead of the network's own.
+
+    Raises:
+        ConfigError: they are another network's.
+        DataError: the folder cannot be written.
     """
-    if tensors is not None:
-        network.load_state_dict(tensors)
-    network.hugging_face.save_pretrained(folder)
+    try:
+        network.load_state_dict(tensors or network.state_dict())
+    except RuntimeError as error:
+        raise ConfigError(
+            f"expected the configuration with which the weights were trained, got another: {_line(error)}"
+        ) from None
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        network.hugging_face.save_pretrained(folder)
+    except OSError as error:
+        raise DataError(
+            f"expected a folder that can be written at {folder}, got: {error}"
+        ) from None
 
 
 def _read(
@@ -218,4 +232,5 @@ def _made(transformers: ModuleType, config: Any, folder: Path | None) -> Any:
 
 
 def _line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
+    """What an error says, on one line."""
+    return " ".join(str(error).split()) or type(error).__name__
