@@ -29,6 +29,7 @@ from pglpipe.messages.activation import Activation, map_tensors, tensors_of, tog
 from pglpipe.models import tying
 from pglpipe.models.layer import Layer
 from pglpipe.models.tracing import (
+    ask_late,
     inputs_by_name,
     is_floating,
     mode,
@@ -144,6 +145,7 @@ class Traced:
         note_values(self._root, self._graph, list(given.values()), "value")
         more = [torch.cat([tensor, tensor[:1]]) for tensor in given.values()]
         note_values(self._root, self._graph, more, "one more")
+        ask_late(self._graph)
         self._fixed = self._found_fixed()
         self._nodes = [
             node

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from pglpipe.errors import PartitionError
-from pglpipe.messages.activation import Activation
+from pglpipe.messages.activation import Activation, tensors_of
 from pglpipe.models.recording import Recorded, Untraceable, record
 
 
@@ -212,6 +212,21 @@ def note_values(
     except Exception:  # a leaf looks at values
         whole = copy.deepcopy(fx.GraphModule(module, graph))
         run("cpu")
+
+
+def ask_late(graph: fx.Graph) -> None:
+    """Has sizes be asked for right where they are used, so that none crosses a cut between."""
+    for node in reversed(list(graph.nodes)):
+        if node.op not in ("call_function", "call_method"):
+            continue
+        if tensors_of(node.meta["value"]) or not node.users:
+            continue
+        for user in list(node.users):
+            with graph.inserting_before(user):
+                late = graph.node_copy(node)
+            late.meta["nn_module_stack"] = user.meta.get("nn_module_stack", {})
+            user.replace_input_with(node, late)
+        graph.erase_node(node)
 
 
 class _Noting(fx.Interpreter):

@@ -599,6 +599,25 @@ def test_only_what_has_the_batch_first_crosses_a_cut() -> None:
         split(made(lambda: Turned(one_tensor_twice)), X, at=["act"])
 
 
+def test_a_size_that_was_asked_for_before_a_cut_is_asked_for_again() -> None:
+    class Sized(Small):
+        def forward(self, x: Tensor) -> Tensor:
+            side = x.shape[-1]
+            h = self.second(self.act(self.first(x.flatten(1))))
+            maps = nn.functional.interpolate(h[:, None, None], size=(1, side))
+            y: Tensor = self.last(nn.functional.pad(maps.flatten(1), (0, 8)))
+            return y
+
+    module = made(lambda: Sized(one_tensor_twice))
+    layers = split(module, X, at=["second", "last"])
+    crossing = layers[0].build()(X)
+    assert [tuple(t.shape) for t in tensors_of(crossing)] == [(4, 16), X.shape]
+    x = X[:3]
+    for layer in layers:
+        x = layer.build()(x)
+    assert torch.equal(x, module(X[:3]))
+
+
 def test_two_samples_are_enough_of_an_example_for_batchnorm() -> None:
     norm = nn.Sequential(nn.Flatten(), nn.Linear(192, 4), nn.BatchNorm1d(4), nn.ReLU())
 
