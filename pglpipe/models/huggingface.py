@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from pglpipe.errors import ConfigError, DataError
 from pglpipe.models import tying
+from pglpipe.models.adapter import Adapter
 from pglpipe.models.layer import Layer
 from pglpipe.models.recording import Recorded
 from pglpipe.models.split import split
@@ -30,38 +31,19 @@ _KINDS = (
 )
 
 
-class HuggingFace(Recorded):
+class HuggingFace(Adapter, Recorded):
     """A model of transformers that takes one tensor and gives logits.
 
-    Its submodules, parameters and buffers are the model's, with their names.
-
     Args:
-        model: for language, ``[B, T]`` to ``[B, T, V]``; for classes of texts or images, to ``[B, C]``.
+        inner: for language, ``[B, T]`` to ``[B, T, V]``; for classes of texts or images, to ``[B, C]``.
     """
-
-    hugging_face: Any  # the model; not registered, or its tensors would have two names
-
-    def __init__(self, model: Any) -> None:
-        super().__init__()
-        vars(self).update(
-            hugging_face=model,
-            _modules=model._modules,
-            _parameters=model._parameters,
-            _buffers=model._buffers,
-            _non_persistent_buffers_set=model._non_persistent_buffers_set,
-            training=model.training,
-        )
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits; no sample is padded, and nothing is kept for a next token."""
-        model = self.hugging_face
-        model.training = self.training
-        inputs: dict[str, Any] = {model.main_input_name: x}
-        if "use_cache" in signature(model.forward).parameters:
+        inputs: dict[str, Any] = {self.inner.main_input_name: x}
+        if "use_cache" in signature(self.inner.forward).parameters:
             inputs["use_cache"] = False
-        # Not called itself, since it is no submodule but the root of all.
-        output = model.forward(**inputs)
-        logits: Tensor = output.logits
+        logits: Tensor = self.run(**inputs).logits
         return logits
 
     def is_whole(self, name: str) -> bool:
@@ -109,7 +91,7 @@ def image_classifier(
         ConfigError: there is no such network, it is for others than such images, or transformers is not installed.
     """
     network = hugging_face_network(source, untie=untie, num_labels=num_classes)
-    model = network.hugging_face
+    model = network.inner
     config, (channels, *sides) = model.config, image_shape
     size = getattr(config, "image_size", sides)
     takes = (
@@ -175,7 +157,7 @@ def save_folder(
         ) from None
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        network.hugging_face.save_pretrained(folder)
+        network.inner.save_pretrained(folder)
     except OSError as error:
         raise DataError(
             f"expected a folder that can be written at {folder}, got: {error}"

@@ -57,3 +57,21 @@ def test_a_network_of_torchvision_learns_as_if_it_were_whole(name: str) -> None:
     batch = torch.randn(4, 3, side, side, generator=draws), torch.tensor([0, 1, 2, 3])
     head = "0c1f" if name.startswith("vit") else "mlp"  # tokens, or maps
     assert_learns_as_if_whole(lambda: network(name, side), batch, head=head)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize(
+    "name", ["deeplabv3_resnet50", "fcn_resnet50", "lraspp_mobilenet_v3_large"]
+)
+def test_a_network_that_classifies_pixels_does_so_too(name: str) -> None:
+    def head(shape: tuple[int, ...]) -> nn.Module:
+        """Every hidden stage classifies the pixels of the map that it sees."""
+        return nn.Sequential(nn.Conv2d(shape[0], 10, 1), nn.Upsample((32, 32)))
+
+    draws = torch.Generator().manual_seed(1)
+    images = torch.randn(4, 3, 32, 32, generator=draws)
+    pixels = torch.randint(0, 10, (4, 32, 32), generator=draws)
+    assert_learns_as_if_whole(
+        lambda: network(f"segmentation.{name}", 32), (images, pixels), head=head
+    )

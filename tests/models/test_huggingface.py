@@ -136,7 +136,7 @@ def trained(
 def assert_learns_as_if_whole(family: str, dtype: torch.dtype, within: float) -> None:
     """Two global steps are those of transformers' own forward."""
     batch = batch_of(family, dtype)
-    reference = network(family, dtype).hugging_face.train()
+    reference = network(family, dtype).inner.train()
     layers = split(network(family, dtype), batch[0][:2])
     body = trained(family, 2, layers, [batch] * 2, guidance=ALWAYS).body
     optimizer = sgd(reference.parameters())
@@ -199,7 +199,7 @@ def test_its_forward_is_that_of_transformers_and_one_tensor_crosses(
             # No rotary table and no mask, nor positions.
             (only,) = tensors_of(x)
             assert len(only) == len(inputs) and only.is_floating_point()
-        assert torch.equal(x, whole.hugging_face(inputs).logits)
+        assert torch.equal(x, whole.inner(inputs).logits)
 
 
 @IN_FAMILIES
@@ -207,7 +207,7 @@ def test_a_folder_is_what_transformers_reads(family: str, tmp_path: Path) -> Non
     inputs, _ = batch_of(family)
     first = network(family).eval()
     save_folder(first, tmp_path / "saved")
-    kind = type(first.hugging_face)
+    kind = type(first.inner)
     read = kind.from_pretrained(tmp_path / "saved").eval()
     again = hugging_face_network(tmp_path / "saved").eval()
     with torch.no_grad():
