@@ -6,7 +6,8 @@ the family calls it, and rotary tables and masks, which depend on sizes alone, a
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from inspect import signature
 from pathlib import Path
 from types import ModuleType
@@ -113,8 +114,8 @@ def hugging_face_network(
     """A network of transformers as one module, which gives logits.
 
     Args:
-        source: a configuration of transformers, or the path of one as JSON: fresh weights. Or a folder with ``config.json``;
-            if there are weights in safetensors form, they are loaded.
+        source: a configuration of transformers, its values in a dict, or its path as JSON: fresh weights. Or a folder with
+            ``config.json``; if there are weights in safetensors form, they are loaded.
         untie: makes two of parameters that have two names, as token embeddings and readout.
         options: of the configuration, such as ``num_labels``, instead of its own.
 
@@ -122,11 +123,11 @@ def hugging_face_network(
         ConfigError: there is no such network, or transformers is not installed.
     """
     transformers = import_optional("transformers", "huggingface")
-    folder = None
+    config, folder = source, None
     if isinstance(source, (str, Path)):
-        config, folder = _read(transformers, Path(source).expanduser(), options)
-    else:
-        config = source
+        config, folder = _read(transformers, Path(source).expanduser())
+    elif isinstance(source, Mapping):
+        config = _config(transformers.AutoConfig.for_model, "given", **source)
     for name, value in options.items():
         setattr(config, name, value)
     model = _made(transformers, config, folder)
@@ -137,7 +138,9 @@ def hugging_face_network(
 
 
 def save_folder(
-    network: HuggingFace, folder: Path, tensors: Mapping[str, Tensor] | None = None
+    network: HuggingFace,
+    folder: str | Path,
+    tensors: Mapping[str, Tensor] | None = None,
 ) -> None:
     """Writes ``config.json`` and ``model.safetensors``, as transformers' ``from_pretrained`` reads them.
 
@@ -156,7 +159,7 @@ def save_folder(
             f"expected the configuration with which the weights were trained, got another: {_line(error)}"
         ) from None
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        Path(folder).mkdir(parents=True, exist_ok=True)
         network.inner.save_pretrained(folder)
     except OSError as error:
         raise DataError(
@@ -164,9 +167,7 @@ def save_folder(
         ) from None
 
 
-def _read(
-    transformers: ModuleType, path: Path, options: Mapping[str, Any]
-) -> tuple[Any, Path | None]:
+def _read(transformers: ModuleType, path: Path) -> tuple[Any, Path | None]:
     """The configuration at a path, and the folder that has weights for it."""
     file = path / "config.json" if path.is_dir() else path
     if not file.is_file():
@@ -174,18 +175,24 @@ def _read(
             f"expected a configuration as JSON, or a folder with config.json, at {path}, found no such file; there is no "
             "download, so give what is on this machine"
         )
-    try:
-        config = transformers.AutoConfig.from_pretrained(file)
-    except (OSError, ValueError, KeyError) as error:
-        raise ConfigError(
-            f"expected a configuration of transformers with its model_type at {file}, got: {_line(error)}"
-        ) from None
+    read = partial(transformers.AutoConfig.from_pretrained, file)
+    config = _config(read, f"at {file}")
     has_weights = path.is_dir() and any(path.glob("*.safetensors"))
     if path.is_dir() and not has_weights and any(path.glob("*.bin")):
         raise ConfigError(
             f"expected weights in safetensors form in {path}, found others, which may run code; convert them"
         )
     return config, path if has_weights else None
+
+
+def _config(make: Callable[..., Any], where: str, **values: Any) -> Any:
+    """A configuration, or one line that says why there is none."""
+    try:
+        return make(**values)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(
+            f"expected a configuration of transformers with its model_type {where}, got: {_line(error)}"
+        ) from None
 
 
 def _made(transformers: ModuleType, config: Any, folder: Path | None) -> Any:
