@@ -184,6 +184,39 @@ def test_no_bit_depends_on_how_many_workers_there_are(family: str) -> None:
     assert len(digests) == 1
 
 
+GPT2_DROPOUT = dict(resid_pdrop=0.1, embd_pdrop=0.1, attn_pdrop=0.1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("family", "configured", "options"),
+    [
+        ("GPT-2", GPT2_DROPOUT, {}),
+        ("BERT", dict(hidden_dropout_prob=0.1), {}),
+        ("Gemma2", {}, dict(precision="bf16")),
+        ("Llama", {}, dict(microbatches=2, recompute=True, local_microbatches=2)),
+        ("Llama", {}, dict(guidance=Guidance(period=2, reach="stale", final=0))),
+        ("Mistral", {}, dict(edge_dtype="int8", sanity_check=True)),
+    ],
+)
+def test_nor_does_one_in_other_kinds_of_steps(
+    family: str, configured: dict[str, Any], options: dict[str, Any]
+) -> None:
+    batch = batch_of(family)
+    given = dict(guidance=Guidance(period=2)) | options
+    digests = {
+        trained(
+            family,
+            size,
+            split(network(family, **configured), batch[0]),
+            [batch] * 4,
+            **given,
+        ).summary.parameters_sha256
+        for size in (1, 2)
+    }
+    assert len(digests) == 1
+
+
 @IN_FAMILIES
 def test_its_forward_is_that_of_transformers_and_one_tensor_crosses(
     family: str,
@@ -271,6 +304,17 @@ def test_untied_weights_are_two_and_the_export_says_so(tmp_path: Path) -> None:
     for name, tensor in read.state_dict().items():
         assert torch.equal(tensor, body[name]), name
     assert not torch.equal(read.lm_head.weight, read.model.embed_tokens.weight)
+
+
+def test_tied_weights_in_one_stage_stay_one(tmp_path: Path) -> None:
+    batch = batch_of("GPT-2")
+    module = network("GPT-2", tie_word_embeddings=True)
+    layers = split(module, batch[0])
+    body = trained("GPT-2", 1, layers, [batch] * 2, stages=1).body
+    save_folder(module, tmp_path, body)
+    read = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert read.lm_head.weight is read.transformer.wte.weight
+    assert torch.equal(read.lm_head.weight, body["lm_head.weight"])
 
 
 # -- what is refused -------------------------------------------------------------------
