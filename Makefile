@@ -3,7 +3,7 @@
 
 PYTHON ?= python3
 BIN := .venv/bin
-CODE := pglpipe benchmarks tests
+CODE := pglpipe benchmarks examples tests
 # One thread per process: equal runs give equal numbers, and workers do not fight over cores.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 # Several tests at a time, but those that start workers, and look at the clock, one by one.

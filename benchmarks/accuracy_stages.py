@@ -26,6 +26,7 @@ from pglpipe import Gradients, Guidance, Machine, Trainer, models
 from pglpipe.app.build import local_loss, optimizer
 from pglpipe.app.config import RunConfig
 from pglpipe.app.config_file import resolve
+from pglpipe.app.run_data import ImageFacts
 from pglpipe.cluster.world import World
 from pglpipe.data import Recipe
 from pglpipe.messages.activation import main
@@ -126,13 +127,16 @@ def _predicted(plan: Plan, kind: str) -> list[int]:
 
 def _plan(config: RunConfig, layers: list[Layer], x: Tensor, **more: Any) -> Plan:
     """Who holds what, one worker for each stage."""
+    channels, height, width = x.shape[1:]
+    shape = channels, height, width
+    facts = ImageFacts(shape, ("",) * CLASSES, Recipe((0.5,), (0.25,), 0, False))
     trainer = Trainer(
         layers,
         loss=nn.CrossEntropyLoss(),
-        optimizer=optimizer(config),
+        optimizer=optimizer(config, layers),
         cut=replace(
             config.cut,
-            local_loss=local_loss(config, Recipe((0.5,), (0.25,), 0, False)),
+            local_loss=local_loss(config, facts),
             model=config.network.model,
         ),
         guidance=Guidance(period=2, duration=1),

@@ -124,7 +124,7 @@ class EmulatedLayer(nn.Module):
         if torch.is_grad_enabled() and not x.requires_grad:
             # A layer of many operations lacks the gradient of its first one's input alone; this one
             # stands for many and works as long without.
-            x = x.detach().requires_grad_()
+            x = x + 0.0 * self.weight
         worked = _InputWork.apply(x, forward, backward / 2)  # type: ignore[no-untyped-call]
         weight = _WeightWork.apply(self.weight, backward / 2)  # type: ignore[no-untyped-call]
         joined: Tensor = _Join.apply(worked, weight)  # type: ignore[no-untyped-call]

@@ -4,6 +4,8 @@ from pglpipe.__version__ import __version__
 from pglpipe.checkpoint.writer import Checkpoints
 from pglpipe.errors import PglpipeError, UserError, WorkerError
 from pglpipe.losses import LocalLoss
+from pglpipe.losses.metrics import Metric, Task
+from pglpipe.losses.tokens import TokenCrossEntropy
 from pglpipe.models.layer import Layer
 from pglpipe.models.split import split
 from pglpipe.observe.observers import Observer
@@ -12,7 +14,7 @@ from pglpipe.plan.memory import Memory
 from pglpipe.plan.spec import Cut
 from pglpipe.schedules.gradients import Gradients
 from pglpipe.schedules.guidance import ALWAYS, LAST_TENTH, NEVER, Guidance
-from pglpipe.schedules.learning_rate import anew, constant, cosine
+from pglpipe.schedules.learning_rate import anew, constant, cosine, wsd
 from pglpipe.trainer import Trainer
 from pglpipe.transport import Edges
 from pglpipe.utils.device import Machine
@@ -30,11 +32,14 @@ __all__ = [
     "LocalLoss",
     "Machine",
     "Memory",
+    "Metric",
     "NEVER",
     "Observer",
     "PglpipeError",
     "StepRecord",
     "Summary",
+    "Task",
+    "TokenCrossEntropy",
     "Trainer",
     "UserError",
     "WorkerError",
@@ -43,4 +48,5 @@ __all__ = [
     "constant",
     "cosine",
     "split",
+    "wsd",
 ]

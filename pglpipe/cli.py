@@ -25,6 +25,7 @@ from pglpipe.app.config import RunConfig, option_fields
 from pglpipe.app.config_file import resolve
 from pglpipe.app.doctor.examine import examine
 from pglpipe.app.doctor.show import show_diagnosis
+from pglpipe.app.generate import SAMPLE
 from pglpipe.app.streams import lasting
 from pglpipe.errors import (
     PglpipeWarning,
@@ -132,6 +133,18 @@ def evaluate(
     tables.show_exits(*run.evaluate(run_dir, data_root))
 
 
+def generate(
+    run_dir: RunDir,
+    prompt: Annotated[str, typer.Option(help="text to go on from")] = "\n",
+    tokens: Annotated[int, typer.Option(min=1, help="how many to write")] = SAMPLE,
+    temperature: Annotated[
+        float, typer.Option(min=0, help="of the choice; 0 takes the likeliest token")
+    ] = 1.0,
+) -> None:
+    """Lets the language model of a finished run write text."""
+    print(run.generate(run_dir, prompt, tokens, temperature))
+
+
 def export(
     run_dir: RunDir,
     output: Annotated[
@@ -166,7 +179,7 @@ def commands() -> typer.Typer:
     app.command()(_with_options()(train))
     hidden = "Optimizer", "Length", "Checkpoints", "Output"
     app.command()(_with_options(*hidden)(plan))
-    for command in (evaluate, export, doctor):
+    for command in (evaluate, generate, export, doctor):
         app.command()(command)
     return app
 

@@ -27,6 +27,7 @@ from pglpipe.engine.session import Session
 from pglpipe.engine.source import Source
 from pglpipe.errors import ConfigError, DataError, setting, warn
 from pglpipe.losses import Loss
+from pglpipe.losses.metrics import Task
 from pglpipe.losses.state import (
     check_reaches_no_layer,
     check_untrained,
@@ -147,8 +148,10 @@ class Trainer:
             from a seed of their own) or of :class:`~pglpipe.models.layer.Layer`, or what
             :func:`pglpipe.split` makes of any other module. After :meth:`fit` modules hold the trained
             weights, on worker 0.
-        loss: the true loss, ``(outputs, targets) -> scalar``, a mean over the batch.
-        optimizer: makes a stage's optimizer from its parameters.
+        loss: the true loss, ``(outputs, targets) -> scalar``, a mean over the batch; or a
+            :class:`~pglpipe.losses.metrics.Task` that names metrics beside it.
+        optimizer: makes a stage's optimizer from its parameters; a function whose argument is called
+            ``named_parameters`` is given pairs of names and parameters.
         learning_rate: ``(step, total_steps) -> factor``; see :func:`pglpipe.anew` for a final phase.
         cut: into how many stages the chain is cut, and what each of them learns from.
         guidance: when steps are guided by the true loss, and how far its gradient gets.
@@ -170,7 +173,7 @@ class Trainer:
         self,
         layers: object,
         *,
-        loss: Loss,
+        loss: Loss | Task,
         optimizer: OptimizerFactory,
         learning_rate: LearningRate = constant,
         cut: Cut = Cut(),
@@ -186,6 +189,8 @@ class Trainer:
         check_workers(cut.stages, world.size)
         machine.set_threads()
         device = devices.pick(machine.device, world.local_rank)
+        task = loss if isinstance(loss, Task) else Task(loss)
+        loss, self._as_pair = task.loss, task.batch
         if machine.overlap_stages:
             check_device(device)
         self._held = HeldModules(chain := as_layers(layers))
@@ -203,6 +208,7 @@ class Trainer:
             optimizer=optimizer,
             learning_rate=learning_rate,
             gradients=asked.gradients,
+            metrics=task.by_name,
             machine=machine,
             retains=self.compare_every > 0 or find_step(guidance.reach).crosses_window,
         )
@@ -325,7 +331,9 @@ class Trainer:
     def _read(self, loader: Loader, option: str) -> BatchReader:
         """The one reader of a loader, so that no batch of a generator is lost; on worker 0."""
         if id(loader) not in self._readers:
-            self._readers[id(loader)] = BatchReader(loader, option, self._inputs)
+            self._readers[id(loader)] = BatchReader(
+                loader, option, self._inputs, self._as_pair
+            )
         return self._readers[id(loader)]
 
     def _fill_held_modules(self) -> None:

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 
 from pglpipe.app.config import RunConfig
-from pglpipe.data import Recipe
-from pglpipe.errors import ConfigError
+from pglpipe.app.run_data import Facts, ImageFacts, TextFacts
+from pglpipe.app.tasks import TASKS
+from pglpipe.errors import ConfigError, setting
 from pglpipe.losses import LocalLoss, LossFacts, build_loss
+from pglpipe.losses.metrics import BitsPerByte, Metric, Task
+from pglpipe.models import hidden_matrices
+from pglpipe.models.layer import Layer
 from pglpipe.schedules.learning_rate import (
     LearningRate,
     anew,
@@ -17,43 +22,71 @@ from pglpipe.schedules.learning_rate import (
     constant,
     cosine,
     warmed_up,
+    wsd,
 )
+from pglpipe.stage.muon import MuonAndAdamW, adamw
 from pglpipe.stage.settings import OptimizerFactory
 
 _INFOPRO_LR = 0.01  # of its first epoch, whatever comes then
 
 
-def optimizer(config: RunConfig) -> OptimizerFactory:
-    """SGD, as in all published recipes for these networks."""
+def task(config: RunConfig, facts: Facts) -> Task:
+    """The true loss, and what evaluations report beside it."""
+    kind = TASKS[config.data.task]
+    metrics: dict[str, str | Metric] = {name: name for name in kind.metrics}
+    if isinstance(facts, TextFacts):
+        metrics["bits-per-byte"] = BitsPerByte(facts.bytes_per_token)
+    return Task(kind.loss(), metrics)
+
+
+def optimizer(config: RunConfig, layers: Sequence[Layer]) -> OptimizerFactory:
+    """What makes a stage's optimizer.
+
+    Args:
+        layers: of the network, whose hidden matrices Muon is for.
+    """
     asked = config.optimizer
-    return lambda parameters: torch.optim.SGD(
-        parameters,
-        lr=asked.lr,
+    if asked.optimizer == "sgd":
+        return lambda parameters: torch.optim.SGD(
+            parameters,
+            lr=asked.lr,
+            momentum=asked.momentum,
+            nesterov=asked.nesterov,
+            weight_decay=asked.weight_decay,
+            # Not fused: that fails on heads, which have no momentum yet after a global step.
+            foreach=True,
+        )
+    rates = {"lr": asked.lr, "weight_decay": asked.weight_decay}
+    if asked.optimizer == "adamw":
+        return lambda parameters: adamw(parameters, **rates)
+    hidden = hidden_matrices(layers)
+    return lambda named_parameters: MuonAndAdamW(
+        named_parameters,
+        hidden,
         momentum=asked.momentum,
         nesterov=asked.nesterov,
-        weight_decay=asked.weight_decay,
-        # Not fused: that fails on heads, which have no momentum yet after a global step.
-        foreach=True,
+        **rates,
     )
 
 
-def local_loss(config: RunConfig, recipe: Recipe) -> LocalLoss | None:
-    """What stages with a head minimize; None for the true loss.
-
-    Args:
-        recipe: how the images were normalized.
-    """
+def local_loss(config: RunConfig, facts: Facts) -> LocalLoss | None:
+    """What stages with a head minimize; None for the true loss."""
     name = config.cut.local_loss
     if not isinstance(name, str):
         return None
-    facts = LossFacts(
+    if not isinstance(facts, ImageFacts):
+        raise ConfigError(
+            f"expected the true loss in local steps for {setting('task', config.data.task)}, got "
+            f"{setting('local_loss', name)}; drop it"
+        )
+    known = LossFacts(
         config.network.model,
         config.data.dataset,
         config.cut.stages,
-        recipe.mean,
-        recipe.std,
+        facts.recipe.mean,
+        facts.recipe.std,
     )
-    return build_loss(name, facts, config.loss_options())
+    return build_loss(name, known, config.loss_options())
 
 
 def learning_rate(config: RunConfig, steps_per_epoch: int) -> LearningRate:
@@ -63,6 +96,8 @@ def learning_rate(config: RunConfig, steps_per_epoch: int) -> LearningRate:
         warmup_steps = round(warmup_epochs * steps_per_epoch)
         if config.optimizer.lr_schedule == "constant":
             return warmed_up(warmup_steps, constant)
+        if config.optimizer.lr_schedule == "wsd":
+            return wsd(config.optimizer.decay, warmup_steps)
         return cosine(warmup_steps)
 
     whole, guidance = schedule(config.optimizer.warmup_epochs), config.guidance

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from pglpipe.app.tasks import TASKS
 from pglpipe.checkpoint.writer import Checkpoints
 from pglpipe.data import DATASETS
 from pglpipe.errors import ConfigError, command_line_style, setting
@@ -23,7 +24,7 @@ from pglpipe.schedules.gradients import Gradients
 from pglpipe.schedules.guidance import Guidance
 from pglpipe.schedules.learning_rate import LR_SCHEDULES
 from pglpipe.transport import Edges
-from pglpipe.utils.arguments import choice, flag, number, text, whole
+from pglpipe.utils.arguments import choice, flag, number, optional, text, whole
 from pglpipe.utils.device import Machine
 from pglpipe.utils.options import Section, fields_of, is_given, option, to_toml
 
@@ -32,25 +33,58 @@ DEFAULT_EPOCHS = 10
 
 @dataclass(frozen=True, kw_only=True)
 class Data(Section, title="Data", in_python=False):
-    """The images of a run."""
+    """What a run is to learn, and from which data."""
 
+    task: str = option(
+        "classification",
+        "what is learned; lm, a language model, has other defaults: "
+        + ", ".join(
+            f"--{k.replace('_', '-')} {v}" for k, v in TASKS["lm"].defaults.items()
+        ),
+        choice(TASKS),
+        choices=tuple(TASKS),
+        common=True,
+    )
     dataset: str = option(
         "synthetic", "data set", choice(DATASETS), choices=DATASETS, common=True
     )
-    data_root: str = option("", "folder of the data set's files", text(), common=True)
+    data_root: str = option(
+        "",
+        "folder of the data set's files; of a text, or the file itself",
+        text(),
+        common=True,
+    )
     download: bool = option(
         False, "fetch a torchvision data set into --data-root", flag()
     )
-    train_limit: int = option(0, "use this many training images; 0 for all", whole(0))
-    test_limit: int = option(0, "use this many test images; 0 for all", whole(0))
+    train_limit: int = option(0, "use this many training samples; 0 for all", whole(0))
+    test_limit: int = option(0, "use this many test samples; 0 for all", whole(0))
     image_size: int = option(
         0, "resize an image folder to this side; 0 for as it is", whole(0)
     )
     augment: bool = option(True, "crop and flip the training images", flag())
-    batch_size: int = option(128, "images per step", whole(1), common=True)
+    context: int = option(128, "tokens of a sample of text", whole(1))
+    tokenizer: str = option(
+        "",
+        "tokenizer.json of the tokenizers library; without it a token is a byte",
+        text(),
+    )
+    batch_size: int = option(128, "samples per step", whole(1), common=True)
     drop_last: bool = option(
         False, "leave out the last batch of an epoch if it is smaller", flag()
     )
+
+    def resolve(self) -> None:
+        """Refuses data of another task."""
+        known = TASKS[self.task].datasets
+        if self.dataset not in known:
+            other = next(
+                name for name, kind in TASKS.items() if self.dataset in kind.datasets
+            )
+            raise ConfigError(
+                f"expected a data set for {setting('task', self.task)}, got {setting('dataset', self.dataset)}; choose "
+                f"{setting('task', other)}, or a data set among {', '.join(known)}"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,24 +98,71 @@ class Network(Section, title="Network", in_python=False):
         common=True,
     )
     width: int = option(0, "base width of the network; 0 for its own", whole(0))
+    depth: int = option(0, "blocks of a gpt; 0 for its own, 4", whole(0))
+    heads: int = option(0, "attention heads of a gpt; 0 for its own, 4", whole(0))
+    kv_heads: int = option(
+        0, "heads of keys and values, each for several heads; 0 for one each", whole(0)
+    )
     untie: bool = option(
         False, "make two of parameters that the network has under two names", flag()
     )
 
 
+# Their defaults.
+OPTIMIZERS = {
+    "sgd": {"lr": 0.1, "momentum": 0.9, "weight_decay": 1e-4},
+    "adamw": {"lr": 1e-3, "weight_decay": 0.1},
+    "muon": {"lr": 0.01, "momentum": 0.95, "weight_decay": 0.1},
+}
+
+
+def _defaults(name: str) -> str:
+    """Of the optimizers that have such an option."""
+    return ", ".join(
+        f"{kind[name]:g} for {n}" for n, kind in OPTIMIZERS.items() if name in kind
+    )
+
+
 @dataclass(frozen=True, kw_only=True)
 class Optimizer(Section, title="Optimizer", in_python=False):
-    """SGD, as in all published recipes for these networks, and its learning rate."""
+    """What moves the weights, and its learning rate."""
 
-    lr: float = option(0.1, "learning rate", number(0), common=True)
-    momentum: float = option(0.9, "SGD momentum", number(0))
+    optimizer: str = option(
+        "sgd",
+        "sgd, as in all published recipes for the networks here; adamw; or muon for the matrices of hidden layers, with "
+        "adamw for the rest",
+        choice(OPTIMIZERS),
+        choices=tuple(OPTIMIZERS),
+        common=True,
+    )
+    lr: float = option(
+        None,
+        f"learning rate; default {_defaults('lr')}",
+        optional(number(0)),
+        kind=float,
+        common=True,
+    )
+    momentum: float = option(
+        None,
+        f"momentum of sgd and muon; default {_defaults('momentum')}",
+        optional(number(0)),
+        kind=float,
+    )
     nesterov: bool = option(True, "Nesterov's momentum", flag())
-    weight_decay: float = option(1e-4, "weight decay", number(0))
+    weight_decay: float = option(
+        None,
+        f"weight decay; default {_defaults('weight_decay')}",
+        optional(number(0)),
+        kind=float,
+    )
     lr_schedule: str = option(
         "cosine",
         "learning rate over the run",
         choice(LR_SCHEDULES),
         choices=LR_SCHEDULES,
+    )
+    decay: float = option(
+        0.2, "share of the run, at its end, in which wsd falls to 0", number(0)
     )
     warmup_epochs: float = option(0.0, "epochs of linear warm-up", number(0))
     final_lr: float = option(
@@ -94,10 +175,24 @@ class Optimizer(Section, title="Optimizer", in_python=False):
     )
 
     def resolve(self) -> None:
-        """Refuses what would do nothing."""
+        """Fills in what depends on the optimizer, and refuses what would do nothing."""
+        for name, value in OPTIMIZERS[self.optimizer].items():
+            if getattr(self, name) is None:
+                self._set(**{name: value})
+        if self.momentum and "momentum" not in OPTIMIZERS[self.optimizer]:
+            raise ConfigError(
+                f"expected sgd or muon for {setting('momentum', self.momentum)}, got {setting('optimizer', self.optimizer)}; "
+                "drop one"
+            )
+        if self.momentum is None:
+            self._set(momentum=0.0, nesterov=False)
         if self.nesterov and not self.momentum:
             raise ConfigError(
                 f"expected momentum for {setting('nesterov', True)}, got 0; add {setting('nesterov', False)}"
+            )
+        if self.decay > 1:
+            raise ConfigError(
+                f"expected a share of at most 1 for {setting('decay')}, got {self.decay:g}; lower it"
             )
         for name in ("warmup_epochs", "final_warmup_epochs"):
             epochs = getattr(self, name)
@@ -182,6 +277,8 @@ class RunConfig:
         Raises:
             ConfigError: as the constructor; TypeError for a name that does not exist.
         """
+        task = options.get("task", Data.task)
+        options = {**TASKS[task].defaults, **options} if task in TASKS else options
         with command_line_style():
             made: dict[str, Section] = {}
             for table, section in sections().items():
@@ -268,7 +365,7 @@ def _check(config: RunConfig) -> None:
         parts, size = getattr(config.memory, name), config.data.batch_size
         if size < parts:
             raise ConfigError(
-                f"expected a batch of at least one image per microbatch, got {setting('batch_size', size)} "
+                f"expected a batch of at least one sample per microbatch, got {setting('batch_size', size)} "
                 f"for {setting(name, parts)}; lower {setting(name)}"
             )
     sections = config.cut, config.guidance, config.gradients, config.memory

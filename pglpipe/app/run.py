@@ -11,30 +11,33 @@ import os
 import secrets
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
 import torch
-from torch import nn
 
 from pglpipe import models
-from pglpipe.app.build import learning_rate, local_loss, optimizer
+from pglpipe.app.build import learning_rate, local_loss, optimizer, task
 from pglpipe.app.config import RunConfig
 from pglpipe.app.config_file import resolve
+from pglpipe.app.generate import SAMPLE, Codec, continued
 from pglpipe.app.resume import Start
 from pglpipe.app.resume import start as start_of
-from pglpipe.app.run_data import Material, load
+from pglpipe.app.run_data import Facts, Material, TextFacts, load
 from pglpipe.app.run_directory import RunDirectory, about_data, default_path, versions
 from pglpipe.app.signals import not_yet_saving, stopping
 from pglpipe.checkpoint import disk as checkpoint
 from pglpipe.checkpoint import weights as state
+from pglpipe.checkpoint.weights import Tensors
 from pglpipe.checkpoint.writer import Checkpoints
 from pglpipe.cluster.failure import fail
 from pglpipe.cluster.world import World, join
-from pglpipe.errors import Stopped, UserError, WorkerError, warn
+from pglpipe.errors import ConfigError, Stopped, UserError, WorkerError, setting, warn
 from pglpipe.models.huggingface import hugging_face_network, save_folder
+from pglpipe.models.layer import Layer
+from pglpipe.models.split import body_of
 from pglpipe.observe import tables
 from pglpipe.observe import terminal as display
 from pglpipe.observe.observers import Observer, Observers
@@ -117,6 +120,48 @@ def export(run_dir: Path, output: Path) -> None:
     save_folder(module, output, weights)
 
 
+def generate(run_dir: Path, prompt: str, count: int, temperature: float) -> str:
+    """A text, and what the language model of a finished run lets follow it.
+
+    Raises:
+        ConfigError: the run has trained no language model.
+    """
+    about = about_data(run_dir)
+    config = resolve(run_dir / RunDirectory.SETTINGS, {})
+    if "context" not in about:
+        raise ConfigError(
+            f"expected a run of {setting('task', 'lm')} in {run_dir}, got {setting('task', config.data.task)}; pass the "
+            "--run-dir of a language model"
+        )
+    weights = state.load(run_dir / RunDirectory.WEIGHTS)
+    layers = _layers(config, TextFacts(**about))
+    config.machine.set_threads()
+    return _continued(
+        config, layers, state.without_heads(weights), prompt, count, temperature
+    )
+
+
+def _continued(
+    config: RunConfig,
+    layers: Sequence[Layer],
+    weights: Tensors,
+    prompt: str,
+    count: int,
+    temperature: float,
+) -> str:
+    network = body_of(layers, lambda layer: layer.build())
+    network.load_state_dict(weights)
+    return continued(
+        network,
+        Codec(config.data.tokenizer),
+        prompt,
+        count,
+        context=config.data.context,
+        temperature=temperature,
+        seed=config.machine.seed,
+    )
+
+
 def _train(asked: RunConfig, world: World, early: list[int]) -> Summary:
     leads = world.place.is_leader
     # Before the data is read: a folder that cannot be written should not cost minutes.
@@ -145,7 +190,12 @@ def _train(asked: RunConfig, world: World, early: list[int]) -> Summary:
     if leads and not start.is_new:
         _warn_beyond(config.memory.budget, plan)
     total_steps = config.length.steps or config.length.epochs * material.steps_per_epoch
-    screen = display.screen(plan, total_steps, quiet=config.output.quiet or not leads)
+    screen = display.screen(
+        plan,
+        total_steps,
+        quiet=config.output.quiet or not leads,
+        tokens=material.facts.tokens,
+    )
     observers.members.append(screen)
     if folder:
         folder.chosen = config
@@ -171,10 +221,14 @@ def _train(asked: RunConfig, world: World, early: list[int]) -> Summary:
         body, heads = trainer.weights()
         trainer.close()
         if folder:
-            state.save(folder.weights, body, heads, material.about())
-            folder.finish(config, summary, material.about())
+            about = material.facts.about()
+            state.save(folder.weights, body, heads, about)
+            folder.finish(config, summary, about)
     if folder:
-        tables.show_exits(plan, summary, folder.path)
+        tables.show_exits(plan, summary, folder.path, tokens=material.facts.tokens)
+        if isinstance(material.facts, TextFacts) and not config.output.quiet:
+            layers = _layers(config, material.facts)
+            tables.show_text(_continued(config, layers, body, "\n", SAMPLE, 1.0))
     return summary
 
 
@@ -229,23 +283,15 @@ def _trainer(
     Args:
         fits: whether what is fitted to a memory budget is still open.
     """
-    # Layers are drawn where they live; a module that is split is drawn as a whole, everywhere alike.
-    with Draws(config.machine.seed, "network").seeded():
-        layers = models.build(
-            config.network.model,
-            image_shape=material.image_shape,
-            num_classes=len(material.classes),
-            width=config.network.width,
-            untie=config.network.untie,
-        )
+    layers = _layers(config, material.facts)
     trainer = Trainer(
         layers,
-        loss=nn.CrossEntropyLoss(),
-        optimizer=optimizer(config),
+        loss=task(config, material.facts),
+        optimizer=optimizer(config, layers),
         learning_rate=learning_rate(config, material.steps_per_epoch),
         cut=replace(
             config.cut,
-            local_loss=local_loss(config, material.recipe),
+            local_loss=local_loss(config, material.facts),
             model=config.network.model,
         ),
         guidance=config.guidance,
@@ -259,6 +305,18 @@ def _trainer(
     if weights:
         trainer.load(weights)
     return trainer
+
+
+def _layers(config: RunConfig, facts: Facts) -> list[Layer]:
+    """Of the configured network."""
+    # Layers are drawn where they live; a module that is split is drawn as a whole, everywhere alike.
+    with Draws(config.machine.seed, "network").seeded():
+        return models.build(
+            config.network.model,
+            **facts.for_network(),
+            **{size: getattr(config.network, size) for size in models.SIZES},
+            untie=config.network.untie,
+        )
 
 
 @contextmanager

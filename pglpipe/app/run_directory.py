@@ -31,6 +31,9 @@ from pglpipe.app.journal import Journal
 from pglpipe.errors import ConfigError, DataError
 from pglpipe.observe.records import EvaluationRecord, StepRecord, Summary
 
+# What a summary says of images, and of text.
+_ABOUT = ("classes", "mean", "std", "context", "vocabulary", "bytes_per_token")
+
 
 class RunDirectory:
     """An observer that writes what it sees.
@@ -145,6 +148,7 @@ class RunDirectory:
             epoch=record.epoch,
             loss=record.losses,
             accuracy=record.accuracies,
+            **({"metrics": record.metrics} if record.metrics else {}),
         )
 
     def finish(
@@ -205,7 +209,7 @@ def _step_of(line: str) -> float:
 
 
 def about_data(run_dir: Path) -> dict[str, Any]:
-    """What a finished run says of its data: classes, mean and std; nothing, if it is of an earlier version.
+    """What a finished run says of its data, such as its classes; nothing, if it is of an earlier version.
 
     Raises:
         ConfigError: no run has come to its end there.
@@ -217,7 +221,7 @@ def about_data(run_dir: Path) -> dict[str, Any]:
             f"expected a finished run in {run_dir}, found no {RunDirectory.SUMMARY} there that can be "
             "read; pass the --run-dir of a run that has ended"
         ) from None
-    return {key: summary[key] for key in ("classes", "mean", "std") if key in summary}
+    return {key: summary[key] for key in _ABOUT if key in summary}
 
 
 def default_path() -> Path:

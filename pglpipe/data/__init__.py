@@ -5,6 +5,10 @@
     synthetic                                drawn by code, the default: no files
     imagefolder                              root/train/<class>/*, root/test/<class>/*
     cifar10 cifar100 svhn stl10 fashion-mnist   read, and if asked fetched, by torchvision
+    synthetic-text                           a text drawn by code, of known entropy: no files
+    text                                     a file or a folder of text (pglpipe.data.text)
+
+``load`` is for images; texts are loaded by :func:`~pglpipe.data.text.load_text`.
 """
 
 from __future__ import annotations
@@ -22,6 +26,8 @@ from pglpipe.errors import DataError, nearest, setting
 
 __all__ = [
     "DATASETS",
+    "IMAGE_SETS",
+    "TEXT_SETS",
     "Batches",
     "Dataset",
     "ImageSet",
@@ -30,7 +36,9 @@ __all__ = [
     "load",
 ]
 
-DATASETS = ("synthetic", "imagefolder", *VISION_SETS)
+IMAGE_SETS = ("synthetic", "imagefolder", *VISION_SETS)
+TEXT_SETS = ("synthetic-text", "text")
+DATASETS = (*IMAGE_SETS, *TEXT_SETS)
 
 
 def load(
@@ -46,7 +54,7 @@ def load(
     """Loads a data set into memory.
 
     Args:
-        name: one of ``DATASETS``.
+        name: one of ``IMAGE_SETS``.
         root: the folder of its files; ``synthetic`` needs none.
         download: whether torchvision may fetch missing files into ``root``.
         seed: the run's seed; it draws ``synthetic`` and chooses the samples under a limit.
@@ -78,8 +86,8 @@ def _load_all(
 ) -> tuple[ImageSet, ImageSet, Recipe]:
     if name == "synthetic":
         return *draw_synthetic(seed), SYNTHETIC_RECIPE
-    if name not in DATASETS:
-        raise DataError(f"unknown data set {name!r}: {nearest(name, DATASETS)}")
+    if name not in IMAGE_SETS:
+        raise DataError(f"unknown data set {name!r}: {nearest(name, IMAGE_SETS)}")
     if root is None:
         raise DataError(
             f"expected the folder of {name}, got none; pass {setting('data_root')}"

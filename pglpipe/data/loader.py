@@ -12,6 +12,7 @@ from torch import Tensor
 from pglpipe.data.reader import BatchReader
 from pglpipe.errors import ConfigError, DataError, setting
 from pglpipe.messages.activation import Activation, map_tensors, tensors_of, together
+from pglpipe.messages.targets import TargetForm
 from pglpipe.schedules.guidance import Guidance
 
 
@@ -63,11 +64,13 @@ class Sample:
 
     Attributes:
         trained: samples in the largest batch that is trained on.
+        form: of the targets, where they are several tensors.
     """
 
     x: Activation
     targets: Tensor
     trained: int
+    form: TargetForm | None = None
 
     @property
     def nbytes(self) -> int:
@@ -84,19 +87,20 @@ class Sample:
             [t.shape, t.stride(), str(t.dtype).removeprefix("torch.")]
             for t in self._tensors
         ]
-        return [*tensors, self.trained]
+        return [*tensors, self.trained, self.form and self.form.to_json()]
 
     @staticmethod
     def from_json(described: list[Any]) -> Sample:
         """The sample that :meth:`to_json` described."""
-        *tensors, trained = described
+        *tensors, trained, form = described
         *x, targets = (
             torch.empty_strided(
                 shape, stride, dtype=getattr(torch, dtype), device="meta"
             )
             for shape, stride, dtype in tensors
         )
-        return Sample(together(x), targets, trained)
+        known = TargetForm.from_json(form) if form else None
+        return Sample(together(x), targets, trained, known)
 
 
 def largest_batch(readers: Sequence[BatchReader]) -> Sample:
@@ -106,8 +110,21 @@ def largest_batch(readers: Sequence[BatchReader]) -> Sample:
         map_tensors(lambda tensor: tensor.to("meta"), reader.largest())
         for reader in readers
     ]
-    samples = [Sample(x, targets, trained) for x, targets in batches]
+    form = _common_form(readers)
+    samples = [Sample(x, targets, trained, form) for x, targets in batches]
     return max(samples, key=lambda sample: sample.nbytes)
+
+
+def _common_form(readers: Sequence[BatchReader]) -> TargetForm | None:
+    """Of the targets of all loaders."""
+    first, *others = (reader.form for reader in readers)
+    for other in others:
+        if other != first:
+            raise DataError(
+                f"expected evaluation batches with targets as those of training, {first or 'one tensor'}, got "
+                f"{other or 'one tensor'}; have both loaders yield the same"
+            )
+    return first
 
 
 def span_of(

@@ -1,14 +1,24 @@
 """A user's loader, as worker 0 reads it: batches, how many there are, and how large.
 
-A loader is anything that can be looped over and yields batches: a ``DataLoader``, a list, a generator. A
-batch is a pair ``(x [B, ...], targets [B, ...])`` of tensors or arrays. A network with several inputs has a tuple
-of tensors for ``x``, or a dict of them by the names of its ``forward``.
+A loader is anything that can be looped over and yields batches: a ``DataLoader``, a list, a generator.
+
+=================================  =========================================================================
+a batch                            what is what
+=================================  =========================================================================
+a pair ``(x, targets)``            tensors or arrays ``[B, ...]``; ``x`` is a tuple of them for a network with
+                                   several inputs, or a dict by the names of its ``forward``
+a dict, or an object with fields   the entry ``labels`` (or ``label``, ``targets``, ``target``, ``y``) has the
+                                   targets, the others the inputs, by their names
+=================================  =========================================================================
+
+Targets are a tensor, or a tuple or a dict of tensors ``[B, ...]``, and the loss gets them as they are.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -19,11 +29,13 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDa
 
 from pglpipe.errors import ConfigError, DataError, warn
 from pglpipe.messages.activation import Activation, map_tensors, tensors_of, together
+from pglpipe.messages.targets import TargetForm, Targets, pack
 
 Batch = tuple[Activation, Tensor]
 Loader = Iterable[Any]
 
 _END = object()
+_TARGETS = "labels", "label", "targets", "target", "y"  # in dicts
 
 
 class BatchReader:
@@ -33,8 +45,10 @@ class BatchReader:
         loader: what a user passed.
         option: as what it was passed, for messages.
         inputs: names of the network's inputs, where it has names for them.
+        as_pair: a user's function from what the loader yields to ``(x, targets)``.
 
     Attributes:
+        form: of the targets, where they are several tensors; known once a batch has been read.
         is_one_shot: whether it can be looped over only once, as a generator.
         length: batches of an epoch; None if the loader does not say.
         samples: of an epoch, where they can be known.
@@ -43,10 +57,19 @@ class BatchReader:
         ConfigError: it is no loader.
     """
 
-    def __init__(self, loader: Loader, option: str, inputs: Sequence[str] = ()) -> None:
+    def __init__(
+        self,
+        loader: Loader,
+        option: str,
+        inputs: Sequence[str] = (),
+        as_pair: Callable[[Any], Any] | None = None,
+    ) -> None:
         self._loader = loader
         self._option = option
         self._inputs = inputs
+        self._as_pair = as_pair
+        self.form: TargetForm | None = None
+        self._has_read = False
         self._first: Batch | None = None
         self._rest: Iterator[Any] | None = None
         self._check()
@@ -158,7 +181,17 @@ class BatchReader:
         return [self._as_batch(item) for item in self._loader]
 
     def _as_batch(self, item: Any) -> Batch:
-        return as_batch(item, self._option, self._inputs)
+        if self._as_pair is not None:
+            item = self._as_pair(item)
+        x, targets = as_batch(item, self._option, self._inputs)
+        several = None if isinstance(targets, Tensor) else TargetForm.of(targets)
+        if self._has_read and several != self.form:
+            raise DataError(
+                f"expected targets of one form from the {self._option} loader, {self.form or 'one tensor'} as in its first "
+                f"batch, got {several or 'one tensor'}; have it yield the same each time"
+            )
+        self.form, self._has_read = several, True
+        return x, targets if isinstance(targets, Tensor) else pack(targets)
 
     def _sizes(self) -> tuple[int | None, int | None, bool]:
         """Samples of an epoch, and of a batch, and whether a smaller last batch is left out."""
@@ -208,8 +241,10 @@ class BatchReader:
                 return
 
 
-def as_batch(item: Any, option: str, inputs: Sequence[str] = ()) -> Batch:
-    """A batch from what a loader yields.
+def as_batch(
+    item: Any, option: str, inputs: Sequence[str] = ()
+) -> tuple[Activation, Targets]:
+    """Inputs and targets from what a loader yields.
 
     Args:
         inputs: names of the network's inputs, where it has names for them.
@@ -218,24 +253,59 @@ def as_batch(item: Any, option: str, inputs: Sequence[str] = ()) -> Batch:
         DataError: it is none.
     """
     got, wrong = _described(item), ""
+    item = _divided(item)
     if isinstance(item, (tuple, list)) and len(item) == 2:
         if isinstance(item[0], Mapping):
             item = _in_order(item[0], inputs, option), item[1]
         with suppress(TypeError, ValueError, RuntimeError):
-            x, targets = _as_input(item[0], inputs), _as_tensor(item[1])
-            shapes = [tuple(t.shape) for t in (*tensors_of(x), targets)]
+            x, targets = _as_input(item[0], inputs), _as_targets(item[1])
+            given = tensors_of(x)
+            shapes = [tuple(t.shape) for t in (*given, *_tensors(targets))]
             got = "shapes " + " and ".join(map(str, shapes))
-            if inputs and len(shapes) - 1 != len(inputs):
-                wrong = f"{len(shapes) - 1} tensors"
+            if inputs and len(given) != len(inputs):
+                wrong = f"{len(given)} tensors"
             elif all(shape and shape[0] for shape in shapes):
                 if len({shape[0] for shape in shapes}) == 1:
                     return x, targets
         if wrong:
             raise _other_inputs(inputs, option, wrong)
     raise DataError(
-        f"expected batches (x [B, ...], targets [B, ...]) from the {option} loader, got {got}; have it yield pairs of "
-        "tensors, for example with a collate_fn"
+        f"expected batches (x [B, ...], targets [B, ...]) from the {option} loader, or dicts with an entry {_TARGETS[0]}, "
+        f"got {got}; have it yield pairs of tensors, for example with a collate_fn"
     )
+
+
+def _divided(item: Any) -> Any:
+    """Inputs and targets of a batch that is a dict, or an object with fields."""
+    if dataclasses.is_dataclass(item) and not isinstance(item, type):
+        item = {f.name: getattr(item, f.name) for f in dataclasses.fields(item)}
+    if not isinstance(item, Mapping):
+        return item
+    known = {name: value for name, value in item.items() if value is not None}
+    name = next((name for name in _TARGETS if name in known), None)
+    if name is None:
+        return item
+    targets = known.pop(name)
+    if len(known) == 1:
+        (only,) = known.values()
+        return only, targets
+    return known, targets
+
+
+def _as_targets(part: Any) -> Targets:
+    """A tensor, or a tuple or a dict of tensors."""
+    if isinstance(part, Mapping):
+        return {str(name): _as_tensor(each) for name, each in part.items()}
+    if isinstance(part, (tuple, list)) and part:
+        if all(isinstance(each, (Tensor, np.ndarray)) and each.ndim for each in part):
+            return tuple(map(_as_tensor, part))
+    return _as_tensor(part)
+
+
+def _tensors(targets: Targets) -> list[Tensor]:
+    if isinstance(targets, dict):
+        return list(targets.values())
+    return tensors_of(targets)
 
 
 def _in_order(

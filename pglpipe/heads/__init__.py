@@ -6,6 +6,7 @@ A new head is a function ``Site -> nn.Module`` and one line in :data:`HEADS`.
 ``0c1f 0c2f 1c1f 1c2f 1c3f 2c2f``   X convolutions, Y fully connected layers (InfoPro)
 ``mlp mlp-sr cnn``                  of decoupled greedy learning (DGL)
 ``pred``                            pooled to 4096 numbers at most, linear (Nøkland & Eidnes)
+``readout``                         norm and linear on every token, for language models
 ``auglocal-D``                      D blocks like later ones, fewer towards the end (AugLocal)
 ``man solo thin-D``                 with layers borrowed from later stages
 ==================================  ===========================================================
@@ -25,6 +26,7 @@ from pglpipe.heads.borrowed import Borrowed, borrowed, man_head, solo_head, thin
 from pglpipe.heads.conv import TOKEN_HEADS, conv_head
 from pglpipe.heads.dgl import cnn_head, mlp_head, mlp_sr_head
 from pglpipe.heads.pred import pred_head
+from pglpipe.heads.readout import readout_head
 from pglpipe.heads.site import Site
 
 __all__ = [
@@ -52,6 +54,7 @@ HEADS: dict[str, HeadFunction] = {
     "mlp-sr": mlp_sr_head,
     "cnn": cnn_head,
     "pred": pred_head,
+    "readout": readout_head,
     "man": man_head,
     "solo": solo_head,
 }
@@ -64,6 +67,7 @@ DEEP: dict[str, Callable[..., nn.Module]] = {
 HEAD_NAMES = (*sorted(HEADS), *(f"{name}-D" for name in DEEP))  # as shown to users
 
 
+PER_TOKEN = ("readout",)  # outputs [B, T, N] instead of [B, N]
 BORROWING = ("man", "solo", "thin")  # without their depth
 
 
@@ -105,7 +109,7 @@ def build_head(name: str, site: Site) -> nn.Module:
     Linear(in_features=64, out_features=10, bias=True)
     """
     build = find_head(name)
-    if len(site.shape) == 2 and name not in TOKEN_HEADS:
+    if len(site.shape) == 2 and name not in (*TOKEN_HEADS, *PER_TOKEN):
         raise ConfigError(
             f"head {name} expects activations (C, H, W) or (F,), got {tuple(site.shape)}; tokens "
             f"(T, F) go to a head {' or '.join(TOKEN_HEADS)}, or to one of your own"

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pglpipe.errors import ConfigError
+from pglpipe.losses.tokens import TokenCrossEntropy
 
 _TOLERANCE = 1e-3  # of float32 gradients
 
@@ -101,6 +102,7 @@ def is_known(loss: Any) -> bool:
     if isinstance(loss, partial) and not loss.args:
         loss = loss.func
     of_class = type(loss).__module__ == nn.modules.loss.__name__
+    of_class = of_class or type(loss) is TokenCrossEntropy
     return of_class or getattr(loss, "__module__", "") == F.__name__
 
 

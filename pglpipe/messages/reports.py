@@ -60,12 +60,14 @@ class ExitCount:
         loss_sum: losses of the batches times their weights.
         weight: of all batches, which are samples unless targets have weights of their own; None for a
             loss that is a sum.
+        metrics: by name; None where one has no meaning.
     """
 
     classified: int
     correct: int | None
     loss_sum: float
     weight: float | None
+    metrics: dict[str, float | None] = field(default_factory=dict)
 
     @property
     def accuracy(self) -> float | None:

@@ -1,22 +1,28 @@
 """Networks as lists of layers, found by name.
 
-A new network is one file with a function ``(*, image_shape, num_classes, width) ->
-list[Layer]`` and one line in :data:`MODELS`.
+A new network is one file with a function and one line in :data:`MODELS`: ``(*, image_shape, num_classes, width) ->
+list[Layer]`` for images, ``(*, context, vocabulary, width, ...) -> list[Layer]`` for text.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
+
+from torch import nn
 
 from pglpipe.errors import ConfigError, nearest, setting
 from pglpipe.models.chain import Built, as_layers
-from pglpipe.models.huggingface import image_classifier
+from pglpipe.models.gpt import gpt
+from pglpipe.models.huggingface import hugging_face_layers
 from pglpipe.models.imported import call_imported
 from pglpipe.models.large import resnet50, vit_s_16
 from pglpipe.models.layer import Layer
 from pglpipe.models.mlp import mlp
 from pglpipe.models.resnet import resnet
+from pglpipe.models.split import Piece
 from pglpipe.models.timm import timm_model
 from pglpipe.models.vgg import vgg11
 from pglpipe.models.vision import vision_model
@@ -26,6 +32,8 @@ __all__ = [
     "Built",
     "as_layers",
     "build",
+    "gpt",
+    "hidden_matrices",
     "mlp",
     "resnet",
     "resnet50",
@@ -34,6 +42,7 @@ __all__ = [
 ]
 
 MODELS: dict[str, Callable[..., list[Layer]]] = {
+    "gpt": gpt,
     "mlp": mlp,
     **{
         f"resnet{depth}": partial(resnet, depth)
@@ -48,29 +57,23 @@ MODELS: dict[str, Callable[..., list[Layer]]] = {
 LIBRARIES: dict[str, Callable[..., list[Layer]]] = {
     "torchvision:": vision_model,
     "timm:": timm_model,
-    "hf:": image_classifier,
+    "hf:": hugging_face_layers,
 }
 
+SIZES = ("width", "depth", "heads", "kv_heads")  # 0 for the network's own
 
-def build(
-    name: str,
-    *,
-    image_shape: tuple[int, int, int],
-    num_classes: int,
-    width: int = 0,
-    untie: bool = False,
-) -> list[Layer]:
+
+def build(name: str, **options: Any) -> list[Layer]:
     """The layers of the network called ``name``.
 
     Args:
         name: a key of :data:`MODELS`, ``torchvision:NAME``, ``timm:NAME``, ``hf:CONFIG_OR_FOLDER``, or
-            ``PACKAGE.MODULE:FUNCTION``. The function is called with the keyword arguments ``image_shape`` and
-            ``num_classes`` (and ``width`` unless it is 0, and ``untie`` where it is asked for), and returns anything
-            that :func:`as_layers` accepts.
-        image_shape: ``(C, H, W)`` of one image.
-        num_classes: number of logits.
-        width: the network's base width; 0 takes its own.
-        untie: makes two of parameters that have two names.
+            ``PACKAGE.MODULE:FUNCTION``. The function is called with the options as keyword arguments, and returns
+            anything that :func:`as_layers` accepts.
+        options: what the data decide: ``image_shape``, ``(C, H, W)`` of one image, and ``num_classes``; or
+            ``context``, the tokens of a sample, and ``vocabulary``, how many there are to choose from. And
+            :data:`SIZES`, of which those that are 0 are left out; and ``untie``, to make two of parameters that have
+            two names, unless it is False.
 
     Raises:
         ConfigError: no such network, or it cannot be made as asked.
@@ -79,34 +82,72 @@ def build(
     >>> [layer.name for layer in build("resnet8", image_shape=(3, 32, 32), num_classes=10)]
     ['stem', 'block1_0', 'block2_0', 'block3_0', 'classifier']
     """
-    if width < 0:
-        raise ConfigError(
-            f"expected a width of 1 or more, or 0 for the network's own, got {width}"
-        )
-    options: dict[str, object] = {
-        "image_shape": image_shape,
-        "num_classes": num_classes,
-    }
-    if width:
-        options["width"] = width
-    if untie:
-        options["untie"] = untie
+    for size in SIZES:
+        if (value := options.get(size, 0)) < 0:
+            raise ConfigError(
+                f"expected a {setting(size)} of 1 or more, or 0 for the network's own, got {value}"
+            )
+    options = {k: v for k, v in options.items() if k not in (*SIZES, "untie") or v}
     library, colon, rest = name.partition(":")
     if library + colon in LIBRARIES:
-        if width:
-            raise ConfigError(
-                f"expected no {setting('width')} for {name}, whose layers have their own, got {width}; drop it"
-            )
-        return LIBRARIES[library + colon](rest, **options)
-    if colon:
+        function: Callable[..., list[Layer]] = partial(LIBRARIES[library + colon], rest)
+    elif colon:
         return as_layers(call_imported(name, options))
-    if name not in MODELS:
+    elif name in MODELS:
+        function = MODELS[name]
+    else:
         raise ConfigError(
             f"unknown model {name!r}: {nearest(name, MODELS)}, torchvision:NAME, timm:NAME, hf:CONFIG_OR_FOLDER, or "
             "PACKAGE.MODULE:FUNCTION"
         )
-    if untie:
+    _check_accepts(name, function, options)
+    return function(**options)
+
+
+def hidden_matrices(layers: Sequence[Layer]) -> frozenset[str]:
+    """The names of all matrices but those of embeddings and of the network's last layer.
+
+    Args:
+        layers: of the network.
+    """
+    found = dict[str, bool]()
+    for layer in layers:
+        skeleton = layer.skeleton()
+        embedded = {
+            id(parameter)
+            for part in skeleton.modules()
+            if isinstance(part, nn.Embedding)
+            for parameter in part.parameters()
+        }
+        prefix = "" if isinstance(layer, Piece) else f"{layer.name}."
+        for name, parameter in skeleton.named_parameters():
+            if parameter.ndim == 2:
+                found[prefix + name] = id(parameter) not in embedded
+    *inner, _ = found.items() or [("", False)]
+    return frozenset(name for name, is_hidden in inner if is_hidden)
+
+
+def _check_accepts(
+    name: str, function: Callable[..., object], options: dict[str, Any]
+) -> None:
+    """Refuses data that the network does not read, and sizes that it does not have."""
+    known = inspect.signature(function).parameters
+    for size in SIZES:
+        if size in options and size not in known:
+            raise ConfigError(
+                f"expected no {setting(size)} for {name}, which has none, got {options[size]}; drop it"
+            )
+    if "untie" in options and "untie" not in known:
         raise ConfigError(
             f"expected no {setting('untie')} for {name}, whose layers share nothing; drop it"
         )
-    return MODELS[name](**options)
+    for kind, own in (("text", "vocabulary"), ("images", "image_shape")):
+        if own in options and own not in known:
+            others = [n for n, f in MODELS.items() if own in _parameters(f)]
+            raise ConfigError(
+                f"expected a network that reads {kind}, got {name}; choose {' or '.join(others)}, or other data"
+            )
+
+
+def _parameters(function: Callable[..., object]) -> list[str]:
+    return list(inspect.signature(function).parameters)

@@ -16,12 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pglpipe.errors import ConfigError, DataError
+from pglpipe.errors import ConfigError, DataError, setting
 from pglpipe.models import tying
 from pglpipe.models.adapter import Adapter
 from pglpipe.models.layer import Layer
 from pglpipe.models.recording import Recorded
 from pglpipe.models.split import split
+from pglpipe.models.tracing import mode
 from pglpipe.utils.optional import import_optional
 
 # In this order, where a configuration does not name its architecture: several fit an encoder.
@@ -74,25 +75,38 @@ def hugging_face_model(
     return split(hugging_face_network(source, untie=untie, **options), example)
 
 
-def image_classifier(
+def hugging_face_layers(
     source: str,
     *,
-    image_shape: tuple[int, int, int],
-    num_classes: int,
+    image_shape: tuple[int, int, int] | None = None,
+    num_classes: int = 0,
+    context: int = 0,
+    vocabulary: int = 0,
     untie: bool = False,
 ) -> list[Layer]:
-    """The layers of a classifier of images.
+    """The layers of a classifier of images, or of a causal language model.
 
     Args:
         source, untie: as for :func:`hugging_face_network`.
-        image_shape: ``(C, H, W)`` of one image.
-        num_classes: number of logits; weights for another number are drawn anew.
+        image_shape: ``(C, H, W)`` of one image; None for text.
+        num_classes: of images; weights for another number are drawn anew.
+        context: tokens of a text.
+        vocabulary: how many there are to choose from; the network may know more.
 
     Raises:
-        ConfigError: there is no such network, it is for others than such images, or transformers is not installed.
+        ConfigError: there is no such network, it is for other data, or transformers is not installed.
     """
+    if image_shape is None:
+        network = hugging_face_network(source, untie=untie)
+        text = torch.zeros(2, context, dtype=torch.int64)
+        _check_reads_text(network, text, vocabulary)
+        return split(network, text)
     network = hugging_face_network(source, untie=untie, num_labels=num_classes)
-    model = network.inner
+    _check_reads_images(network.inner, image_shape)
+    return split(network, torch.zeros(2, *image_shape))
+
+
+def _check_reads_images(model: Any, image_shape: tuple[int, int, int]) -> None:
     config, (channels, *sides) = model.config, image_shape
     size = getattr(config, "image_size", sides)
     takes = (
@@ -105,7 +119,35 @@ def image_classifier(
             f"expected a classifier of images of shape {tuple(image_shape)}, got {type(model).__name__} for {wants}; "
             "choose other data, or change image_size and num_channels in a configuration without weights"
         )
-    return split(network, torch.zeros(2, *image_shape))
+
+
+def _check_reads_text(network: HuggingFace, text: Tensor, vocabulary: int) -> None:
+    """Refuses a network that knows too few tokens, or sees those that it is to tell."""
+    model = network.inner
+    known = getattr(model.config, "vocab_size", 0)
+    longest = getattr(model.config, "max_position_embeddings", text.shape[1])
+    if model.main_input_name != "input_ids" or known < vocabulary:
+        raise ConfigError(
+            f"expected a language model of {vocabulary} tokens, got {type(model).__name__} of {known}; set vocab_size in a "
+            f"configuration without weights, or choose its {setting('tokenizer')}"
+        )
+    if longest < text.shape[1]:
+        raise ConfigError(
+            f"expected {setting('context')} of at most {longest} for {type(model).__name__}, got {text.shape[1]}; lower it"
+        )
+    half = text.shape[1] // 2
+    other = text.clone()
+    other[:, half:] = 1
+    with mode(network, training=False), torch.no_grad():
+        first, second = (network(each) for each in (text, other))
+    is_of_tokens = first.shape[:2] == text.shape
+    if not is_of_tokens or not torch.allclose(
+        first[:, :half], second[:, :half], atol=1e-5
+    ):
+        raise ConfigError(
+            f"expected a causal language model, got {type(model).__name__}, which sees the tokens that it is to tell; choose "
+            "another, or is_decoder in its configuration"
+        )
 
 
 def hugging_face_network(

@@ -52,12 +52,17 @@ class StepRecord:
 
 @dataclass(frozen=True)
 class EvaluationRecord:
-    """An evaluation of the whole pipeline: mean loss and accuracy of every exit, by stage."""
+    """An evaluation of the whole pipeline: mean loss and accuracy of every exit, by stage.
+
+    Attributes:
+        metrics: what else was asked for, by name and stage; None where a metric has no meaning.
+    """
 
     step: int
     epoch: int
     losses: list[float]
     accuracies: list[float | None]
+    metrics: dict[str, list[float | None]] = field(default_factory=dict)
 
 
 @dataclass
@@ -168,6 +173,7 @@ class Merger:
             report.epoch,
             [count.loss for count in exits],
             [count.accuracy for count in exits],
+            {name: [c.metrics[name] for c in exits] for name in exits[-1].metrics},
         )
 
     def _step_record(self, parts: dict[int, StepReport]) -> StepRecord:
@@ -214,7 +220,8 @@ class Summary:
         samples_per_second: training only, after warm-up.
         step_seconds: median seconds of a step, by kind.
         test_loss, test_accuracy: of the whole network at the last evaluation, if there was one.
-        exit_accuracy: of every stage's exit.
+        exit_accuracy, exit_loss: of every stage's exit.
+        exit_metrics: the task's metrics of every stage's exit, by name.
         gradient_cosine: between the gradients of each stage's own loss and of the true one, the mean
             over the global steps in which they were compared.
         skipped_steps: in which a stage did not move, since its numbers were not finite, by stage.
@@ -235,6 +242,8 @@ class Summary:
     test_loss: float | None
     test_accuracy: float | None
     exit_accuracy: list[float | None]
+    exit_loss: list[float]
+    exit_metrics: dict[str, list[float | None]]
     gradient_cosine: list[float | None]
     skipped_steps: list[int]
     workers: list[dict[str, Any]]
@@ -276,6 +285,8 @@ def summarize(
         test_loss=evaluation.losses[-1] if evaluation else None,
         test_accuracy=evaluation.accuracies[-1] if evaluation else None,
         exit_accuracy=list(evaluation.accuracies) if evaluation else [],
+        exit_loss=list(evaluation.losses) if evaluation else [],
+        exit_metrics=dict(evaluation.metrics) if evaluation else {},
         gradient_cosine=cosines,
         skipped_steps=skipped,
         workers=[_worker_summary(final) for final in finals],

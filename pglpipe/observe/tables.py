@@ -11,7 +11,14 @@ from rich.console import Console
 from rich.table import Table
 
 from pglpipe.observe.records import Summary
-from pglpipe.observe.terminal import clock, layers_of, number, percent, worker_of
+from pglpipe.observe.terminal import (
+    clock,
+    layers_of,
+    number,
+    percent,
+    rate,
+    worker_of,
+)
 from pglpipe.plan.memory import as_text
 from pglpipe.plan.partition import StageRow
 from pglpipe.plan.placement import Plan
@@ -68,25 +75,31 @@ def _crossing(row: StageRow) -> str:
     return f"{row.crossing_bytes / 1024:.3g}{several}"
 
 
-def show_exits(plan: Plan, summary: Summary, folder: Path | None = None) -> None:
-    """Prints how a run ended: every exit, and what it took."""
+def show_exits(
+    plan: Plan, summary: Summary, folder: Path | None = None, *, tokens: int = 0
+) -> None:
+    """Prints how a run ended: every exit, and what it took.
+
+    Args:
+        tokens: of a sample; 0 where it has none.
+    """
+    scores = _scores(summary)
     table = Table(
         "exit",
         "after",
-        "test accuracy",
+        *scores,
         "gradient cosine",
         "worker",
         "waiting",
         "peak memory",
         box=SIMPLE_HEAD,
     )
-    exits = zip(plan.rows, summary.exit_accuracy, summary.gradient_cosine, strict=True)
-    for row, accuracy, cosine in exits:
+    for row, cosine in zip(plan.rows, summary.gradient_cosine, strict=True):
         worker = summary.workers[worker_of(plan, row.index)]
         table.add_row(
             str(row.index),
             row.last,
-            percent(accuracy),
+            *(column[row.index] for column in scores.values()),
             number(cosine),
             str(worker["rank"]),
             percent(1 - worker["busy_fraction"]),
@@ -98,7 +111,7 @@ def show_exits(plan: Plan, summary: Summary, folder: Path | None = None) -> None
         console.print(_memory(plan, summary.workers), _settings(plan))
         console.print(
             f"{summary.steps} steps, {summary.guided_steps} of them guided, at "
-            f"{summary.samples_per_second:.0f} samples/s; {clock(summary.wall_seconds)} in all"
+            f"{rate(summary.samples_per_second, tokens)}; {clock(summary.wall_seconds)} in all"
         )
         if summary.sanity_check_seconds:
             console.print(
@@ -112,6 +125,22 @@ def show_exits(plan: Plan, summary: Summary, folder: Path | None = None) -> None
     if folder:
         # A folder's name may look like markup.
         console.print(f"written to {folder}", soft_wrap=True, markup=False)
+
+
+def show_text(text: str) -> None:
+    """Prints what a language model has written, as it is."""
+    Console(markup=False).print(f"A sample of what it writes:\n{text}", soft_wrap=True)
+
+
+def _scores(summary: Summary) -> dict[str, list[str]]:
+    """What is known of the exits, by column: accuracy if it has a meaning, else the loss; and the task's metrics."""
+    if any(accuracy is not None for accuracy in summary.exit_accuracy):
+        scores = {"test accuracy": list(map(percent, summary.exit_accuracy))}
+    else:
+        scores = {"test loss": list(map(number, summary.exit_loss))}
+    for name, values in summary.exit_metrics.items():
+        scores[name] = list(map(number, values))
+    return scores
 
 
 def _memory(plan: Plan, workers: Sequence[dict[str, Any]]) -> Table:

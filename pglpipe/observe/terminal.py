@@ -50,15 +50,19 @@ class Screen(Protocol):
         """An evaluation is complete on every worker."""
 
 
-def screen(plan: Plan, total_steps: int, *, quiet: bool) -> Screen:
-    """The screen that suits where the output goes."""
+def screen(plan: Plan, total_steps: int, *, quiet: bool, tokens: int = 0) -> Screen:
+    """The screen that suits where the output goes.
+
+    Args:
+        tokens: of a sample; 0 where it has none.
+    """
     console = Console(markup=False)
     if quiet:
         return Blank()
     return (
-        LiveTable(plan, total_steps, console)
+        LiveTable(plan, total_steps, console, tokens)
         if console.is_terminal
-        else Lines(total_steps)
+        else Lines(total_steps, tokens)
     )
 
 
@@ -84,8 +88,9 @@ class Blank:
 class Lines(Blank):
     """One line every ten seconds and after every evaluation."""
 
-    def __init__(self, total_steps: int) -> None:
+    def __init__(self, total_steps: int, tokens: int = 0) -> None:
         self._total = total_steps
+        self._tokens = tokens
         self._began = self._last = time.monotonic()
         self._guided_steps = 0
         self._first: int | None = None
@@ -110,7 +115,7 @@ class Lines(Blank):
         left = seconds * (self._total - done)
         print(
             f"step {done}/{self._total} ({self._guided_steps} guided)  "
-            f"loss {' '.join(map(number, self._losses))}  {record.samples_per_second:.0f} samples/s  "
+            f"loss {' '.join(map(number, self._losses))}  {rate(record.samples_per_second, self._tokens)}  "
             f"{clock(left)} left",
             flush=True,
         )
@@ -118,9 +123,10 @@ class Lines(Blank):
     def on_evaluation(self, record: EvaluationRecord) -> None:
         """Prints the exits of an epoch."""
         self._last = time.monotonic()
+        name, values = score(record)
         print(
             f"epoch {record.epoch + 1}, step {record.step}/{self._total}: "
-            f"test accuracy of the exits {'  '.join(map(percent, record.accuracies))}",
+            f"test {name} of the exits {'  '.join(values)}",
             flush=True,
         )
 
@@ -128,10 +134,13 @@ class Lines(Blank):
 class LiveTable(Blank):
     """A live table with one row per stage, and the progress of the run."""
 
-    def __init__(self, plan: Plan, total_steps: int, console: Console) -> None:
+    def __init__(
+        self, plan: Plan, total_steps: int, console: Console, tokens: int = 0
+    ) -> None:
         self._plan = plan
+        self._tokens = tokens
         self._losses: list[float | None] = [None] * len(plan.rows)
-        self._accuracies: list[float | None] = [None] * len(plan.rows)
+        self._score = "accuracy", ["–"] * len(plan.rows)
         self._latest: StepRecord | None = None
         self._progress = Progress(
             TextColumn("{task.description}"),
@@ -167,14 +176,14 @@ class LiveTable(Blank):
             self._task,
             completed=record.step + 1,
             description=f"epoch {record.epoch + 1}, {record.kind} step, "
-            f"{record.samples_per_second:.0f} samples/s",
+            f"{rate(record.samples_per_second, self._tokens)}",
         )
         if time.monotonic() - self._shown > _REFRESH_SECONDS:
             self._show()
 
     def on_evaluation(self, record: EvaluationRecord) -> None:
-        """Takes in the accuracy of every exit."""
-        self._accuracies = list(record.accuracies)
+        """Takes in how good every exit is."""
+        self._score = score(record)
         self._show()
 
     def _show(self) -> None:
@@ -182,12 +191,13 @@ class LiveTable(Blank):
         self._live.update(Group(self._table(), self._progress), refresh=True)
 
     def _table(self) -> Table:
+        name, values = self._score
         table = Table(
             "stage",
             "layers",
             "worker",
             "loss",
-            "test accuracy",
+            f"test {name}",
             "waiting",
             "memory",
             box=SIMPLE_HEAD,
@@ -200,7 +210,7 @@ class LiveTable(Blank):
                 layers_of(row),
                 str(rank),
                 number(self._losses[row.index]),
-                percent(self._accuracies[row.index]),
+                values[row.index],
                 percent(latest.waited_fraction[rank]) if latest else "–",
                 f"{latest.memory_bytes[rank] / _MIB:.0f} MiB" if latest else "–",
             )
@@ -220,6 +230,24 @@ def worker_of(plan: Plan, stage: int) -> int:
 def merge(old: list[float | None], new: list[float | None]) -> list[float | None]:
     """The newest known loss of every stage."""
     return [n if n is not None else o for n, o in zip(new, old or new, strict=True)]
+
+
+def score(record: EvaluationRecord) -> tuple[str, list[str]]:
+    """How good the exits are, in one number each: accuracy where it has a meaning, else the loss."""
+    if any(accuracy is not None for accuracy in record.accuracies):
+        return "accuracy", list(map(percent, record.accuracies))
+    return "loss", list(map(number, record.losses))
+
+
+def rate(samples_per_second: float, tokens: int = 0) -> str:
+    """How fast a run is.
+
+    Args:
+        tokens: of a sample; 0 where it has none.
+    """
+    if tokens:
+        return f"{samples_per_second * tokens:.0f} tokens/s"
+    return f"{samples_per_second:.0f} samples/s"
 
 
 def number(value: float | None) -> str:

@@ -12,12 +12,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import partial
 
-from torch import nn
+from torch import Tensor, nn
 
 from pglpipe.checkpoint.weights import shapes_of
 from pglpipe.data.loader import Sample
 from pglpipe.errors import PartitionError, setting
-from pglpipe.heads import Site, build_head
+from pglpipe.heads import PER_TOKEN, Site, build_head
 from pglpipe.messages.activation import Activation, main
 from pglpipe.models.layer import Layer
 from pglpipe.models.split import Piece
@@ -35,17 +35,14 @@ def head_builder(
     """What makes a stage's head, and whatever its loss wants trained beside it.
 
     Args:
-        output: of the network, ``[B, N]`` for N classes.
+        output: of the network, ``[B, N]`` for N classes, or ``[B, T, N]`` for tokens.
         balance: layers of each stage; empty while they are not known.
     """
     layers, named, output = blueprint.layers, blueprint.cut.head, main(output)
     copied = () if isinstance(layers[0], Piece) else layers
     local_loss = blueprint.learning.local_loss
-    if not callable(named) and output.ndim != 2 and blueprint.cut.stages > 1:
-        raise PartitionError(
-            f"head {named!r} classifies like a network with outputs [B, classes], got outputs of "
-            f"shape {tuple(output.shape)}; give a function from shape to module as {setting('head')}"
-        )
+    if not callable(named) and blueprint.cut.stages > 1:
+        _check_output(named, output)
     depths = {
         part.stop - 1: head_depth(stage, len(balance))
         for stage, part in enumerate(slices(balance))
@@ -63,6 +60,20 @@ def head_builder(
         return local_loss.auxiliary(head, shape, tuple(main(sample.x).shape[1:]))
 
     return build
+
+
+def _check_output(head: str, output: Tensor) -> None:
+    """Refuses a head whose outputs are not like those of the network."""
+    per_token = head in PER_TOKEN
+    if output.ndim == (3 if per_token else 2):
+        return
+    form, others = "[B, classes]", f"choose {setting('head', PER_TOKEN[0])} for tokens"
+    if per_token:
+        form, others = "[B, T, classes]", "choose another head"
+    raise PartitionError(
+        f"head {head!r} classifies like a network with outputs {form}, got outputs of "
+        f"shape {tuple(output.shape)}; {others}, or give a function from shape to module as {setting('head')}"
+    )
 
 
 def head_skeletons(

@@ -85,6 +85,25 @@ def cosine(warmup_steps: int = 0) -> LearningRate:
     return warmed_up(warmup_steps, falling)
 
 
+def wsd(decay: float = 0.2, warmup_steps: int = 0) -> LearningRate:
+    """Warm-up, stable, decay: a linear warm-up, the full rate, and a linear fall to 0 (Hu et al. 2024, arXiv 2404.06395).
+
+    Args:
+        decay: share of the steps after the warm-up in which it falls.
+        warmup_steps: steps over which the factor rises from ``1 / warmup_steps`` to 1.
+
+    >>> schedule = wsd(decay=0.5)
+    >>> [schedule(step, 4) for step in range(4)]
+    [1.0, 1.0, 1.0, 0.5]
+    """
+
+    def falling(step: int, total_steps: int) -> float:
+        left = total_steps - step
+        return min(1.0, left / (decay * total_steps)) if decay else 1.0
+
+    return warmed_up(warmup_steps, falling)
+
+
 def by_epoch(steps_per_epoch: int, warmup_epochs: int, least: float) -> LearningRate:
     """Half a cosine in stairs, one per epoch, into which a warm-up fades.
 
@@ -144,4 +163,4 @@ def anew(
     return schedule
 
 
-LR_SCHEDULES = ("constant", "cosine", "infopro")
+LR_SCHEDULES = ("constant", "cosine", "wsd", "infopro")

@@ -6,14 +6,15 @@ and its loss is the true one.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from pglpipe.errors import ConfigError, setting
+from pglpipe.errors import ConfigError, PglpipeError, setting
 from pglpipe.losses import Beside, Supervised
 from pglpipe.losses.accuracy import count_correct
 from pglpipe.losses.parts import is_sum, shares, weight_of
@@ -88,6 +89,7 @@ class Exit:
         self._parts: Sequence[Tensor] = ()
         self._shares: list[float] = []
         self._counted = _NOTHING
+        self._totals: dict[str, Tensor] = {}
 
     # -- what is learned from ---------------------------------------------------------
 
@@ -153,6 +155,8 @@ class Exit:
         known = self._counted
         weight = self._weight_of(targets, len(targets) if right is None else classified)
         before = known.correct
+        if self._classifies or self.head is None:
+            self._add_metrics(logits, targets)
         self._counted = ExitCount(
             classified=known.classified + classified,
             correct=None if before is None or correct is None else before + correct,
@@ -164,7 +168,19 @@ class Exit:
     def end_evaluation(self) -> ExitCount:
         """Returns the counts of the evaluation and forgets them."""
         counted, self._counted = self._counted, _NOTHING
-        return counted
+        totals, self._totals = self._totals, {}
+        values: dict[str, float | None] = dict.fromkeys(self._learning.metrics)
+        for name, total in totals.items():
+            metric = self._learning.metrics[name]
+            with _naming(name):
+                values[name] = metric.value(total, counted.loss)
+        return replace(counted, metrics=values)
+
+    def _add_metrics(self, outputs: Tensor, targets: Tensor) -> None:
+        for name, metric in self._learning.metrics.items():
+            with _naming(name):
+                more = metric.count(outputs, targets).double().cpu()
+            self._totals[name] = self._totals.get(name, torch.zeros_like(more)) + more
 
     # -- private ----------------------------------------------------------------------
 
@@ -231,6 +247,21 @@ class Exit:
         if (leaf := foreign_leaf(loss, own, tensors_of(output))) is not None:
             name = name_of(leaf, self._learned_loss)
             raise untrained(f"{name} in {setting(self._option)} of stage {self._index}")
+
+
+@contextmanager
+def _naming(metric: str) -> Iterator[None]:
+    """Says which metric fails."""
+    try:
+        yield
+    except PglpipeError:
+        raise
+    except Exception as error:
+        reason = (str(error).splitlines() or [""])[0]
+        raise ConfigError(
+            f"expected the metric {metric} to fit the network's outputs and targets, but it fails: "
+            f"{type(error).__name__}: {reason}; drop it, or give a function (outputs, targets) -> float of your own"
+        ) from error
 
 
 def weighted(loss: Tensor, weight: float) -> Tensor:

@@ -46,11 +46,13 @@ class StageOptimizer:
             index, body, head, learning.gradients.on_nonfinite, device
         )
         self._body, self._head = body, head
-        modules = [body] if head is None else [body, head]
-        self._parameters = [p for module in modules for p in module.parameters()]
+        named = dict(body.named_parameters())
+        if head is not None:
+            named |= head.named_parameters(prefix=f"head of stage {index}")
+        self._parameters = list(named.values())
         self._limit = learning.gradients.clip_norm
         self._device = device
-        self._updates = Updates(self._parameters, learning, index)
+        self._updates = Updates(named, learning, index)
 
     def check(self) -> None:
         """Refuses a function that makes another optimizer each time."""

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -12,13 +12,17 @@ from torch import Tensor, nn
 
 from pglpipe.errors import ConfigError, setting
 from pglpipe.losses import LocalLoss, Loss, Supervised, build_loss
+from pglpipe.losses.metrics import Metric, Task
 from pglpipe.losses.parts import shares
+from pglpipe.losses.unpacking import UnpackingLoss, UnpackingMetric
+from pglpipe.messages.targets import TargetForm
 from pglpipe.schedules.gradients import Gradients
 from pglpipe.schedules.learning_rate import LearningRate
 from pglpipe.utils.arguments import Rule, of
 from pglpipe.utils.device import Machine
 
-OptimizerFactory = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
+# From the parameters of a stage; or, if that is what its argument is called, from its named_parameters.
+OptimizerFactory = Callable[[Any], torch.optim.Optimizer]
 
 
 @dataclass(frozen=True)
@@ -31,6 +35,7 @@ class Learning:
         optimizer: makes a stage's optimizer from its parameters.
         learning_rate: factor on the optimizer's learning rates.
         gradients: what is done with gradients.
+        metrics: what evaluations report of every exit, by name.
         machine: how it is computed.
         retains: whether a graph may be run backward more than once, to tell gradients apart.
     """
@@ -40,6 +45,7 @@ class Learning:
     optimizer: OptimizerFactory
     learning_rate: LearningRate
     gradients: Gradients = Gradients()
+    metrics: Mapping[str, Metric] = field(default_factory=dict)
     machine: Machine = Machine()
     retains: bool = False
 
@@ -76,6 +82,24 @@ class Learning:
             return None
         return torch.tensor(found, dtype=torch.float64)
 
+    def unpacking(self, form: TargetForm) -> Learning:
+        """The same, with targets of several tensors.
+
+        Raises:
+            ConfigError: the local loss is none of outputs and targets alone.
+        """
+        local = self.local_loss
+        if not isinstance(local, Supervised):
+            raise ConfigError(
+                f"expected targets of one tensor for the local loss {type(local).__name__}, got {form}; give a "
+                "function (outputs, targets) -> scalar"
+            )
+        loss = UnpackingLoss(self.loss, form)
+        shares_loss = local.loss is self.loss
+        own = loss if shares_loss else UnpackingLoss(local.loss, form)
+        metrics = {n: UnpackingMetric(m, form) for n, m in self.metrics.items()}
+        return replace(self, loss=loss, local_loss=Supervised(own), metrics=metrics)
+
     def autocast(self, device: torch.device) -> AbstractContextManager[object]:
         """Lets PyTorch choose the precision of each operation, where that is asked for."""
         if not self.machine.bf16:
@@ -88,6 +112,9 @@ def loss_rule() -> Rule:
     """What a loss must be."""
 
     def read(value: Any) -> Any:
+        if isinstance(value, Task):
+            read(value.loss)
+            return value
         if not callable(value) or isinstance(value, type):
             raise TypeError
         if isinstance(value, nn.Module) and getattr(value, "reduction", "") == "none":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -24,15 +24,16 @@ class Updates:
     """The optimizers of one stage.
 
     Args:
-        parameters: of its body and head.
+        parameters: of its body and head, by name.
         learning: what makes the optimizers and chooses the learning rate.
         stage: whose they are, which what an optimizer draws depends on.
     """
 
     def __init__(
-        self, parameters: Sequence[nn.Parameter], learning: Learning, stage: int = 0
+        self, parameters: Mapping[str, nn.Parameter], learning: Learning, stage: int = 0
     ) -> None:
-        self._parameters = parameters
+        self._named = parameters
+        self._parameters = list(parameters.values())
         self._learning = learning
         self._draws = Draws(learning.machine.seed, "update", stage)
         self._was_guided: bool | None = None
@@ -56,7 +57,7 @@ class Updates:
             ConfigError: it does.
         """
         for optimizer, asked in zip(self._optimizers[:1], self._asked, strict=False):
-            again = self._learning.optimizer(self._parameters)
+            again = _call(self._learning.optimizer, self._named)
             same = type(again) is type(optimizer)
             if not same or repr(_as_made(_groups(again))) != repr(_as_made(asked)):
                 raise ConfigError(
@@ -175,16 +176,19 @@ class Updates:
 
 
 def make_optimizer(
-    factory: OptimizerFactory, parameters: Sequence[nn.Parameter]
+    factory: OptimizerFactory, parameters: Mapping[str, nn.Parameter]
 ) -> torch.optim.Optimizer:
     """The optimizer of a stage, from what the user has given.
+
+    Args:
+        parameters: of the stage, by name.
 
     Raises:
         ConfigError: the user's function fails, or returns something else.
     """
     name = setting("optimizer")
     try:
-        made = factory(parameters)
+        made = _call(factory, parameters)
     except PglpipeError:
         raise
     except Exception as error:
@@ -207,13 +211,25 @@ def make_optimizer(
             f"expected {name} to return an optimizer with a learning rate 'lr' in each of its groups, got "
             f"{described(made)} without; choose another, such as torch.optim.SGD"
         )
-    own = {id(parameter) for parameter in parameters}
+    own = {id(parameter) for parameter in parameters.values()}
     if any(id(p) not in own for group in made.param_groups for p in group["params"]):
         raise ConfigError(
             f"expected {name} to make an optimizer of the parameters that it is given, those of a stage, got one of others; "
             f"pass {OPTIMIZER_EXAMPLE}"
         )
     return made
+
+
+def _call(
+    factory: OptimizerFactory, parameters: Mapping[str, nn.Parameter]
+) -> torch.optim.Optimizer:
+    """What a user's function makes of parameters, or of names and parameters if that is what it calls its argument."""
+    try:
+        first, *_ = inspect.signature(factory).parameters
+    except (TypeError, ValueError):
+        first = ""
+    wants_names = first == "named_parameters"
+    return factory(list(parameters.items() if wants_names else parameters.values()))
 
 
 def needs_closure(kind: type[Any]) -> bool:

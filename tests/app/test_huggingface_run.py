@@ -1,4 +1,4 @@
-"""A classifier of transformers on the command line, from a configuration to a folder that transformers reads."""
+"""Networks of transformers on the command line, from a configuration to a folder that transformers reads."""
 
 from __future__ import annotations
 
@@ -65,3 +65,38 @@ def test_a_folder_has_the_network_with_its_accuracy(tmp_path: Path) -> None:
     (tmp_path / "vit.json").write_text(json.dumps(VIT | {"hidden_size": 32}))
     refused = call("export", "--run-dir", "run", "--output", "other", cwd=tmp_path)
     assert "with which the weights were trained, got another" in refused.err
+
+
+LLAMA = {
+    "model_type": "llama",
+    "vocab_size": 256,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "tie_word_embeddings": True,
+}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_a_language_model_is_untied_trained_and_written(tmp_path: Path) -> None:
+    (tmp_path / "llama.json").write_text(json.dumps(LLAMA))
+    words = [
+        *("train", "--task=lm", "--model=hf:llama.json", "--context=16", "--stages=2"),
+        *("--train-limit=24", "--test-limit=9", "--batch-size=8", "--epochs=1"),
+        *("--device=cpu", "--threads=1", "--run-dir=run"),
+    ]
+    refused = call(*words, cwd=tmp_path)
+    assert "'model.embed_tokens.weight' and 'lm_head.weight'" in refused.err
+    assert "or make two of it with --untie" in refused.err
+    ended = call(*words, "--untie", cwd=tmp_path).check()
+    assert "A sample of what it writes" in ended.out
+    call("generate", "--run-dir=run", "--tokens=3", cwd=tmp_path).check()
+    call("export", "--run-dir=run", "--output=llama", cwd=tmp_path).check()
+    network = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "llama")
+    assert network.config.tie_word_embeddings is False
+    weights = state.without_heads(state.load(tmp_path / "run" / "model.safetensors"))
+    assert network.state_dict().keys() == weights.keys()
+    for name, tensor in network.state_dict().items():
+        assert torch.equal(tensor, weights[name]), name

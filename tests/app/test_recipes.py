@@ -19,7 +19,7 @@ from pglpipe.app import run
 from pglpipe.app.build import local_loss
 from pglpipe.app.config import RunConfig
 from pglpipe.app.config_file import resolve
-from pglpipe.app.run_data import Material
+from pglpipe.app.run_data import ImageFacts, Material
 from pglpipe.cluster.world import World
 from pglpipe.data import Recipe
 from pglpipe.heads import Site, build_head
@@ -192,9 +192,8 @@ def check_steps(path: Path, monkeypatch: pytest.MonkeyPatch, **cut: Any) -> None
     images, labels = torch.rand(8, 3, 32, 32), torch.arange(8)
     images = images.to(memory_format=torch.channels_last)
     batches = [(images, labels), (images.flip(0), labels.flip(0))]
-    material = Material(
-        batches, batches, (3, 32, 32), tuple("0123456789"), 1, NORMALIZED
-    )
+    facts = ImageFacts((3, 32, 32), tuple("0123456789"), NORMALIZED)
+    material = Material(batches, batches, 1, facts)
     seen = Records()
     trainer = run._trainer(config, material, World(), observer=seen)
     summary = trainer.fit(batches, steps=2, evaluate=batches[:1])

@@ -19,7 +19,7 @@ def test_an_unknown_name_suggests_the_nearest():
 
 
 @pytest.mark.parametrize(
-    "name", [name for name in data.DATASETS if name != "synthetic"]
+    "name", [name for name in data.IMAGE_SETS if name != "synthetic"]
 )
 def test_what_is_read_from_files_asks_for_the_folder(name):
     with pytest.raises(DataError, match=f"folder of {name}.*pass root"):

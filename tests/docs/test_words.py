@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader
 import pglpipe
 from pglpipe.app.config import RunConfig, option_fields, sections
 from pglpipe.data import load
+from pglpipe.data.text import TextBatches, load_text
 from pglpipe.errors import (
     IN_PYTHON,
     ONLY_IN_PYTHON,
@@ -25,7 +26,7 @@ from pglpipe.errors import (
     setting,
 )
 from pglpipe.losses import build_loss
-from pglpipe.models import build
+from pglpipe.models import gpt
 from pglpipe.plan import checks
 from pglpipe.schedules.guidance import Guidance
 from pglpipe.trainer import FIT, LOAD, TRAINER
@@ -36,7 +37,7 @@ OPTIONS = {name for _, name, _ in option_fields()}
 # Whose parameters may be named without saying whose they are, and with it.
 CALLED = (
     *(pglpipe.Trainer, pglpipe.Trainer.fit, pglpipe.Trainer.load, pglpipe.Checkpoints),
-    *(build, load),
+    *(load, load_text, TextBatches, gpt),
 )
 OBJECTS = {
     kind.__name__: kind for kind in (*(*sections().values(), DataLoader, build_loss),)

@@ -1,4 +1,4 @@
-"""The programs of docs/your-model.md run as they stand, alike on one worker and on two.
+"""The programs of docs/your-model.md and docs/language.md run as they stand, alike on one worker and on two.
 
 Each takes seconds, for it is started as a user would, in processes that import PyTorch.
 """
@@ -12,7 +12,10 @@ from pathlib import Path
 import pytest
 from testing.commands import ROOT, forked, run
 
-DOCUMENT = (ROOT / "docs" / "your-model.md").read_text(encoding="utf-8")
+DOCUMENT = "".join(
+    (ROOT / "docs" / name).read_text(encoding="utf-8")
+    for name in ("your-model.md", "language.md")
+)
 PROGRAMS = dict(
     re.findall(
         r"^```python\n# (\w+\.py)\n(.*?)^```$", DOCUMENT, re.DOTALL | re.MULTILINE

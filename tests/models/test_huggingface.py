@@ -277,6 +277,26 @@ def test_a_name_builds_a_classifier_of_images(tmp_path: Path) -> None:
         build(f"hf:{tmp_path / 'text'}", **options)
 
 
+def test_a_name_builds_a_causal_language_model(tmp_path: Path) -> None:
+    save_folder(network("Llama"), tmp_path / "llama")
+    save_folder(network("BERT"), tmp_path / "bert")
+    save_folder(network("ViT"), tmp_path / "vit")
+
+    def made(name: str, vocabulary: int = VOCABULARY, context: int = LENGTH) -> Any:
+        path = tmp_path / name
+        return build(f"hf:{path}", context=context, vocabulary=vocabulary)
+
+    assert made("llama")[-1].build().lm_head.out_features == VOCABULARY
+    with pytest.raises(ConfigError, match="of 51 tokens, got LlamaForCausalLM of 50;"):
+        made("llama", vocabulary=51)
+    with pytest.raises(ConfigError, match="at most 2048 for LlamaForCausalLM, got 40"):
+        made("llama", context=4096)
+    with pytest.raises(ConfigError, match="causal .*, got BertForMaskedLM, which sees"):
+        made("bert")
+    with pytest.raises(ConfigError, match="tokens, got ViTForImageClassification of"):
+        made("vit")
+
+
 # -- tied weights ----------------------------------------------------------------------
 
 

@@ -44,6 +44,8 @@ SUMMARY = Summary(
     test_loss=0.5,
     test_accuracy=1.0,
     exit_accuracy=[None, 0.5, 1.0],
+    exit_loss=[2.0, 1.0, 0.5],
+    exit_metrics={},
     gradient_cosine=[None, 0.25, None],
     skipped_steps=[0, 0, 0],
     workers=[
@@ -139,3 +141,26 @@ def test_the_end_shows_what_was_kept_beside_what_was_foretold(
     text = printed(capsys)
     assert "0 0, 1 2.0 MiB 2.0 MiB 2.0 KiB 1.0 KiB" in text
     assert "1 2 1.0 MiB 1.0 MiB – –" in text
+
+
+def test_the_exits_of_a_language_model_have_loss_metrics_and_tokens(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    summary = dataclasses.replace(
+        SUMMARY,
+        exit_accuracy=[None] * 3,
+        exit_metrics={"bits-per-byte": [3.0, 2.5, None]},
+    )
+    tables.show_exits(PLAN, summary, tokens=10)
+    out = capsys.readouterr().out
+    header, *_ = (line for line in out.splitlines() if "exit" in line)
+    assert "test loss" in header and "bits-per-byte" in header
+    assert "accuracy" not in header
+    assert "0.500" in out and "2.500" in out and "3210 tokens/s" in out
+
+
+def test_a_sample_of_text_is_printed_as_it_is(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    tables.show_text("in the [bold]beginning\n")
+    assert "in the [bold]beginning\n" in capsys.readouterr().out

@@ -25,10 +25,15 @@ def momentum(parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
 learning = partial(factories.learning, optimizer=momentum)
 
 
+def updating(parameters: Iterable[nn.Parameter], learned: Any) -> Updates:
+    """Of parameters that are called 0, 1, and so on."""
+    return Updates({str(i): p for i, p in enumerate(parameters)}, learned)
+
+
 def moves(line: str = LINE, **changes: Any) -> list[float]:
     """By how much a weight with gradient 1 falls in each step."""
     weight = nn.Parameter(torch.zeros(()))
-    updates, found = Updates([weight], learning(**changes)), []
+    updates, found = updating([weight], learning(**changes)), []
     for step, kind in enumerate(line):
         before = weight.detach().clone()
         weight.grad = torch.ones(())
@@ -94,7 +99,7 @@ def test_groups_keep_the_proportion_of_their_learning_rates() -> None:
 
     weights = [nn.Parameter(torch.zeros(())) for _ in range(2)]
     guided = dict(guided_lr_scale=0.5, guided_optimizer="separate")
-    updates = Updates(weights, learning(optimizer=two_groups, **guided))
+    updates = updating(weights, learning(optimizer=two_groups, **guided))
     for step in range(4):
         updates.apply(step, 4, guided=step % 2 == 1)
     assert [group["lr"] for group in groups] == pytest.approx([1.0, 0.1, 0.5, 0.05])
@@ -102,7 +107,7 @@ def test_groups_keep_the_proportion_of_their_learning_rates() -> None:
 
 def test_gradients_are_forgotten_whoever_is_in_charge() -> None:
     weight = nn.Parameter(torch.zeros(()))
-    updates = Updates([weight], learning(guided_optimizer="separate"))
+    updates = updating([weight], learning(guided_optimizer="separate"))
     weight.grad = torch.ones(())
     updates.zero_grad()
     assert weight.grad is None
@@ -110,7 +115,7 @@ def test_gradients_are_forgotten_whoever_is_in_charge() -> None:
 
 def test_a_parameter_without_gradient_stays_and_keeps_its_momentum() -> None:
     body, head = (nn.Parameter(torch.zeros(())) for _ in range(2))
-    updates, heads = Updates([body, head], learning()), list[Tensor]()
+    updates, heads = updating([body, head], learning()), list[Tensor]()
     for step, frozen in enumerate([False, True, False]):
         updates.zero_grad()
         body.grad = torch.ones(())
@@ -121,7 +126,7 @@ def test_a_parameter_without_gradient_stays_and_keeps_its_momentum() -> None:
 
 
 def test_a_stage_without_parameters_has_nothing_to_update() -> None:
-    updates = Updates([], learning())
+    updates = updating([], learning())
     updates.zero_grad()
     updates.apply(0, 1, guided=True)
 
@@ -135,7 +140,7 @@ def test_options_that_are_given_stay_and_what_is_learned_goes_on() -> None:
             made.param_groups[0]["learned"] = 1.0
             return made
 
-        return Updates([nn.Parameter(torch.zeros(()))], learning(optimizer=make))
+        return updating([nn.Parameter(torch.zeros(()))], learning(optimizer=make))
 
     before, now = learned(0.5, 0.0), learned(0.25, 0.1)
     before._optimizers[0].param_groups[0]["learned"] = 7.0
@@ -158,7 +163,7 @@ def two_groups(*, swapped: bool) -> Any:
 
 def moving(make: Any) -> Updates:
     weights = [nn.Parameter(torch.zeros(())) for _ in range(2)]
-    updates = Updates(weights, learning(optimizer=make))
+    updates = updating(weights, learning(optimizer=make))
     for number, weight in enumerate(weights, start=1):
         weight.grad = torch.full((), float(number))
     updates.apply(0, 4, guided=False)
@@ -221,6 +226,6 @@ def test_a_function_that_makes_another_optimizer_each_time_is_refused() -> None:
     weights = [nn.Parameter(torch.zeros(()))]
     counts = learning(optimizer=lambda p: torch.optim.SGD(p, lr=1 / next(turns)))
     with pytest.raises(ConfigError, match="got other options the second time"):
-        Updates(weights, counts).check()
-    Updates(weights, learning()).check()
-    Updates([], learning()).check()
+        updating(weights, counts).check()
+    updating(weights, learning()).check()
+    updating([], learning()).check()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from functools import partial
 from itertools import chain
 
@@ -77,12 +77,10 @@ class MemoryPrediction:
         self._heads = heads
         self._stages = list(stages)
         self._batch = batch
-        self._precision: Callable[[], AbstractContextManager[object]] = nullcontext
-        if learning.machine.bf16:
-            try:
-                self._pretend(device)
-            except Exception as error:
-                raise PredictionError(_first_line(error)) from error
+        try:
+            self._pretend(device, learning.machine.bf16)
+        except Exception as error:
+            raise PredictionError(_first_line(error)) from error
         self._stages_of = stages_of
         self._timetable = timetable
         self._carry = carry
@@ -106,8 +104,8 @@ class MemoryPrediction:
             return self._locally(settings.local_microbatches)
         return self._global(settings.microbatches, settings.recompute)
 
-    def _pretend(self, device: str) -> None:
-        """Has everything seem to be on a device, for autocast knows none called meta."""
+    def _pretend(self, device: str, bf16: bool) -> None:
+        """Has everything seem to be on a device, for autocast knows none called meta, and attention keeps less on others."""
         mode = FakeTensorMode()
 
         def there(tensor: Tensor) -> Tensor:
@@ -116,7 +114,10 @@ class MemoryPrediction:
 
         @contextmanager
         def precision() -> Iterator[None]:
-            with mode, torch.autocast(device, torch.bfloat16, cache_enabled=False):
+            autocast = torch.autocast(
+                device, torch.bfloat16, enabled=bf16, cache_enabled=False
+            )
+            with mode, autocast:
                 yield
 
         self._stages = copy.deepcopy(self._stages)
