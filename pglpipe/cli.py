@@ -148,7 +148,10 @@ def generate(
 def export(
     run_dir: RunDir,
     output: Annotated[
-        Path, typer.Option(help="file to write, .pt or .safetensors")
+        Path,
+        typer.Option(
+            help="file to write, .pt or .safetensors; of a model hf:…, a folder where there is no suffix"
+        ),
     ] = Path("model.pt"),
 ) -> None:
     """Writes the uncut network of a finished run as an ordinary state_dict."""

@@ -93,7 +93,7 @@ class Network(Section, title="Network", in_python=False):
 
     model: str = option(
         "resnet20",
-        "network, torchvision:NAME, or PACKAGE.MODULE:FUNCTION",
+        "network, torchvision:NAME, timm:NAME, hf:CONFIG_OR_FOLDER, or PACKAGE.MODULE:FUNCTION",
         text(),
         common=True,
     )
@@ -102,6 +102,9 @@ class Network(Section, title="Network", in_python=False):
     heads: int = option(0, "attention heads of a gpt; 0 for its own, 4", whole(0))
     kv_heads: int = option(
         0, "heads of keys and values, each for several heads; 0 for one each", whole(0)
+    )
+    untie: bool = option(
+        False, "make two of parameters that the network has under two names", flag()
     )
 
 

@@ -35,6 +35,7 @@ from pglpipe.checkpoint.writer import Checkpoints
 from pglpipe.cluster.failure import fail
 from pglpipe.cluster.world import World, join
 from pglpipe.errors import ConfigError, Stopped, UserError, WorkerError, setting, warn
+from pglpipe.models.huggingface import hugging_face_network, save_folder
 from pglpipe.models.layer import Layer
 from pglpipe.models.split import body_of
 from pglpipe.observe import tables
@@ -100,10 +101,23 @@ def evaluate(run_dir: Path, data_root: str = "") -> tuple[Plan, Summary]:
 
 
 def export(run_dir: Path, output: Path) -> None:
-    """Writes the uncut network of a finished run as an ordinary ``state_dict``."""
+    """Writes the uncut network of a finished run as an ordinary ``state_dict``.
+
+    A network of transformers becomes a folder that transformers reads, where ``output`` has no suffix.
+    """
     about = about_data(run_dir)
-    weights = state.load(run_dir / RunDirectory.WEIGHTS)
-    state.export(output, state.without_heads(weights), about)
+    weights = state.without_heads(state.load(run_dir / RunDirectory.WEIGHTS))
+    network = resolve(run_dir / RunDirectory.SETTINGS, {}).network
+    source = network.model.removeprefix("hf:")
+    if source == network.model or output.suffix:
+        state.export(output, weights, about)
+        return
+    names = dict(enumerate(about.get("classes", ())))
+    options = {"id2label": names, "label2id": {n: i for i, n in names.items()}}
+    module = hugging_face_network(
+        source, untie=network.untie, **(options if names else {})
+    )
+    save_folder(module, output, weights)
 
 
 def generate(run_dir: Path, prompt: str, count: int, temperature: float) -> str:
@@ -301,6 +315,7 @@ def _layers(config: RunConfig, facts: Facts) -> list[Layer]:
             config.network.model,
             **facts.for_network(),
             **{size: getattr(config.network, size) for size in models.SIZES},
+            untie=config.network.untie,
         )
 
 

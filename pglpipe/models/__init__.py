@@ -16,14 +16,16 @@ from torch import nn
 from pglpipe.errors import ConfigError, nearest, setting
 from pglpipe.models.chain import Built, as_layers
 from pglpipe.models.gpt import gpt
+from pglpipe.models.huggingface import hugging_face_layers
 from pglpipe.models.imported import call_imported
 from pglpipe.models.large import resnet50, vit_s_16
 from pglpipe.models.layer import Layer
 from pglpipe.models.mlp import mlp
 from pglpipe.models.resnet import resnet
 from pglpipe.models.split import Piece
+from pglpipe.models.timm import timm_model
 from pglpipe.models.vgg import vgg11
-from pglpipe.models.vision import PREFIX, vision_model
+from pglpipe.models.vision import vision_model
 
 __all__ = [
     "MODELS",
@@ -51,6 +53,13 @@ MODELS: dict[str, Callable[..., list[Layer]]] = {
     "vit_s_16": vit_s_16,
 }
 
+# Networks of other libraries, by what stands before their names: whole modules, which are cut.
+LIBRARIES: dict[str, Callable[..., list[Layer]]] = {
+    "torchvision:": vision_model,
+    "timm:": timm_model,
+    "hf:": hugging_face_layers,
+}
+
 SIZES = ("width", "depth", "heads", "kv_heads")  # 0 for the network's own
 
 
@@ -58,11 +67,13 @@ def build(name: str, **options: Any) -> list[Layer]:
     """The layers of the network called ``name``.
 
     Args:
-        name: a key of :data:`MODELS`, ``torchvision:NAME``, or ``PACKAGE.MODULE:FUNCTION``. The function is called
-            with the options as keyword arguments, and returns anything that :func:`as_layers` accepts.
+        name: a key of :data:`MODELS`, ``torchvision:NAME``, ``timm:NAME``, ``hf:CONFIG_OR_FOLDER``, or
+            ``PACKAGE.MODULE:FUNCTION``. The function is called with the options as keyword arguments, and returns
+            anything that :func:`as_layers` accepts.
         options: what the data decide: ``image_shape``, ``(C, H, W)`` of one image, and ``num_classes``; or
             ``context``, the tokens of a sample, and ``vocabulary``, how many there are to choose from. And
-            :data:`SIZES`, of which those that are 0 are left out.
+            :data:`SIZES`, of which those that are 0 are left out; and ``untie``, to make two of parameters that have
+            two names, unless it is False.
 
     Raises:
         ConfigError: no such network, or it cannot be made as asked.
@@ -76,18 +87,18 @@ def build(name: str, **options: Any) -> list[Layer]:
             raise ConfigError(
                 f"expected a {setting(size)} of 1 or more, or 0 for the network's own, got {value}"
             )
-    options = {k: v for k, v in options.items() if k not in SIZES or v}
-    if name.startswith(PREFIX):
-        function: Callable[..., list[Layer]] = partial(
-            vision_model, name.removeprefix(PREFIX)
-        )
-    elif ":" in name:
+    options = {k: v for k, v in options.items() if k not in (*SIZES, "untie") or v}
+    library, colon, rest = name.partition(":")
+    if library + colon in LIBRARIES:
+        function: Callable[..., list[Layer]] = partial(LIBRARIES[library + colon], rest)
+    elif colon:
         return as_layers(call_imported(name, options))
     elif name in MODELS:
         function = MODELS[name]
     else:
         raise ConfigError(
-            f"unknown model {name!r}: {nearest(name, MODELS)}, torchvision:NAME, or PACKAGE.MODULE:FUNCTION"
+            f"unknown model {name!r}: {nearest(name, MODELS)}, torchvision:NAME, timm:NAME, hf:CONFIG_OR_FOLDER, or "
+            "PACKAGE.MODULE:FUNCTION"
         )
     _check_accepts(name, function, options)
     return function(**options)
@@ -126,6 +137,10 @@ def _check_accepts(
             raise ConfigError(
                 f"expected no {setting(size)} for {name}, which has none, got {options[size]}; drop it"
             )
+    if "untie" in options and "untie" not in known:
+        raise ConfigError(
+            f"expected no {setting('untie')} for {name}, whose layers share nothing; drop it"
+        )
     for kind, own in (("text", "vocabulary"), ("images", "image_shape")):
         if own in options and own not in known:
             others = [n for n, f in MODELS.items() if own in _parameters(f)]

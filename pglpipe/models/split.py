@@ -26,8 +26,10 @@ from torch import Tensor, fx, nn
 
 from pglpipe.errors import PartitionError, nearest
 from pglpipe.messages.activation import Activation, map_tensors, tensors_of, together
+from pglpipe.models import tying
 from pglpipe.models.layer import Layer
 from pglpipe.models.tracing import (
+    ask_late,
     inputs_by_name,
     is_floating,
     mode,
@@ -50,6 +52,7 @@ def split(
     at: Sequence[str] | None = None,
     leaf: Collection[str] = (),
     heads_read: Collection[str] = (),
+    untie: bool = False,
 ) -> list[Layer]:
     """The layers of any module, to be given to a trainer in its place.
 
@@ -63,6 +66,7 @@ def split(
         leaf: names of submodules that are called as a whole, beside those that cannot be traced.
         heads_read: names of submodules. Where what one of them puts out crosses a cut, the head there reads the last
             such value; elsewhere the last floating value that was computed from parameters.
+        untie: gives the module two parameters where it has one under two names, which could not be cut apart.
 
     Returns:
         One layer more than there are names in ``at``.
@@ -75,6 +79,8 @@ def split(
     >>> [layer.name for layer in split(network, torch.ones(2, 4), at=["2"])]
     ['0', '2']
     """
+    if untie:
+        tying.untie(module)
     given = inputs_by_name(module, example)
     example = together(list(given.values()))
     traced = Traced(module, given, leaf, heads_read)
@@ -147,6 +153,7 @@ class Traced:
         note_values(self._root, self._graph, list(given.values()), "value")
         more = [torch.cat([tensor, tensor[:1]]) for tensor in given.values()]
         note_values(self._root, self._graph, more, "one more")
+        ask_late(self._graph)
         self._fixed = self._found_fixed()
         self._nodes = [
             node
@@ -158,6 +165,7 @@ class Traced:
         self._unused = self._found_unused()
         self._learned = self._found_learned()
         self._named = {self._nodes[self._called(name)[-1]] for name in heads_read}
+        self._costly = [i for i, n in enumerate(self._nodes) if self._has_parameters(n)]
 
     @property
     def inputs(self) -> list[str]:
@@ -203,9 +211,8 @@ class Traced:
         Places within a submodule where more would cross than before and after it are left out; and where there would
         be very many layers, those that are deepest within submodules.
         """
-        costly = [i for i, node in enumerate(self._nodes) if self._has_parameters(node)]
         found = []
-        for before, after in zip(costly, costly[1:], strict=False):
+        for before, after in zip(self._costly, self._costly[1:], strict=False):
             places = [p for p in range(before + 1, after + 1) if not self._refusal(p)]
             if places:
                 place = min(
@@ -278,6 +285,8 @@ class Traced:
             if isinstance(self.module.get_submodule(owner), _CONTAINERS):
                 continue
             own = [i for i, node in enumerate(self._nodes) if owner in owners(node)]
+            if own[0] <= self._costly[0] or self._costly[-1] <= own[-1]:
+                continue  # on one side of it is nothing to learn
             ends = [p for p in (own[0], own[-1] + 1) if not self._refusal(p)]
             if ends and self._bytes(place) > max(map(self._bytes, ends)):
                 return True

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import operator
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from inspect import signature
 from typing import Any
@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, fx, nn
 
 from pglpipe.errors import PartitionError
-from pglpipe.messages.activation import Activation
+from pglpipe.messages.activation import Activation, tensors_of
+from pglpipe.models.recording import Recorded, Untraceable, record
 
 
 class _Tracer(fx.Tracer):
@@ -43,7 +44,7 @@ class _Tracer(fx.Tracer):
 
 
 def trace(
-    module: nn.Module, leaf: Collection[str], given: Collection[str]
+    module: nn.Module, leaf: Collection[str], given: Mapping[str, Tensor]
 ) -> tuple[nn.Module, fx.Graph]:
     """The operations, in either mode, and the module that has what they refer to.
 
@@ -59,6 +60,10 @@ def trace(
         )
     kinds = {name: type(part) for name, part in module.named_modules()}
     leaves = set(leaf)
+    once: Callable[..., fx.Graph] = _traced_once
+    if isinstance(module, Recorded):
+        once = record
+        leaves |= {name for name in kinds if name and module.is_whole(name)}
     while True:
         roots: list[nn.Module] = []
         graphs: list[fx.Graph] = []
@@ -67,11 +72,12 @@ def trace(
                 with mode(module, training=training):
                     # Tensors that forward makes become attributes of what is traced.
                     roots.append(copy.copy(module))
-                    graphs.append(_traced_once(roots[-1], leaves, given))
+                    graphs.append(once(roots[-1], leaves, given))
+                    _refuse_writes(graphs[-1])
             if (owner := _first_difference(*graphs)) is None:
                 return roots[0], graphs[0]
             reason = "it does other things in training than in evaluation"
-        except _Untraceable as error:
+        except Untraceable as error:
             owner, reason = error.owner, str(error)
         if not owner or owner in leaves:
             raise PartitionError(
@@ -95,18 +101,6 @@ def _own_ways(module: nn.Module) -> str:
     return "" if is_plain else "a train method of its own"
 
 
-class _Untraceable(Exception):
-    """A submodule does with its inputs what needs values.
-
-    Args:
-        owner: its name.
-    """
-
-    def __init__(self, reason: str, owner: str) -> None:
-        super().__init__(reason)
-        self.owner = owner
-
-
 def _traced_once(
     module: nn.Module, leaves: Collection[str], given: Collection[str]
 ) -> fx.Graph:
@@ -121,18 +115,27 @@ def _traced_once(
         graph = tracer.trace(module, concrete_args=absent or None)
     except Exception as error:  # whatever a forward does with what has no values
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise _Untraceable(reason, "".join(tracer.within[-1:])) from error
+        raise Untraceable(reason, "".join(tracer.within[-1:])) from error
     for node in [n for n in graph.nodes if n.op == "placeholder"]:
         if str(node.target) not in given:
-            for check in list(node.users):  # that nobody gives another value
-                graph.erase_node(check)
-            graph.erase_node(node)
+            _erase(graph, node)  # with the checks that nobody gives another value
+    return graph
+
+
+def _erase(graph: fx.Graph, node: fx.Node) -> None:
+    """Takes out a node and all that depends on it."""
+    for user in list(node.users):
+        _erase(graph, user)
+    graph.erase_node(node)
+
+
+def _refuse_writes(graph: fx.Graph) -> None:
+    """Refuses operations that change parameters, buffers or constants."""
     for node in graph.nodes:
         changed = node.args[0] if node.args else None
         if isinstance(changed, fx.Node) and changed.op == "get_attr" and _writes(node):
             owner = "".join(owners(node)[-1:])
-            raise _Untraceable(f"it changes {str(changed.target)!r} in place", owner)
-    return graph
+            raise Untraceable(f"it changes {str(changed.target)!r} in place", owner)
 
 
 def _writes(node: fx.Node) -> bool:
@@ -209,6 +212,21 @@ def note_values(
     except Exception:  # a leaf looks at values
         whole = copy.deepcopy(fx.GraphModule(module, graph))
         run("cpu")
+
+
+def ask_late(graph: fx.Graph) -> None:
+    """Has sizes be asked for right where they are used, so that none crosses a cut between."""
+    for node in reversed(list(graph.nodes)):
+        if node.op not in ("call_function", "call_method"):
+            continue
+        if tensors_of(node.meta["value"]) or not node.users:
+            continue
+        for user in list(node.users):
+            with graph.inserting_before(user):
+                late = graph.node_copy(node)
+            late.meta["nn_module_stack"] = user.meta.get("nn_module_stack", {})
+            user.replace_input_with(node, late)
+        graph.erase_node(node)
 
 
 class _Noting(fx.Interpreter):

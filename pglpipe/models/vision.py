@@ -1,4 +1,4 @@
-"""The classification networks of torchvision, ``torchvision:NAME`` on the command line."""
+"""The networks of torchvision that classify images or their pixels, ``torchvision:NAME`` on the command line."""
 
 from __future__ import annotations
 
@@ -6,14 +6,16 @@ import inspect
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from pglpipe.errors import ConfigError, nearest, setting
+from pglpipe.errors import ConfigError, nearest
+from pglpipe.models.adapter import Adapter
 from pglpipe.models.layer import Layer
 from pglpipe.models.split import split
 from pglpipe.utils.torchvision import import_torchvision
 
 PREFIX = "torchvision:"
+_SEGMENTATION = "segmentation."
 # Classifiers in the middle, which learn in training alone, are what heads are for.
 _OPTIONS: dict[str, dict[str, Any]] = {
     "googlenet": {"aux_logits": False, "init_weights": False},
@@ -22,26 +24,26 @@ _OPTIONS: dict[str, dict[str, Any]] = {
 
 
 def vision_model(
-    name: str, *, image_shape: tuple[int, int, int], num_classes: int, width: int = 0
+    name: str,
+    *,
+    image_shape: tuple[int, int, int],
+    num_classes: int,
+    untie: bool = False,
 ) -> list[Layer]:
     """The layers of a network that ``torchvision.models`` has, with fresh weights.
 
     Args:
-        name: as ``torchvision.models.list_models`` has it.
+        name: as ``torchvision.models.list_models`` has it, with ``segmentation.`` before those that classify pixels.
         image_shape: ``(C, H, W)`` of one image.
         num_classes: number of logits.
-        width: 0; the networks have their own.
+        untie: makes two of parameters that have two names.
 
     Raises:
-        ConfigError: there is no such network, or a width is given.
+        ConfigError: there is no such network.
         PartitionError: it takes no such images.
     """
-    if width:
-        raise ConfigError(
-            f"expected no {setting('width')} for {PREFIX}{name}, whose layers have their own, got {width}; drop it"
-        )
     module = vision_network(name, image_shape=image_shape, num_classes=num_classes)
-    return split(module, torch.zeros(2, *image_shape))
+    return split(module, torch.zeros(2, *image_shape), untie=untie)
 
 
 def vision_network(
@@ -49,15 +51,35 @@ def vision_network(
 ) -> nn.Module:
     """The same network as one module."""
     models = import_torchvision().models
-    known = models.list_models(module=models)
-    if name not in known:
+    room = models
+    if name.startswith(_SEGMENTATION):
+        room = models.segmentation
+    known = models.list_models(module=room)
+    short = name.removeprefix(_SEGMENTATION)
+    if short not in known:
         raise ConfigError(
-            f"unknown model {PREFIX}{name}: {nearest(name, known)}, as torchvision has them"
+            f"unknown model {PREFIX}{name}: {nearest(short, known)}, as torchvision has them"
         )
     options = {"num_classes": num_classes, **_OPTIONS.get(name, {})}
+    accepted = inspect.signature(models.get_model_builder(short)).parameters
     if name.startswith("vit_"):
         options["image_size"] = image_shape[-1]
-    elif "input_size" in inspect.signature(models.get_model_builder(name)).parameters:
+    elif "input_size" in accepted:
         options["input_size"] = tuple(image_shape[1:])
-    module: nn.Module = models.get_model(name, weights=None, **options)
-    return module
+    if "weights_backbone" in accepted:
+        options["weights_backbone"] = None
+    module: nn.Module = models.get_model(short, weights=None, **options)
+    return module if room is models else Maps(module)
+
+
+class Maps(Adapter):
+    """A network of segmentation that gives its maps alone.
+
+    Args:
+        inner: gives them as ``"out"``.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits of every pixel: ``[B, 3, H, W]`` to ``[B, C, H, W]``."""
+        maps: Tensor = self.run(x)["out"]
+        return maps

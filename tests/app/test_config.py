@@ -38,6 +38,7 @@ VALUES: dict[str, tuple[Any, Any]] = {
     "drop_last": (True, False),
     "model": ("vgg11", "mine:network"),
     "width": (4, 6),
+    "untie": (True, False),
     "stages": (2, 3),
     "balance": ("memory", "2,3"),
     "head": ("auglocal-2", "mlp-sr"),

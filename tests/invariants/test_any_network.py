@@ -2,17 +2,11 @@
 
 from __future__ import annotations
 
-import copy
-from typing import Any
-
 import pytest
 import torch
-from testing.worlds import train
-from torch import Tensor, nn
+from testing.whole import assert_learns_as_if_whole, without_draws
+from torch import nn
 
-from pglpipe import ALWAYS, Guidance
-from pglpipe.messages.activation import tensors_of
-from pglpipe.models.split import split
 from pglpipe.models.vision import vision_network
 
 # The side of the images. AlexNet and VGG are left out: their 100 million weights take a minute a step here.
@@ -44,17 +38,9 @@ QUICK = ["squeezenet1_1"]
 def network(name: str, side: int) -> nn.Module:
     """The same weights each time, and nothing that draws."""
     torch.manual_seed(0)
-    module = vision_network(name, image_shape=(3, side, side), num_classes=10)
-    for part in module.modules():
-        for rate in ("p", "drop_rate"):  # of dropout, whole layers included
-            if isinstance(getattr(part, rate, None), float):
-                setattr(part, rate, 0.0)
-    return module
-
-
-def sgd(parameters: Any) -> torch.optim.Optimizer:
-    """Its steps are gradients."""
-    return torch.optim.SGD(parameters, lr=0.01)
+    return without_draws(
+        vision_network(name, image_shape=(3, side, side), num_classes=10)
+    )
 
 
 @pytest.mark.timeout(600)
@@ -68,36 +54,24 @@ def sgd(parameters: Any) -> torch.optim.Optimizer:
 def test_a_network_of_torchvision_learns_as_if_it_were_whole(name: str) -> None:
     side = NETWORKS[name]
     draws = torch.Generator().manual_seed(1)
-    x = torch.randn(4, 3, side, side, generator=draws)
-    batch = x, torch.tensor([0, 1, 2, 3])
+    batch = torch.randn(4, 3, side, side, generator=draws), torch.tensor([0, 1, 2, 3])
+    head = "0c1f" if name.startswith("vit") else "mlp"  # tokens, or maps
+    assert_learns_as_if_whole(lambda: network(name, side), batch, head=head)
 
-    def trained(size: int, module: nn.Module, steps: int, **options: Any) -> Any:
-        layers = split(module, x[:2])
-        head = "0c1f" if name.startswith("vit") else "mlp"  # tokens, or maps
-        options |= dict(optimizer=sgd, head=head, stages=4)
-        return train(size, layers, [batch] * steps, **options)
 
-    digests = {
-        trained(
-            size, network(name, side), 4, guidance=Guidance(period=2)
-        ).summary.parameters_sha256
-        for size in (1, 2)
-    }
-    assert len(digests) == 1
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize(
+    "name", ["deeplabv3_resnet50", "fcn_resnet50", "lraspp_mobilenet_v3_large"]
+)
+def test_a_network_that_classifies_pixels_does_so_too(name: str) -> None:
+    def head(shape: tuple[int, ...]) -> nn.Module:
+        """Every hidden stage classifies the pixels of the map that it sees."""
+        return nn.Sequential(nn.Conv2d(shape[0], 10, 1), nn.Upsample((32, 32)))
 
-    module = network(name, side)
-    reference = copy.deepcopy(module).train()
-    body: dict[str, Tensor] = trained(2, module, 2, guidance=ALWAYS).body
-    optimizer = sgd(reference.parameters())
-    for _ in range(2):
-        optimizer.zero_grad()
-        nn.functional.cross_entropy(reference(batch[0]), batch[1]).backward()
-        optimizer.step()
-    again = network(name, side)
-    again.load_state_dict(body)
-    for key, expected in reference.state_dict().items():
-        largest = expected.abs().max().clamp_min(1e-6)
-        assert float((body[key] - expected).abs().max() / largest) < 1e-5, key
-    with torch.no_grad():
-        outputs = [m.eval()(x) for m in (again, reference)]
-    assert all(torch.allclose(*pair) for pair in zip(*map(tensors_of, outputs)))
+    draws = torch.Generator().manual_seed(1)
+    images = torch.randn(4, 3, 32, 32, generator=draws)
+    pixels = torch.randint(0, 10, (4, 32, 32), generator=draws)
+    assert_learns_as_if_whole(
+        lambda: network(f"segmentation.{name}", 32), (images, pixels), head=head
+    )

@@ -139,6 +139,25 @@ def test_an_unknown_model_is_refused_with_the_nearest() -> None:
         make("resnet23")
 
 
+def test_libraries_are_told_what_their_networks_have() -> None:
+    with pytest.raises(ConfigError, match="no width for torchvision:resnet18, .* 4"):
+        make("torchvision:resnet18", width=4)
+    with pytest.raises(ConfigError, match="expected no untie for mlp, whose layers"):
+        build("mlp", image_shape=(1, 2, 2), num_classes=3, untie=True)
+
+
+@pytest.mark.parametrize(("name", "extra"), [("timm", "timm"), ("hf", "huggingface")])
+def test_a_library_that_is_missing_is_named(
+    monkeypatch: pytest.MonkeyPatch, name: str, extra: str
+) -> None:
+    library = {"hf": "transformers"}.get(name, name)
+    monkeypatch.setitem(sys.modules, library, None)
+    with pytest.raises(
+        ConfigError, match=f"expected {library}, .*; pip install 'pglpipe.{extra}.'"
+    ):
+        make(f"{name}:resnet18")
+
+
 def test_a_negative_width_is_refused() -> None:
     with pytest.raises(ConfigError, match="width of 1 or more.*got -1"):
         make("mlp", width=-1)

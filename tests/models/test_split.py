@@ -349,16 +349,70 @@ def test_so_is_a_leaf() -> None:
     assert len(split(made(UNet), X)) > len(split(made(UNet), X, leaf=["middle"])) > 5
 
 
-def test_tied_weights_across_a_cut_are_refused_with_both_layers() -> None:
-    class Tied(UNet):
+def test_a_module_that_begins_the_network_is_cut_though_it_gives_little() -> None:
+    class Backbone(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.up1[0].weight = self.up2[0].weight
-            self.up1[0].weight = nn.Parameter(torch.zeros(4, 8, 3, 3))
+            self.first, self.second, self.third = block(3, 4), block(4, 4), block(4, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y: Tensor = self.third(self.second(self.first(x))).mean((2, 3))
+            return y
+
+    class Classifier(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.backbone, self.fc = Backbone(), nn.Linear(4, 10)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y: Tensor = self.fc(self.backbone(x))
+            return y
+
+    names = {layer.name for layer in split(made(Classifier), X)}
+    assert {"backbone.second.0", "backbone.third.0", "fc"} <= names
+
+
+class Tied(UNet):
+    """Two layers with one weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up1, self.fc = block(8, 8), nn.Linear(8, 10)
+        self.up1[0].weight = self.middle[0].weight
+
+
+def test_tied_weights_across_a_cut_are_refused_with_both_names() -> None:
+    layers = split(made(Tied), X, at=["down2", "middle", "up2"])
+    words = (
+        "share 'middle.0.weight' and 'up1.0.weight' but are cut apart; keep both .*, or make two of it with "
+        "untie=True$"
+    )
+    with pytest.raises(PartitionError, match=words):
+        trained(1, layers)
+
+
+def test_a_module_that_is_called_in_two_stages_is_refused() -> None:
+    class Twice(UNet):
+        def __init__(self) -> None:
+            super().__init__()
             self.middle[1] = self.down2[1]
 
-    with pytest.raises(PartitionError, match="share .* but are cut apart"):
-        trained(1, split(made(Tied), X, at=["down2", "middle", "up2"]))
+    layers = split(made(Twice), X, at=["down2", "middle", "up2"], untie=True)
+    words = "share 'down2.1.weight' but are cut apart; keep both"
+    with pytest.raises(PartitionError, match=words):
+        trained(1, layers)
+
+
+def test_tied_weights_are_made_two_that_begin_alike() -> None:
+    digests = set()
+    for size in (1, 2):
+        module = made(Tied)
+        layers = split(module, X, at=["down2", "middle", "up2"], untie=True)
+        first, second = module.middle[0].weight, module.up1[0].weight
+        assert torch.equal(first, second)
+        digests.add(trained(size, layers).summary.parameters_sha256)
+        assert not torch.equal(first, second)
+    assert len(digests) == 1
 
 
 def test_a_head_that_borrows_layers_is_refused() -> None:
@@ -593,6 +647,25 @@ def test_only_what_has_the_batch_first_crosses_a_cut() -> None:
 
     with pytest.raises(PartitionError, match="which has not the batch first"):
         split(made(lambda: Turned(one_tensor_twice)), X, at=["act"])
+
+
+def test_a_size_that_was_asked_for_before_a_cut_is_asked_for_again() -> None:
+    class Sized(Small):
+        def forward(self, x: Tensor) -> Tensor:
+            side = x.shape[-1]
+            h = self.second(self.act(self.first(x.flatten(1))))
+            maps = nn.functional.interpolate(h[:, None, None], size=(1, side))
+            y: Tensor = self.last(nn.functional.pad(maps.flatten(1), (0, 8)))
+            return y
+
+    module = made(lambda: Sized(one_tensor_twice))
+    layers = split(module, X, at=["second", "last"])
+    crossing = layers[0].build()(X)
+    assert [tuple(t.shape) for t in tensors_of(crossing)] == [(4, 16), X.shape]
+    x = X[:3]
+    for layer in layers:
+        x = layer.build()(x)
+    assert torch.equal(x, module(X[:3]))
 
 
 def test_two_samples_are_enough_of_an_example_for_batchnorm() -> None:

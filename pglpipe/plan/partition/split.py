@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from pglpipe.errors import PartitionError, setting
 from pglpipe.models.layer import Layer
+from pglpipe.models.split import Piece
 from pglpipe.plan.partition.cost import LayerCost
 
 
@@ -57,15 +58,15 @@ def check_cut(layers: Sequence[Layer], balance: Sequence[int]) -> None:
     Raises:
         PartitionError: names the tensor, the two layers, and a balance that keeps them together.
     """
-    owners: dict[int, tuple[int, Layer, Tensor]] = {}
+    owners: dict[int, tuple[int, Layer, str, Tensor]] = {}
     for stage, part in enumerate(slices(balance)):
         for layer in layers[part]:
             for name, tensor in held(layer.build):
-                owner_stage, owner, _ = owners.setdefault(
-                    id(tensor), (stage, layer, tensor)
-                )
-                if owner_stage != stage:
-                    _refuse(name, owner, layer, merged(balance, owner_stage, stage))
+                own = stage, layer, name, tensor
+                first, owner, other, _ = owners.setdefault(id(tensor), own)
+                if first != stage:
+                    names = _in_network(owner, other), _in_network(layer, name)
+                    _refuse(owner, layer, names, merged(balance, first, stage))
 
 
 def check_heads(heads: Sequence[Callable[[], nn.Module]]) -> None:
@@ -110,10 +111,20 @@ def merged(balance: Sequence[int], first: int, last: int) -> list[int]:
     return [*balance[:first], sum(balance[first : last + 1]), *balance[last + 1 :]]
 
 
-def _refuse(name: str, owner: Layer, layer: Layer, balance: list[int]) -> None:
+def _in_network(layer: Layer, name: str) -> str:
+    """What a layer's tensor is called in the network."""
+    return name if isinstance(layer, Piece) else f"{layer.name}.{name}"
+
+
+def _refuse(
+    owner: Layer, layer: Layer, names: tuple[str, str], balance: list[int]
+) -> None:
+    can_untie = isinstance(layer, Piece) and names[0] != names[1]
+    remedy = f", or make two of it with {setting('untie', True)}" if can_untie else ""
     raise PartitionError(
-        f"layers {owner.name!r} and {layer.name!r} share {name!r} but are cut apart; keep both "
-        f"in one stage, such as {setting('stages', len(balance))} with {setting('balance', balance)}"
+        f"layers {owner.name!r} and {layer.name!r} share {' and '.join(map(repr, dict.fromkeys(names)))} but are cut "
+        f"apart; keep both in one stage, such as {setting('stages', len(balance))} with {setting('balance', balance)}"
+        f"{remedy}"
     )
 
 
