@@ -156,7 +156,7 @@ _OTHERWISE = {
 # Arguments in Python that are no option of the command line.
 ONLY_IN_PYTHON = frozenset(
     (
-        *("cut", "loss", "optimizer", "learning_rate", "guidance", "gradients"),
+        *("cut", "loss", "learning_rate", "guidance", "gradients"),
         *("memory", "machine", "edges", "observer", "world", "checkpoints", "folder"),
         "path",
     )

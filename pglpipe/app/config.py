@@ -37,10 +37,7 @@ class Data(Section, title="Data", in_python=False):
 
     task: str = option(
         "classification",
-        "what is learned; lm, a language model, has other defaults: "
-        + ", ".join(
-            f"--{k.replace('_', '-')} {v}" for k, v in TASKS["lm"].defaults.items()
-        ),
+        "what is learned; lm, a language model, has defaults of its own (docs/language.md)",
         choice(TASKS),
         choices=tuple(TASKS),
         common=True,
@@ -277,8 +274,9 @@ class RunConfig:
         Raises:
             ConfigError: as the constructor; TypeError for a name that does not exist.
         """
-        task = options.get("task", Data.task)
-        options = {**TASKS[task].defaults, **options} if task in TASKS else options
+        task = options.get("task")
+        if isinstance(task, str) and task in TASKS:
+            options = {**TASKS[task].defaults, **options}
         with command_line_style():
             made: dict[str, Section] = {}
             for table, section in sections().items():

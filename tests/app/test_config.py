@@ -28,6 +28,7 @@ HOMES = {name: t for t, s in sections().items() for name, _ in fields_of(s)}  # 
 
 # A valid value of every field that is not its default, and one more.
 VALUES: dict[str, tuple[Any, Any]] = {
+    "task": ("lm", "classification"),
     "dataset": ("imagefolder", "cifar10"),
     "data_root": ("a folder", "élan"),
     "download": (True, False),
@@ -35,9 +36,14 @@ VALUES: dict[str, tuple[Any, Any]] = {
     "test_limit": (7, 8),
     "image_size": (16, 24),
     "augment": (False, True),
+    "context": (64, 32),
+    "tokenizer": ("a file", "another"),
     "drop_last": (True, False),
     "model": ("vgg11", "mine:network"),
     "width": (4, 6),
+    "depth": (2, 3),
+    "heads": (2, 8),
+    "kv_heads": (1, 2),
     "untie": (True, False),
     "stages": (2, 3),
     "balance": ("memory", "2,3"),
@@ -72,11 +78,13 @@ VALUES: dict[str, tuple[Any, Any]] = {
     "steps": (9, 11),
     "evaluate_every": (2, 3),
     "batch_size": (32, 33),
+    "optimizer": ("adamw", "muon"),
     "lr": (0.5, 1e-5),
     "momentum": (0.5, 0.25),
     "nesterov": (False, True),
     "weight_decay": (0.25, 0.0),
     "lr_schedule": ("constant", "cosine"),
+    "decay": (0.5, 1.0),
     "warmup_epochs": (1.5, 2.0),
     "final_lr": (0.25, 0.1),
     "final_warmup_epochs": (0.5, 1.0),
@@ -115,6 +123,12 @@ BESIDE: dict[str, dict[str, Any]] = {
     "timetable": {"microbatches": 2},
     "refresh_every": {"head": "man"},
     "infopro_lambdas": {"local_loss": "infopro"},
+}
+
+# And what a value of its own does not go without.
+BESIDE_VALUE: dict[Any, dict[str, Any]] = {
+    "synthetic-text": {"task": "lm"},
+    "text": {"task": "lm"},
 }
 
 # What the command line promises; the rest of RunConfig is for free.
@@ -184,7 +198,10 @@ def option(name: str, value: Any) -> list[str]:
 
 def with_value(name: str, value: Any) -> RunConfig:
     """The defaults with one value changed, and what makes no sense without it."""
-    return RunConfig.of(**BESIDE.get(name, {}), **{name: value})
+    beside = BESIDE.get(name, {})
+    if isinstance(value, str):
+        beside = beside | BESIDE_VALUE.get(value, {})
+    return RunConfig.of(**beside, **{name: value})
 
 
 def test_a_file_may_begin_with_a_byte_order_mark(
