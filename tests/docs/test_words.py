@@ -37,7 +37,7 @@ OPTIONS = {name for _, name, _ in option_fields()}
 # Whose parameters may be named without saying whose they are, and with it.
 CALLED = (
     *(pglpipe.Trainer, pglpipe.Trainer.fit, pglpipe.Trainer.load, pglpipe.Checkpoints),
-    *(load, load_text, TextBatches, gpt),
+    *(load, load_text, TextBatches, gpt, pglpipe.split),
 )
 OBJECTS = {
     kind.__name__: kind for kind in (*(*sections().values(), DataLoader, build_loss),)
