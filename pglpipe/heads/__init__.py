@@ -3,6 +3,7 @@
 A new head is a function ``Site -> nn.Module`` and one line in :data:`HEADS`.
 
 ==================================  ===========================================================
+``auto``                            ``1c2f``, reduced on large or wide maps; ``0c2f`` on tokens
 ``0c1f 0c2f 1c1f 1c2f 1c3f 2c2f``   X convolutions, Y fully connected layers (InfoPro)
 ``mlp mlp-sr cnn``                  of decoupled greedy learning (DGL)
 ``pred``                            pooled to 4096 numbers at most, linear (Nøkland & Eidnes)
@@ -16,6 +17,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 
 from torch import nn
@@ -23,11 +25,13 @@ from torch import nn
 from pglpipe.errors import ConfigError, nearest, setting, shown
 from pglpipe.heads.auglocal import auglocal_head
 from pglpipe.heads.borrowed import Borrowed, borrowed, man_head, solo_head, thin_head
-from pglpipe.heads.conv import TOKEN_HEADS, conv_head
+from pglpipe.heads.conv import auto_head, conv_head
 from pglpipe.heads.dgl import cnn_head, mlp_head, mlp_sr_head
+from pglpipe.heads.parts import ChannelsFirst
 from pglpipe.heads.pred import pred_head
 from pglpipe.heads.readout import readout_head
 from pglpipe.heads.site import Site
+from pglpipe.utils.modules import Fronted
 
 __all__ = [
     "Borrowed",
@@ -43,13 +47,17 @@ __all__ = [
 
 HeadFunction = Callable[[Site], nn.Module]
 
-HEADS: dict[str, HeadFunction] = {
+CONVOLUTIONAL: dict[str, HeadFunction] = {
+    "auto": auto_head,
     **{
         f"{convolutions}c{linears}f": partial(
             conv_head, convolutions=convolutions, linears=linears
         )
         for convolutions, linears in ((0, 1), (0, 2), (1, 1), (1, 2), (1, 3), (2, 2))
     },
+}
+HEADS: dict[str, HeadFunction] = {
+    **CONVOLUTIONAL,
     "mlp": mlp_head,
     "mlp-sr": mlp_sr_head,
     "cnn": cnn_head,
@@ -63,6 +71,9 @@ DEEP: dict[str, Callable[..., nn.Module]] = {
     "auglocal": auglocal_head,
     "thin": thin_head,
 }
+TOKEN_HEADS = ("auto", "0c1f", "0c2f")  # for a transformer's tokens, too
+VOLUME_HEADS = tuple(CONVOLUTIONAL)
+READERS = {2: ("tokens (T, F)", TOKEN_HEADS), 4: ("volumes (C, D, H, W)", VOLUME_HEADS)}
 
 HEAD_NAMES = (*sorted(HEADS), *(f"{name}-D" for name in DEEP))  # as shown to users
 
@@ -109,14 +120,23 @@ def build_head(name: str, site: Site) -> nn.Module:
     Linear(in_features=64, out_features=10, bias=True)
     """
     build = find_head(name)
-    if len(site.shape) == 2 and name not in (*TOKEN_HEADS, *PER_TOKEN):
-        raise ConfigError(
-            f"head {name} expects activations (C, H, W) or (F,), got {tuple(site.shape)}; tokens "
-            f"(T, F) go to a head {' or '.join(TOKEN_HEADS)}, or to one of your own"
-        )
-    if len(site.shape) not in (1, 2, 3):
-        raise ConfigError(
-            f"head {name} expects activations (C, H, W) or (F,), got {tuple(site.shape)}; "
-            "cut after another layer, or give a head of your own"
-        )
+    if site.channels_last and not borrows(name):
+        shape = (site.shape[-1], *site.shape[:-1])
+        inner = replace(site, shape=shape, channels_last=False)
+        return Fronted(ChannelsFirst(), build_head(name, inner), shape)
+    _check_shape(name, tuple(site.shape))
     return build(site)
+
+
+def _check_shape(name: str, shape: tuple[int, ...]) -> None:
+    if len(shape) in (1, 3):
+        return
+    remedy = "cut after another layer, or give a head of your own"
+    if len(shape) in READERS:
+        kind, names = READERS[len(shape)]
+        if name in names or (len(shape) == 2 and name in PER_TOKEN):
+            return
+        remedy = f"{kind} go to a head {', '.join(names[:-1])} or {names[-1]}, or to one of your own"
+    raise ConfigError(
+        f"head {name} expects activations (C, H, W) or (F,), got {shape}; {remedy}"
+    )

@@ -8,8 +8,8 @@ values that are alive where it begins, and gives those that are alive where it e
     alive            a       a, b     a, c
 
 The modules themselves stay what they are, with their names, modes and hooks; layers only call them. What does not
-depend on the batch is computed again in each layer that needs it, and crosses no cut. Heads read the last value
-that was computed from parameters.
+depend on the batch is computed again in each layer that needs it, and crosses no cut. Heads read the last
+floating value that was computed from parameters, or one that is named.
 """
 
 from __future__ import annotations
@@ -52,6 +52,7 @@ def split(
     at: Sequence[str] | None = None,
     leaf: Collection[str] = (),
     untie: bool = False,
+    heads_read: Collection[str] = (),
 ) -> list[Layer]:
     """The layers of any module, to be given to a trainer in its place.
 
@@ -64,6 +65,8 @@ def split(
             called. None for all places where few bytes would cross.
         leaf: names of submodules that are called as a whole, beside those that cannot be traced.
         untie: gives the module two parameters where it has one under two names, which could not be cut apart.
+        heads_read: names of submodules. Where what one of them puts out crosses a cut, the head there reads the last
+            such value; elsewhere the last floating value that was computed from parameters.
 
     Returns:
         One layer more than there are names in ``at``.
@@ -80,7 +83,7 @@ def split(
         tying.untie(module)
     given = inputs_by_name(module, example)
     example = together(list(given.values()))
-    traced = Traced(module, given, leaf)
+    traced = Traced(module, given, leaf, heads_read)
     ends = traced.everywhere() if at is None else traced.places(at)
     layers = traced.cut(ends)
     traced.check(layers, example)
@@ -122,10 +125,15 @@ class Traced:
         module: what is traced.
         given: examples of its inputs, by name, in order.
         leaf: submodules that are not traced into.
+        heads_read: submodules whose outputs heads read where they can.
     """
 
     def __init__(
-        self, module: nn.Module, given: Mapping[str, Tensor], leaf: Collection[str]
+        self,
+        module: nn.Module,
+        given: Mapping[str, Tensor],
+        leaf: Collection[str] = (),
+        heads_read: Collection[str] = (),
     ) -> None:
         self.module = module
         known = dict(module.named_modules())
@@ -157,6 +165,7 @@ class Traced:
         self._unused = self._found_unused()
         self._learned = self._found_learned()
         self._costly = [i for i, n in enumerate(self._nodes) if self._has_parameters(n)]
+        self._named = {self._nodes[self._called(name)[-1]] for name in heads_read}
 
     @property
     def inputs(self) -> list[str]:
@@ -174,12 +183,7 @@ class Traced:
         found = []
         for text in at:
             name = text.removeprefix(_AFTER)
-            numbers = [i for i, n in enumerate(self._nodes) if name in owners(n)]
-            if not numbers:
-                called = dict.fromkeys(o for n in self._nodes for o in owners(n))
-                raise PartitionError(
-                    f"cannot cut at {text!r}, for no such submodule is called: {nearest(name, called)}"
-                )
+            numbers = self._called(name, f"cut at {text!r}")
             place = numbers[-1] + 1 if text.startswith(_AFTER) else numbers[0]
             self._check_place(place, text)
             found.append(place)
@@ -189,6 +193,17 @@ class Traced:
                 "those at the same place"
             )
         return found
+
+    def _called(self, name: str, what: str = "") -> list[int]:
+        """The numbers of a submodule's operations; there are some."""
+        numbers = [i for i, n in enumerate(self._nodes) if name in owners(n)]
+        if not numbers:
+            called = dict.fromkeys(o for n in self._nodes for o in owners(n))
+            what = what or f"have heads read {name!r}"
+            raise PartitionError(
+                f"cannot {what}, for no such submodule is called: {nearest(name, called)}"
+            )
+        return numbers
 
     def everywhere(self) -> list[int]:
         """Between any two operations with parameters the place where the fewest bytes would cross.
@@ -224,8 +239,9 @@ class Traced:
             if any(self._comes_after(user, place) for user in node.users)
         ]
         floating = [n for n in crossing if is_floating(n.meta["value"])]
+        named = [n for n in floating if n in self._named]
         learned = [n for n in floating if n in self._learned]
-        read = (learned or floating)[-1:]
+        read = (named or learned or floating)[-1:]
         return [*read, *(node for node in crossing if node not in read)]
 
     def _comes_after(self, user: fx.Node, place: int) -> bool:

@@ -33,7 +33,13 @@ def show_plan(plan: Plan) -> None:
     columns = ["stage", "worker", "layers", "weights", "+ head", "MMAC", "KiB", "sends"]
     if is_timed:
         columns.append("ms")
-    table = Table(*columns, "share", box=SIMPLE_HEAD)
+    # It has to fit into 80 columns, and names of layers may be long.
+    table = Table(box=SIMPLE_HEAD, collapse_padding=True, pad_edge=False)
+    for column in (*columns, "share", "head"):
+        wraps = column == "layers"
+        table.add_column(
+            column, no_wrap=not wraps, overflow="fold", min_width=len(column)
+        )
     for row in plan.rows:
         cells = [
             str(row.index),
@@ -47,12 +53,14 @@ def show_plan(plan: Plan) -> None:
         ]
         if is_timed:
             cells.append(f"{row.seconds * 1e3:.1f}")
-        table.add_row(*cells, percent(row.share))
+        head = f"{100 * row.head_share:.0f} %" if row.head_parameters else "–"
+        table.add_row(*cells, percent(row.share), head)
     console = Console(markup=False)
     console.print(table)
     console.print(
         "Heads included. MMAC (forward), KiB (saved for backward) and what a stage sends to the next one, in KiB, are "
-        f"per sample{', ms per batch' if is_timed else ''}. "
+        f"per sample{', ms per batch' if is_timed else ''}. \"share\" is a stage's part of all "
+        f"{'ms' if is_timed else 'MMAC'}, \"head\" its head's part of the stage's. "
         "Repeat this cut with "
         f"--balance {','.join(map(str, plan.balance))}"
     )

@@ -19,6 +19,7 @@ from pglpipe.data.loader import Sample
 from pglpipe.errors import PartitionError, setting
 from pglpipe.heads import PER_TOKEN, Site, build_head
 from pglpipe.messages.activation import Activation, main
+from pglpipe.models.axes import is_channels_last
 from pglpipe.models.layer import Layer
 from pglpipe.models.split import Piece
 from pglpipe.plan.partition import HeadBuilder, check_heads, slices
@@ -55,7 +56,10 @@ def head_builder(
             depth_fraction = depths.get(position, head_depth(position, len(layers)))
             num_outputs = local_loss.outputs(output.shape[-1])
             seed = blueprint.learning.machine.seed
-            site = Site(shape, num_outputs, position, copied, depth_fraction, seed)
+            last = is_channels_last(shape, layers, position)
+            site = Site(
+                shape, num_outputs, position, copied, depth_fraction, seed, last
+            )
             head = build_head(named, site)
         return local_loss.auxiliary(head, shape, tuple(main(sample.x).shape[1:]))
 

@@ -79,8 +79,9 @@ class Cut(Section, title="Cut and heads"):
         of("a word or the numbers of layers, such as [2, 3, 3],", _balance),
     )
     head: str | Callable[[tuple[int, ...]], nn.Module] = option(
-        "1c2f",
-        f"auxiliary head of a stage, out of {', '.join(HEAD_NAMES)}",
+        "auto",
+        f"auxiliary head of a stage, out of {', '.join(HEAD_NAMES)}; auto is 1c2f, reduced on maps wider or larger than "
+        "those of CIFAR's ResNets, and 0c2f on tokens",
         _head,
         common=True,
     )

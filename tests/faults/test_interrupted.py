@@ -233,7 +233,7 @@ TAKEN = "already holds a run; choose another --run-dir"
     ("more", "words"),
     [
         ("--lr 0.2", "--lr 0.2 (it was 0.05)"),
-        ("--seed 1 --head 0c1f", "--head 0c1f (it was 1c2f); --seed 1"),
+        ("--seed 1 --head 0c1f", "--head 0c1f (it was auto); --seed 1"),
         ("--guidance-duration 1", "--guidance-duration 1 (it was 2)"),
         ("--resume never", TAKEN),
         ("--resume elsewhere", TAKEN),

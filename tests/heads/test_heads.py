@@ -9,13 +9,21 @@ import torch
 from torch import nn
 
 from pglpipe.errors import ConfigError
-from pglpipe.heads import HEADS, Site, build_head, find_head
+from pglpipe.heads import (
+    HEADS,
+    PER_TOKEN,
+    TOKEN_HEADS,
+    VOLUME_HEADS,
+    Site,
+    build_head,
+    find_head,
+)
 
 CONVOLUTIONAL = ["0c1f", "0c2f", "1c1f", "1c2f", "1c3f", "2c2f"]
 
 
-# The others need to know the network: tests/heads/test_heads_borrowed.py.
-ALONE = sorted(HEADS.keys() - {"man", "solo"})
+# The others need to know the network (tests/heads/test_heads_borrowed.py), or read tokens alone.
+ALONE = sorted(HEADS.keys() - {"man", "solo", *PER_TOKEN})
 
 
 def parameters(head: nn.Module) -> int:
@@ -134,18 +142,111 @@ def test_an_unknown_head_is_refused_with_the_nearest() -> None:
         find_head("1c2g")
 
 
-@pytest.mark.parametrize("shape", [(), (2, 3, 4, 5)])
+@pytest.mark.parametrize("shape", [(), (2, 3, 4, 5, 6)])
 @pytest.mark.parametrize("name", [*sorted(HEADS), "auglocal-2"])
-def test_an_activation_that_is_neither_image_nor_flat_nor_tokens_is_refused(
+def test_an_activation_that_is_neither_map_nor_volume_nor_flat_nor_tokens_is_refused(
     name: str, shape: tuple[int, ...]
 ) -> None:
     with pytest.raises(
-        ConfigError, match=f"head {name} expects activations .C, H, W. or .F,."
+        ConfigError, match=f"head {name} expects activations .C, H, W. or .F,.*cut"
     ):
         build_head(name, Site(shape, 2))
 
 
-@pytest.mark.parametrize("name", ["0c1f", "0c2f"])
+@pytest.mark.parametrize("name", sorted(HEADS.keys() - {*VOLUME_HEADS}))
+def test_volumes_are_refused_by_heads_for_maps(name: str) -> None:
+    with pytest.raises(ConfigError, match="volumes .C, D, H, W. go to a head auto, 0c"):
+        build_head(name, Site((2, 3, 4, 5), 3))
+
+
+@pytest.mark.parametrize(
+    "shape", [(4, 3, 4, 5), (16, 9, 9, 9), (100, 3, 3, 3), (130, 4, 12, 7)]
+)
+@pytest.mark.parametrize("name", VOLUME_HEADS)
+def test_heads_turn_volumes_into_logits_and_send_a_gradient_back(
+    name: str, shape: tuple[int, ...]
+) -> None:
+    head = build_head(name, Site(shape, 7))
+    x = torch.randn(2, *shape, requires_grad=True)
+    logits = head(x)
+    assert logits.shape == (2, 7)
+    (logits * torch.arange(14.0).view(2, 7)).sum().backward()
+    assert x.grad is not None and x.grad.abs().sum() > 0 and x.grad.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    "shape", [(6, 5, 8), (40, 40, 3), (7, 9, 130), (3, 4, 5, 8), (3, 4, 9, 100)]
+)
+@pytest.mark.parametrize("name", ["auto", "0c1f", "1c2f", "2c2f", "mlp", "cnn", "pred"])
+def test_a_head_does_with_channels_that_are_last_what_it_does_with_first_ones(
+    name: str, shape: tuple[int, ...]
+) -> None:
+    if len(shape) == 4 and name not in VOLUME_HEADS:
+        pytest.skip("refused")
+    head = build_head(name, Site(shape, 7, channels_last=True))
+    first = build_head(name, Site((shape[-1], *shape[:-1]), 7))
+    weights = zip(first.state_dict(), head.state_dict().values(), strict=True)
+    first.load_state_dict(dict(weights))
+    x = torch.randn(4, *shape)
+    torch.testing.assert_close(head(x), first(x.movedim(-1, 1)))
+
+
+@pytest.mark.parametrize("shape", [(16, 32, 32), (32, 16, 16), (64, 8, 8), (3, 1, 9)])
+def test_auto_is_1c2f_with_the_same_weights_where_that_was_published(
+    shape: tuple[int, ...],
+) -> None:
+    published, chosen = (
+        seeded_head(name, Site(shape, 10)) for name in ("1c2f", "auto")
+    )
+    assert str(published) == str(chosen)
+    for expected, found in zip(published.parameters(), chosen.parameters()):
+        assert torch.equal(expected, found)
+
+
+def seeded_head(name: str, site: Site) -> nn.Module:
+    """The head with the same first weights each time."""
+    torch.manual_seed(0)
+    return build_head(name, site)
+
+
+@pytest.mark.parametrize(
+    ("shape", "pooled"),
+    [
+        ((256, 56, 56), (128, 14, 14)),  # ResNet-50's at 224 pixels
+        ((1024, 14, 14), (128, 4, 4)),
+        ((2048, 7, 7), (128, 4, 4)),
+        ((256, 8, 8), (128, 4, 4)),  # at 32 pixels
+        ((96, 7, 7), (96, 4, 4)),
+        ((65, 2, 1), (65, 2, 1)),
+        ((16, 112, 33), (16, 28, 9)),
+    ],
+)
+def test_elsewhere_auto_is_1c2f_of_fewer_pixels_and_channels(
+    shape: tuple[int, ...], pooled: tuple[int, ...]
+) -> None:
+    head, end = build_head("auto", Site(shape, 10)), build_head(
+        "1c2f", Site(pooled, 10)
+    )
+    parts = list(head.children())
+    front = nn.Sequential(*parts[: len(parts) - len(list(end.children()))])
+    assert str([*parts[len(front) :]]) == str([*end.children()])
+    assert front(torch.zeros(2, *shape)).shape == (2, *pooled)
+
+
+def test_a_pixel_at_the_edge_counts_like_others_where_4_make_no_whole_number() -> None:
+    pool = next(build_head("auto", Site((100, 9, 6), 10)).children())
+    torch.testing.assert_close(pool(torch.ones(1, 100, 9, 6)), torch.ones(1, 100, 3, 3))
+
+
+def test_on_tokens_and_vectors_auto_is_an_mlp() -> None:
+    tokens, flat = build_head("auto", Site((5, 80), 10)), build_head(
+        "auto", Site((80,), 10)
+    )
+    assert str(tokens) == str(build_head("0c2f", Site((5, 80), 10)))
+    assert str(flat) == str(build_head("1c2f", Site((80,), 10)))
+
+
+@pytest.mark.parametrize("name", TOKEN_HEADS)
 def test_heads_without_convolutions_see_the_mean_of_all_tokens(name: str) -> None:
     head = build_head(name, Site((5, 16), 3))
     tokens = torch.rand(4, 5, 16)
@@ -159,5 +260,7 @@ def test_heads_without_convolutions_see_the_mean_of_all_tokens(name: str) -> Non
 
 @pytest.mark.parametrize("name", ["1c2f", "mlp-sr", "cnn"])
 def test_tokens_are_refused_by_heads_for_maps(name: str) -> None:
-    with pytest.raises(ConfigError, match="tokens .T, F. go to a head 0c1f or 0c2f"):
+    with pytest.raises(
+        ConfigError, match="tokens .T, F. go to a head auto, 0c1f or 0c2f"
+    ):
         build_head(name, Site((5, 16), 3))

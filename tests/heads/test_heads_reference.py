@@ -53,6 +53,9 @@ class BorrowedWeights:
     def linear(self, x: Tensor) -> Tensor:
         return F.linear(x, next(self._left), next(self._left))
 
+    def next(self) -> Tensor:
+        return next(self._left)
+
     def unit(self, x: Tensor, stride: int = 1, padding: int = 1) -> Tensor:
         return self.normed(self.convolved(x, stride, padding)).clamp(min=0)
 
@@ -88,6 +91,12 @@ def infopro(
     return w.linear(x)
 
 
+def auto(w: BorrowedWeights, x: Tensor) -> Tensor:
+    """Of 130 channels and 12 x 8 pixels: 4 x 2 become one, and 128 channels are left."""
+    x = w.unit(tiled(x, 3, 4), padding=0)
+    return infopro(w, x, convolutions=1, linears=2)
+
+
 def mlp(w: BorrowedWeights, x: Tensor) -> Tensor:
     x = tiled(x, 2, 2).flatten(1)
     for _ in range(3):
@@ -110,6 +119,12 @@ def cnn(w: BorrowedWeights, x: Tensor) -> Tensor:
 def pred(w: BorrowedWeights, x: Tensor) -> Tensor:
     """Of 64 channels and 16 x 8 pixels, 2 x 1 become one: 4096 numbers."""
     return w.linear(tiled(x, 8, 8).flatten(1))
+
+
+def readout(w: BorrowedWeights, x: Tensor) -> Tensor:
+    """Of 5 tokens of 6 numbers."""
+    normed = F.rms_norm(x, (6,), w.next())
+    return F.linear(normed, w.next())
 
 
 def man_blocks(w: BorrowedWeights, x: Tensor) -> Tensor:
@@ -161,6 +176,8 @@ DRAWINGS: list[tuple[str, int | tuple[int, ...], Drawing]] = [
     ("mlp-sr", MAP, mlp_sr),
     ("cnn", MAP, cnn),
     ("pred", (64, 16, 8), pred),
+    ("auto", (130, 12, 8), auto),
+    ("readout", (5, 6), readout),
     ("man", 3, man),
     ("man", 9, man_last),
     ("solo", 0, solo),

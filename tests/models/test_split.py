@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from pglpipe import ALWAYS, NEVER, Guidance, Layer, PglpipeError
 from pglpipe.errors import ConfigError, DataError, PartitionError
-from pglpipe.messages.activation import tensors_of
+from pglpipe.messages.activation import main, tensors_of
 from pglpipe.models.split import split
 
 
@@ -290,7 +290,7 @@ def test_submodules_keep_their_modes_hooks_and_trained_weights() -> None:
     calls: list[bool] = []
 
     def hook(self: nn.Module, given: tuple[Tensor, ...], output: Tensor) -> None:
-        if not output.is_meta:  # as in the plan
+        if type(output) is Tensor and not output.is_meta:  # else the plan asks
             calls.append(self.training)
 
     module.up2.register_forward_hook(hook)
@@ -502,6 +502,56 @@ def test_heads_read_the_last_value_that_learns() -> None:
     before = module.first.weight.clone()
     trained(1, split(module, X, at=["second"]), stages=2, guidance=NEVER)
     assert not torch.equal(module.first.weight, before)
+
+
+class Forked(nn.Module):
+    """Two branches, of which the second is computed last."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.first, self.second = nn.Linear(4, 5), Branch(6), Branch(7)
+        self.last = nn.Linear(13, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        return self.last(torch.cat([self.first(x), self.second(x)], 1))  # type: ignore[no-any-return]
+
+
+class Branch(nn.Module):
+    def __init__(self, outputs: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(5, outputs)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x).relu()  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize(
+    ("named", "widths"),
+    [
+        ([], [5, 6, 7]),
+        (["first"], [5, 6, 6]),
+        (["stem"], [5, 5, 7]),
+        (["first", "second"], [5, 6, 7]),
+    ],
+)
+def test_heads_read_what_is_named_where_it_crosses(
+    named: list[str], widths: list[int]
+) -> None:
+    at, x = ["first", "second", "after second"], torch.ones(3, 4)
+    layers = split(Forked(), x, at=at, heads_read=named)
+    found = []
+    for layer in layers[:-1]:
+        x = layer.build()(x)
+        found.append(main(x).shape[1])
+    assert found == widths
+
+
+def test_what_heads_cannot_read_is_refused() -> None:
+    with pytest.raises(
+        PartitionError, match="have heads read 'frist', for no .*'first'"
+    ):
+        split(Forked(), torch.ones(3, 4), heads_read=["frist"])
 
 
 def test_what_is_made_of_a_buffer_follows_it() -> None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+from functools import partial
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 from testing.screen import printed, wide_console
 from torch import nn
 
@@ -16,7 +18,20 @@ from pglpipe.plan.partition import StageRow
 from pglpipe.plan.placement import Plan
 
 ROWS = [
-    StageRow(0, "stem", "block1", 2, 1000, 200, 3_000_000, 4096, (4, 8, 8), 0.0, 0.25),
+    StageRow(
+        0,
+        "stem",
+        "block1",
+        2,
+        1000,
+        200,
+        3_000_000,
+        4096,
+        (4, 8, 8),
+        0.0,
+        0.25,
+        head_share=0.125,
+    ),
     StageRow(1, "block2", "block2", 1, 2000, 0, 9_000_000, 2048, (8, 4, 4), 0.0, 0.75),
     StageRow(2, "block3", "classifier", 2, 7, 0, 1_000_000, 1024, (4,), 0.0, 0.0),
 ]
@@ -77,9 +92,9 @@ def test_the_plan_shows_what_each_stage_holds_and_how_to_repeat_it(
 ) -> None:
     tables.show_plan(PLAN)
     text = printed(capsys)
-    assert "0 0 stem … block1 1,000 200 3.00 4 – 25.0 %" in text
-    assert "1 0 block2 2,000 0 9.00 2 – 75.0 %" in text
-    assert "2 1 block3 … classifier 7 0 1.00 1 – 0.0 %" in text
+    assert "0 0 stem … block1 1,000 200 3.00 4 – 25.0 % 12 %" in text
+    assert "1 0 block2 2,000 0 9.00 2 – 75.0 % –" in text
+    assert "2 1 block3 … classifier 7 0 1.00 1 – 0.0 % –" in text
     assert "--balance 2,1,2" in " ".join(text)
 
 
@@ -89,6 +104,19 @@ def test_the_plan_shows_the_milliseconds_that_were_measured(
     timed = [dataclasses.replace(row, seconds=0.0125) for row in ROWS]
     tables.show_plan(dataclasses.replace(PLAN, rows=timed))
     assert sum(" 12.5 " in line for line in printed(capsys)) == 3
+
+
+def test_the_plan_fits_into_80_columns_with_names_of_any_length(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(tables, "Console", partial(Console, width=80))
+    rows = [dataclasses.replace(r, seconds=0.2, last="features.5.2.mlp") for r in ROWS]
+    tables.show_plan(dataclasses.replace(PLAN, rows=rows))
+    lines = capsys.readouterr().out.splitlines()
+    assert all(len(line) <= 80 for line in lines)
+    titles = "stage worker layers weights + head MMAC KiB sends ms share head"
+    assert " ".join(lines[1].split()) == titles
+    assert lines[3].split()[-5:] == ["200.0", "25.0", "%", "12", "%"]
 
 
 def test_the_end_shows_every_exit_and_what_it_took(

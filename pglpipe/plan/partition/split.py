@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, chain
+from operator import attrgetter
 
 import torch
 from torch import Tensor, nn
@@ -144,6 +145,7 @@ class StageRow:
         output_shape: of one sample's activation after its last layer.
         seconds: forward and backward of a batch, head included; 0 when not measured.
         share: of all stages' seconds, or multiply-adds when not measured; 0 … 1.
+        head_share: the head's part of the stage's seconds, or multiply-adds when not measured; 0 … 1.
         crossing_bytes: of what goes to the next stage, per sample, before it is packed; 0 for the last stage.
         crossing: how many tensors those are.
     """
@@ -161,6 +163,7 @@ class StageRow:
     share: float
     crossing_bytes: int = 0
     crossing: int = 0
+    head_share: float = 0.0
 
 
 def describe(
@@ -183,14 +186,11 @@ def describe(
         )
         for part in slices(balance)
     ]
-    loads = [
-        sum(c.seconds if timed else c.macs for c in body + head)
-        for body, head in stages
-    ]
-    total = sum(loads) or 1.0
+    load = attrgetter("seconds" if timed else "macs")
+    total = sum(load(cost) for body, head in stages for cost in body + head)
     return [
-        _row(index, body, head, load / total, ends=index == len(balance) - 1)
-        for index, ((body, head), load) in enumerate(zip(stages, loads, strict=True))
+        _row(index, body, head, load, total, ends=index == len(balance) - 1)
+        for index, (body, head) in enumerate(stages)
     ]
 
 
@@ -198,10 +198,12 @@ def _row(
     index: int,
     body: list[LayerCost],
     head: list[LayerCost],
-    share: float,
+    load: Callable[[LayerCost], float],
+    total: float,
     *,
     ends: bool,
 ) -> StageRow:
+    whole, of_head = (sum(map(load, costs)) for costs in (body + head, head))
     return StageRow(
         index=index,
         first=body[0].name,
@@ -213,7 +215,8 @@ def _row(
         saved_bytes=sum(cost.saved_bytes for cost in body + head),
         output_shape=body[-1].output_shape,
         seconds=sum(cost.seconds for cost in body + head),
-        share=share,
+        share=whole / (total or 1.0),
+        head_share=of_head / (whole or 1.0),
         crossing_bytes=0 if ends else body[-1].output_bytes,
         crossing=0 if ends else body[-1].outputs,
     )

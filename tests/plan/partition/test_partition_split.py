@@ -135,6 +135,12 @@ def test_shares_are_of_macs_until_seconds_are_measured() -> None:
     assert [row.seconds for row in timed] == [4.0, 1.0]
 
 
+def test_the_share_of_a_head_is_of_the_measure_that_stages_are_compared_by() -> None:
+    by_macs, by_time = (describe([3, 1], *costs(timed=t)) for t in (False, True))
+    assert [row.head_share for row in by_macs] == [2 / 8, 0]
+    assert [row.head_share for row in by_time] == [1 / 4, 0]
+
+
 def test_a_network_without_any_multiply_adds_has_shares_of_zero() -> None:
     free = [LayerCost("l", (1,), 0, 0, 0)] * 2
     assert [row.share for row in describe([1, 1], free, free[:1])] == [0, 0]
