@@ -51,8 +51,8 @@ def split(
     *,
     at: Sequence[str] | None = None,
     leaf: Collection[str] = (),
-    heads_read: Collection[str] = (),
     untie: bool = False,
+    heads_read: Collection[str] = (),
 ) -> list[Layer]:
     """The layers of any module, to be given to a trainer in its place.
 
@@ -64,9 +64,9 @@ def split(
         at: where to cut: the name of a submodule cuts before it is first called, ``"after NAME"`` after it was last
             called. None for all places where few bytes would cross.
         leaf: names of submodules that are called as a whole, beside those that cannot be traced.
+        untie: gives the module two parameters where it has one under two names, which could not be cut apart.
         heads_read: names of submodules. Where what one of them puts out crosses a cut, the head there reads the last
             such value; elsewhere the last floating value that was computed from parameters.
-        untie: gives the module two parameters where it has one under two names, which could not be cut apart.
 
     Returns:
         One layer more than there are names in ``at``.
@@ -164,8 +164,8 @@ class Traced:
         self._alive: dict[int, list[fx.Node]] = {}
         self._unused = self._found_unused()
         self._learned = self._found_learned()
-        self._named = {self._nodes[self._called(name)[-1]] for name in heads_read}
         self._costly = [i for i, n in enumerate(self._nodes) if self._has_parameters(n)]
+        self._named = {self._nodes[self._called(name)[-1]] for name in heads_read}
 
     @property
     def inputs(self) -> list[str]:
