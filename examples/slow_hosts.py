@@ -51,7 +51,7 @@ def main() -> None:
             nesterov=True,
         ),
         learning_rate=pglpipe.wsd(),
-        cut=pglpipe.Cut(4, head="readout"),
+        cut=pglpipe.Cut(4),
         guidance=pglpipe.LAST_TENTH,
         memory=pglpipe.Memory(microbatches=4),
         edges=pglpipe.Edges(dtype="int8", queue_depth=8),

@@ -38,7 +38,6 @@ TASKS = {
         {
             "dataset": "synthetic-text",
             "model": "gpt",
-            "head": "readout",
             "optimizer": "muon",
             "lr_schedule": "wsd",
             "batch_size": 32,

@@ -3,7 +3,8 @@
 A new head is a function ``Site -> nn.Module`` and one line in :data:`HEADS`.
 
 ==================================  ===========================================================
-``auto``                            ``1c2f``, reduced on large or wide maps; ``0c2f`` on tokens
+``auto``                            ``1c2f``, reduced on large or wide maps; ``0c2f`` on tokens; ``readout``
+                                    where the network itself tells something of each token
 ``0c1f 0c2f 1c1f 1c2f 1c3f 2c2f``   X convolutions, Y fully connected layers (InfoPro)
 ``mlp mlp-sr cnn``                  of decoupled greedy learning (DGL)
 ``pred``                            pooled to 4096 numbers at most, linear (Nøkland & Eidnes)

@@ -42,6 +42,8 @@ def head_builder(
     layers, named, output = blueprint.layers, blueprint.cut.head, main(output)
     copied = () if isinstance(layers[0], Piece) else layers
     local_loss = blueprint.learning.local_loss
+    if named == "auto" and output.ndim == 3:
+        named = PER_TOKEN[0]
     if not callable(named) and blueprint.cut.stages > 1:
         _check_output(named, output)
     depths = {

@@ -81,7 +81,7 @@ class Cut(Section, title="Cut and heads"):
     head: str | Callable[[tuple[int, ...]], nn.Module] = option(
         "auto",
         f"auxiliary head of a stage, out of {', '.join(HEAD_NAMES)}; auto is 1c2f, reduced on maps wider or larger than "
-        "those of CIFAR's ResNets, and 0c2f on tokens",
+        "those of CIFAR's ResNets, 0c2f on tokens, and readout for language models",
         _head,
         common=True,
     )

@@ -105,6 +105,13 @@ def test_global_steps_are_those_of_the_uncut_network() -> None:
         torch.testing.assert_close(found[name], expected, rtol=1e-4, atol=1e-6)
 
 
+def test_a_head_of_tokens_is_what_auto_takes_for_them() -> None:
+    digests = {
+        run(1, head=head).summary.parameters_sha256 for head in ("auto", "readout")
+    }
+    assert len(digests) == 1
+
+
 def test_sizes_that_do_not_go_together_are_refused() -> None:
     sizes = dict(context=4, vocabulary=4)
     with pytest.raises(ConfigError, match="multiple of twice the heads, got 12 for 4"):
