@@ -31,7 +31,7 @@ from pglpipe import Trainer, data
 from pglpipe.app.config import RunConfig
 from pglpipe.app.run import _warn_beyond, evaluate
 from pglpipe.app.run import plan as make_plan
-from pglpipe.app.run_data import load
+from pglpipe.app.run_data import ImageFacts, load
 from pglpipe.checkpoint import weights as state
 from pglpipe.errors import PglpipeWarning
 
@@ -40,7 +40,8 @@ pytestmark = pytest.mark.together
 SUMMARY_KEYS = """
     config versions classes mean std num_stages num_workers steps guided_steps global_steps
     wall_seconds sanity_check_seconds train_seconds
-    samples_per_second step_seconds test_loss test_accuracy exit_accuracy gradient_cosine skipped_steps workers
+    samples_per_second step_seconds test_loss test_accuracy exit_accuracy
+    exit_loss exit_metrics gradient_cosine skipped_steps workers
     parameters_sha256
 """.split()
 WORKER_KEYS = """
@@ -354,7 +355,8 @@ def test_a_run_says_what_its_network_must_be_told_of_images(
 def test_every_worker_knows_the_classes(images: Path) -> None:
     config = RunConfig.of(dataset="imagefolder", data_root=str(images))
     first, second = on_every_rank(2, lambda world: load(config, world))
-    assert second.classes == CLASSES and second.about() == first.about()
+    assert isinstance(second.facts, ImageFacts) and second.facts.classes == CLASSES
+    assert second.facts == first.facts
 
 
 def test_a_budget_that_one_worker_cannot_meet_keeps_nobody_from_evaluating(

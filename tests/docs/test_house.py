@@ -88,15 +88,18 @@ def make(checkout: Path) -> Make:
         (
             "check",
             [
-                "black --check pglpipe benchmarks tests",
-                "isort --check-only pglpipe benchmarks tests",
-                "flake8 pglpipe benchmarks tests",
+                "black --check pglpipe benchmarks examples tests",
+                "isort --check-only pglpipe benchmarks examples tests",
+                "flake8 pglpipe benchmarks examples tests",
                 "mypy ",
             ],
         ),
         (
             "format",
-            ["isort pglpipe benchmarks tests", "black pglpipe benchmarks tests"],
+            [
+                "isort pglpipe benchmarks examples tests",
+                "black pglpipe benchmarks examples tests",
+            ],
         ),
     ],
 )

@@ -10,6 +10,7 @@ import torch
 from testing.whole import assert_learns_as_if_whole, without_draws
 from torch import nn
 
+from benchmarks.networks import TIMM
 from pglpipe.errors import ConfigError
 from pglpipe.models import build
 from pglpipe.models.timm import timm_network
@@ -18,14 +19,6 @@ from pglpipe.utils.torchvision import import_torchvision
 import_torchvision()
 timm: Any = pytest.importorskip("timm")
 
-# The kind of head that reads what its stages give.
-NETWORKS = {
-    "convnext_atto": "mlp",
-    "mobilenetv3_small_050": "mlp",
-    "resnet10t": "mlp",
-    "test_efficientnet": "mlp",
-    "vit_tiny_patch16_224": "0c1f",
-}
 QUICK = ["test_efficientnet"]
 pytestmark = pytest.mark.filterwarnings("ignore")  # those of the library
 
@@ -45,13 +38,15 @@ def making(name: str) -> Callable[[], nn.Module]:
     "name",
     [
         pytest.param(name, marks=[] if name in QUICK else pytest.mark.slow)
-        for name in NETWORKS
+        for name in TIMM
     ],
 )
 def test_a_network_of_timm_learns_as_if_it_were_whole(name: str) -> None:
     draws = torch.Generator().manual_seed(1)
     batch = torch.randn(4, 3, 32, 32, generator=draws), torch.tensor([0, 1, 2, 3])
-    assert_learns_as_if_whole(making(name), batch, head=NETWORKS[name])
+    assert_learns_as_if_whole(
+        making(name), batch, head="0c1f" if name.startswith("vit") else "mlp"
+    )
 
 
 def test_a_name_builds_the_layers() -> None:

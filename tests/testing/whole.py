@@ -33,6 +33,8 @@ def assert_learns_as_if_whole(
 ) -> None:
     """The same bits on one and two workers, and two global steps that are those of the uncut network.
 
+    Global steps are taken twice, cut by cost and cut by name.
+
     Args:
         make: a network that draws nothing, with the same weights each time.
         batch: on which it learns.
@@ -42,8 +44,10 @@ def assert_learns_as_if_whole(
     x, targets = batch
     loss = loss or nn.CrossEntropyLoss()
 
-    def trained(size: int, module: nn.Module, steps: int, guidance: Guidance) -> Any:
-        layers = split(module, x[:2])
+    def trained(
+        size: int, module: nn.Module, steps: int, guidance: Guidance, at: Any = None
+    ) -> Any:
+        layers = split(module, x[:2], at=at)
         options: dict[str, Any] = dict(guidance=guidance, loss=loss, optimizer=sgd)
         return train(size, layers, [batch] * steps, head=head, stages=4, **options)
 
@@ -55,20 +59,31 @@ def assert_learns_as_if_whole(
 
     module = make()
     reference = copy.deepcopy(module).train()
-    body: dict[str, Tensor] = trained(2, module, 2, ALWAYS).body
+    bodies: list[dict[str, Tensor]] = [
+        trained(2, module, 2, ALWAYS).body,
+        trained(1, make(), 2, ALWAYS, at=names(make(), x[:2])).body,
+    ]
     optimizer = sgd(reference.parameters())
     for _ in range(2):
         optimizer.zero_grad()
         loss(reference(x), targets).backward()
         optimizer.step()
     again = make()
-    again.load_state_dict(body)
-    for key, expected in reference.state_dict().items():
-        largest = expected.abs().max().clamp_min(1e-6)
-        assert float((body[key] - expected).abs().max() / largest) < 1e-5, key
+    for body in bodies:
+        again.load_state_dict(body)
+        for key, expected in reference.state_dict().items():
+            largest = expected.abs().max().clamp_min(1e-6)
+            assert float((body[key] - expected).abs().max() / largest) < 1e-5, key
     with torch.no_grad():
         outputs = [m.eval()(x) for m in (again, reference)]
     assert all(torch.allclose(*pair) for pair in zip(*map(tensors_of, outputs)))
+
+
+def names(module: nn.Module, x: Tensor) -> list[str]:
+    """Three submodules before which a network may be cut, one in each quarter but the first."""
+    known = dict(module.named_modules())
+    found = [layer.name for layer in split(module, x)[1:] if layer.name in known]
+    return [found[(quarter * len(found)) // 4] for quarter in (1, 2, 3)]
 
 
 def sgd(parameters: Any) -> torch.optim.Optimizer:
