@@ -27,8 +27,18 @@ def test_every_program_has_a_name() -> None:
     assert len(PROGRAMS) == DOCUMENT.count("```python")
 
 
+# One of each document; the others are run by make test-slow.
+QUICK = "u_net.py", "language.py"
+
+
 @pytest.mark.dist
-@pytest.mark.parametrize("name", PROGRAMS)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[] if name in QUICK else pytest.mark.slow)
+        for name in PROGRAMS
+    ],
+)
 @pytest.mark.filterwarnings("ignore")
 def test_a_program_prints_the_same_on_any_number_of_workers(
     name: str, tmp_path: Path

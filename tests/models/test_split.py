@@ -204,8 +204,19 @@ STEPS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize("kind", STEPS)
+# All kinds of steps on one of the networks, and the usual one on the others; the rest takes a minute.
+CASES = [
+    pytest.param(
+        kind,
+        name,
+        marks=[] if name == "u-net" or kind == "local and global" else pytest.mark.slow,
+    )
+    for kind in STEPS
+    for name in MODELS
+]
+
+
+@pytest.mark.parametrize(("kind", "name"), CASES)
 def test_no_bit_depends_on_how_many_workers_there_are(kind: str, name: str) -> None:
     model, names = MODELS[name]
     evaluate = [BATCH, (X[:3], BATCH[1][:3])]

@@ -57,12 +57,14 @@ def test_a_head_costs_less_than_a_quarter_of_its_stage(name: str, side: int) -> 
     assert rows[-1].head_share == 0
 
 
+@pytest.mark.slow
 def test_so_does_one_behind_a_single_block_of_resnet50_for_large_images() -> None:
     sizes = ",".join(["2", *["1"] * 14, "2"])
     rows = planned("resnet50", 224, stages=16, balance=sizes)
     assert all(0 < row.head_share < LARGEST for row in rows[:-1])
 
 
+@pytest.mark.slow
 def test_the_default_cut_gives_no_stage_half_of_the_layers_of_resnet50() -> None:
     assert max(row.layers for row in planned("resnet50", 32)) <= 6
     with_published = planned("resnet50", 32, head="1c2f")
