@@ -28,7 +28,7 @@ ROWS: dict[str, dict[str, Any]] = {
     WHOLE: {"guidance-period": 1},
     LOCAL: {"guidance-duration": 0},
     "last-tenth": {"guidance-final": 50},
-    "last-tenth-full-rate": {"guidance-final": 50, "final-lr": 1.0},
+    "last-tenth-full-rate": {"guidance-final": 50, "final-lr": 1.0, "decay": 0.1},
     "one-in-ten": {"guidance-period": 10},
     "window": {"guidance-period": 1, "guidance-reach": "window"},
 }

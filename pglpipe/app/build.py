@@ -92,15 +92,16 @@ def local_loss(config: RunConfig, facts: Facts) -> LocalLoss | None:
 def learning_rate(config: RunConfig, steps_per_epoch: int) -> LearningRate:
     """The factor on ``--lr``, over the run."""
 
-    def schedule(warmup_epochs: float) -> LearningRate:
+    def schedule(warmup_epochs: float, decay: float) -> LearningRate:
         warmup_steps = round(warmup_epochs * steps_per_epoch)
         if config.optimizer.lr_schedule == "constant":
             return warmed_up(warmup_steps, constant)
         if config.optimizer.lr_schedule == "wsd":
-            return wsd(config.optimizer.decay, warmup_steps)
+            return wsd(decay, warmup_steps)
         return cosine(warmup_steps)
 
-    whole, guidance = schedule(config.optimizer.warmup_epochs), config.guidance
+    asked, guidance = config.optimizer, config.guidance
+    whole = schedule(asked.warmup_epochs, asked.decay)
     if config.optimizer.lr_schedule == "infopro":
         whole = _infopro(config, steps_per_epoch)
     if not (config.optimizer.final_lr and guidance.final):
@@ -113,7 +114,8 @@ def learning_rate(config: RunConfig, steps_per_epoch: int) -> LearningRate:
         epochs = math.ceil(total_steps / steps_per_epoch)
         return (epochs - guidance.final_units(epochs)) * steps_per_epoch
 
-    again = schedule(config.optimizer.final_warmup_epochs)
+    # That phase is the end of the run, in all of which wsd falls.
+    again = schedule(asked.final_warmup_epochs, decay=1.0)
     return anew(whole, begins, config.optimizer.final_lr, again)
 
 
