@@ -45,3 +45,24 @@ def test_left_open_the_last_tenth_begins_with_half_the_learning_rate() -> None:
         RunConfig.of(steps=40, guidance_duration=0), steps_per_epoch=8
     )
     assert alone(36, 40) < 0.05
+
+
+def test_wsd_goes_on_falling_where_the_last_tenth_begins_with_half_the_rate() -> None:
+    config = RunConfig.of(lr_schedule="wsd", steps=40)
+    alone = RunConfig.of(lr_schedule="wsd", steps=40, guidance_duration=0)
+    factors = [
+        [learning_rate(each, steps_per_epoch=8)(step, 40) for step in range(40)]
+        for each in (config, alone)
+    ]
+    assert factors[0] == pytest.approx(factors[1])
+    assert factors[0][:33] == [1.0] * 33 and factors[0][36] == 0.5
+    assert factors[0][39] == pytest.approx(0.125)
+
+
+def test_a_decay_of_all_the_final_phase_is_one_from_the_full_rate() -> None:
+    full: dict[str, Any] = dict(lr_schedule="wsd", decay=0.1, final_lr=1.0)
+    rate = learning_rate(
+        RunConfig.of(**full, guidance_final=0.1, steps=40), steps_per_epoch=8
+    )
+    factors = [rate(step, 40) for step in range(40)]
+    assert factors == pytest.approx([1.0] * 37 + [0.75, 0.5, 0.25])
