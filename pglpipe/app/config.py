@@ -72,7 +72,7 @@ class Data(Section, title="Data", in_python=False):
     )
 
     def resolve(self) -> None:
-        """Refuses data of another task."""
+        """Refuses data of another task, and what would do nothing."""
         known = TASKS[self.task].datasets
         if self.dataset not in known:
             other = next(
@@ -82,6 +82,27 @@ class Data(Section, title="Data", in_python=False):
                 f"expected a data set for {setting('task', self.task)}, got {setting('dataset', self.dataset)}; choose "
                 f"{setting('task', other)}, or a data set among {', '.join(known)}"
             )
+
+        for task, names in _OF_TASK.items():
+            for name in names:
+                value = getattr(self, name)
+                if task != self.task and value != getattr(Data, name):
+                    raise ConfigError(
+                        f"expected {setting('task', task)} for {setting(name, value)}, got {setting('task', self.task)}; drop "
+                        "one"
+                    )
+        if self.tokenizer and self.dataset != "text":
+            raise ConfigError(
+                f"expected {setting('dataset', 'text')} for {setting('tokenizer', self.tokenizer)}, got "
+                f"{setting('dataset', self.dataset)}, whose tokens are bytes; drop one"
+            )
+
+
+# What is for the data of one task alone.
+_OF_TASK = {
+    "classification": ("download", "image_size", "augment"),
+    "lm": ("context", "tokenizer"),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -186,6 +207,11 @@ class Optimizer(Section, title="Optimizer", in_python=False):
         if self.nesterov and not self.momentum:
             raise ConfigError(
                 f"expected momentum for {setting('nesterov', True)}, got 0; add {setting('nesterov', False)}"
+            )
+        if self.decay != Optimizer.decay and self.lr_schedule != "wsd":
+            raise ConfigError(
+                f"expected {setting('lr_schedule', 'wsd')} for {setting('decay', self.decay)}, got "
+                f"{setting('lr_schedule', self.lr_schedule)}; drop one"
             )
         if self.decay > 1:
             raise ConfigError(

@@ -111,6 +111,9 @@ VALUES: dict[str, tuple[Any, Any]] = {
 
 # What a value of a field makes no sense without.
 BESIDE: dict[str, dict[str, Any]] = {
+    "context": {"task": "lm"},
+    "tokenizer": {"task": "lm", "dataset": "text"},
+    "decay": {"lr_schedule": "wsd"},
     "final_lr": {"guidance_final": 3},
     "final_warmup_epochs": {"guidance_final": 3, "final_lr": 0.5},
     "guidance_duration": {"guidance_period": 5},

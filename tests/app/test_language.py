@@ -115,6 +115,16 @@ def refused(folder: Path, *words: str) -> str:
         ("--task=lm --context=2000000", "training text of at least 4000000 tokens"),
         ("--task=lm --lr-schedule=wsd --decay=2", "a share of at most 1 for --decay"),
         ("--task=lmm", "unknown --task 'lmm'"),
+        (
+            "--context=9",
+            "expected --task lm for --context 9, got --task classification",
+        ),
+        ("--task=lm --no-augment", "--task classification for --no-augment, got"),
+        (
+            "--task=lm --tokenizer=t",
+            "--dataset text for --tokenizer t, got --dataset s",
+        ),
+        ("--decay=0.5", "expected --lr-schedule wsd for --decay 0.5, got"),
     ],
 )
 def test_what_cannot_be_is_one_line(words: str, said: str, tmp_path: Path) -> None:
