@@ -60,6 +60,11 @@ def optimizer(config: RunConfig, layers: Sequence[Layer]) -> OptimizerFactory:
     if asked.optimizer == "adamw":
         return lambda parameters: adamw(parameters, **rates)
     hidden = hidden_matrices(layers)
+    if not hidden:
+        raise ConfigError(
+            f"expected a network with matrices in hidden layers for {setting('optimizer', 'muon')}, got "
+            f"{config.network.model}, which has none; choose {setting('optimizer', 'adamw')}"
+        )
     return lambda named_parameters: MuonAndAdamW(
         named_parameters,
         hidden,

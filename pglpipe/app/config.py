@@ -91,11 +91,12 @@ class Data(Section, title="Data", in_python=False):
                         f"expected {setting('task', task)} for {setting(name, value)}, got {setting('task', self.task)}; drop "
                         "one"
                     )
-        if self.tokenizer and self.dataset != "text":
-            raise ConfigError(
-                f"expected {setting('dataset', 'text')} for {setting('tokenizer', self.tokenizer)}, got "
-                f"{setting('dataset', self.dataset)}, whose tokens are bytes; drop one"
-            )
+        for name in ("tokenizer", "data_root"):
+            if self.dataset == "synthetic-text" and (value := getattr(self, name)):
+                raise ConfigError(
+                    f"expected {setting('dataset', 'text')} for {setting(name, value)}, got {setting('dataset', self.dataset)}, "
+                    f"which is drawn by code; choose {setting('dataset', 'text')}, or drop {setting(name)}"
+                )
 
 
 # What is for the data of one task alone.

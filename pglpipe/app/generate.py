@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, nn
 
 from pglpipe.data.text import open_tokenizer
-from pglpipe.errors import ConfigError, setting
 
 SAMPLE = 200  # tokens shown at the end of a run
 
@@ -26,7 +25,7 @@ class Codec:
     def encode(self, text: str) -> list[int]:
         """The tokens of a text."""
         if self._tokenizer is None:
-            return list(text.encode())
+            return list(text.encode(errors="surrogateescape"))
         ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
         return ids
 
@@ -64,7 +63,7 @@ def generate(
         with torch.inference_mode():
             logits = network(padded)[0, len(read) - 1].float()
         if temperature:
-            odds = (logits / temperature).softmax(dim=0)
+            odds = ((logits - logits.max()) / temperature).softmax(dim=0)
             known.append(int(torch.multinomial(odds, 1, generator=generator)))
         else:
             known.append(int(logits.argmax()))
@@ -85,16 +84,9 @@ def continued(
 
     Args:
         network, count, context, temperature, seed: as of :func:`generate`.
-        prompt: the text.
-
-    Raises:
-        ConfigError: the text has no token.
+        prompt: the text; one without tokens has the first of all.
     """
-    tokens = codec.encode(prompt)
-    if not tokens:
-        raise ConfigError(
-            f"expected a text to go on from, got an empty one; give {setting('prompt')}"
-        )
+    tokens = codec.encode(prompt) or [0]
     network.eval()
     found = generate(
         network, tokens, count, context=context, temperature=temperature, seed=seed

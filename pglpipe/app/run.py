@@ -175,10 +175,12 @@ def _train(asked: RunConfig, world: World, early: list[int]) -> Summary:
     trainer = _trainer(config, material, world, observer=observers, fits=start.is_new)
     plan = trainer.prepare(material.train, material.test)
     # What was chosen here, so that config.toml repeats the run to the bit.
-    root, memory = config.data.data_root, plan.memory
+    root, tokenizer = config.data.data_root, config.data.tokenizer
+    memory = plan.memory
     config = config.replaced(
         # Evaluation may be asked for from another directory.
         data_root=root and os.path.abspath(os.path.expanduser(root)),
+        tokenizer=tokenizer and os.path.abspath(os.path.expanduser(tokenizer)),
         balance=",".join(map(str, plan.balance)),
         threads=torch.get_num_threads(),
         device=devices.pick(config.machine.device, world.local_rank).type,

@@ -127,7 +127,7 @@ def _texts(config: RunConfig) -> Material:
             )
         # Path.expanduser fails for a user without a home.
         root = Path(os.path.expanduser(asked.data_root))
-        train, test = load_text(root, _cache(), asked.tokenizer)
+        train, test = load_text(root, _cache(), os.path.expanduser(asked.tokenizer))
     else:
         train, test = draw_text(seed)
     facts = TextFacts(asked.context, train.vocabulary, test.bytes_per_token)

@@ -7,7 +7,7 @@ a batch                            what is what
 =================================  =========================================================================
 a pair ``(x, targets)``            tensors or arrays ``[B, ...]``; ``x`` is a tuple of them for a network with
                                    several inputs, or a dict by the names of its ``forward``
-a dict, or an object with fields   the entry ``labels`` (or ``label``, ``targets``, ``target``, ``y``) has the
+a dict, or a dataclass             the entry ``labels`` (or ``label``, ``targets``, ``target``, ``y``) has the
                                    targets, the others the inputs, by their names
 =================================  =========================================================================
 
@@ -95,7 +95,7 @@ class BatchReader:
                 )
             self._first = self._as_batch(item)
             if self.is_one_shot:
-                self._rest = itertools.chain([self._first], iterator)
+                self._rest = itertools.chain([item], iterator)
         return self._first
 
     def largest(self) -> Batch:
@@ -182,7 +182,13 @@ class BatchReader:
 
     def _as_batch(self, item: Any) -> Batch:
         if self._as_pair is not None:
-            item = self._as_pair(item)
+            try:
+                item = self._as_pair(item)
+            except Exception as error:
+                raise DataError(
+                    f"expected the function batch to make (x, targets) of what the {self._option} loader yields, but it "
+                    f"fails: {type(error).__name__}: {error}; it was given {_described(item)}"
+                ) from error
         x, targets = as_batch(item, self._option, self._inputs)
         several = None if isinstance(targets, Tensor) else TargetForm.of(targets)
         if self._has_read and several != self.form:
@@ -276,7 +282,7 @@ def as_batch(
 
 
 def _divided(item: Any) -> Any:
-    """Inputs and targets of a batch that is a dict, or an object with fields."""
+    """Inputs and targets of a batch that is a dict or a dataclass."""
     if dataclasses.is_dataclass(item) and not isinstance(item, type):
         item = {f.name: getattr(item, f.name) for f in dataclasses.fields(item)}
     if not isinstance(item, Mapping):
@@ -295,7 +301,10 @@ def _divided(item: Any) -> Any:
 def _as_targets(part: Any) -> Targets:
     """A tensor, or a tuple or a dict of tensors."""
     if isinstance(part, Mapping):
-        return {str(name): _as_tensor(each) for name, each in part.items()}
+        if not part or not all(isinstance(name, str) for name in part):
+            raise TypeError("expected names")
+        # In one order, whatever that of the batch is.
+        return {name: _as_tensor(part[name]) for name in sorted(part)}
     if isinstance(part, (tuple, list)) and part:
         if all(isinstance(each, (Tensor, np.ndarray)) and each.ndim for each in part):
             return tuple(map(_as_tensor, part))

@@ -68,6 +68,10 @@ class TopK(Metric):
 
     def count(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """Samples that are right, and all samples."""
+        if outputs.ndim != 2 or targets.ndim != 1:
+            raise _other_shapes("[B, N] and [B]", outputs, targets)
+        counted = (targets >= 0) & (targets < outputs.shape[1])
+        outputs, targets = outputs[counted], targets[counted]
         found = outputs.topk(min(self._k, outputs.shape[1]), dim=1).indices
         right = (found == targets.unsqueeze(1)).any(dim=1)
         return torch.stack(
@@ -84,7 +88,9 @@ class MeanError(Metric):
 
     def count(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """The sum of the differences, and how many there are."""
-        differences = (outputs - targets).abs().double()
+        if outputs.numel() != targets.numel():
+            raise _other_shapes("of one shape", outputs, targets)
+        differences = (outputs - targets.reshape(outputs.shape)).abs().double()
         return torch.stack(
             [differences.sum(), differences.new_tensor(differences.numel())]
         )
@@ -104,6 +110,8 @@ class MeanIoU(Metric):
     def count(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """Pixels of each class: in both, in the targets, in the outputs, ``[3 * N]``."""
         classes = outputs.shape[1]
+        if targets.shape != (len(outputs), *outputs.shape[2:]):
+            raise _other_shapes("[B, N, ...] and [B, ...]", outputs, targets)
         counted = (targets >= 0) & (targets < classes)
         expected, found = targets[counted], outputs.argmax(dim=1)[counted]
         both = expected[expected == found]
@@ -142,6 +150,12 @@ class BitsPerByte(Metric):
     def value(self, totals: Tensor, loss: float) -> float:
         """Comparable between tokenizers."""
         return loss / math.log(2) / self._bytes_per_token
+
+
+def _other_shapes(expected: str, outputs: Tensor, targets: Tensor) -> ValueError:
+    return ValueError(
+        f"it takes outputs and targets {expected}, not {tuple(outputs.shape)} and {tuple(targets.shape)}"
+    )
 
 
 class _OfFunction(Metric):
@@ -199,6 +213,14 @@ class Task:
             if isinstance(given, Mapping)
             else {_name_of(each): each for each in given}
         )
+        if len(named) < len(given):
+            raise ConfigError(
+                f"expected metrics with names of their own, got {', '.join(map(_name_of, given))}; give a dict with names"
+            )
+        if self.batch is not None and not callable(self.batch):
+            raise ConfigError(
+                f"expected a function from what the loader yields to (x, targets) for batch, got {self.batch!r}"
+            )
         made = {name: _made(each) for name, each in named.items()}
         object.__setattr__(self, "by_name", made)
 

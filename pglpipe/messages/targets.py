@@ -51,9 +51,15 @@ class TargetForm:
         ]
         # Copies, for a type begins at certain addresses only.
         tensors = tuple(
-            part.clone(memory_format=torch.contiguous_format)
-            .view(dtype)
-            .reshape(-1, *shape)
+            (
+                (
+                    part.clone(memory_format=torch.contiguous_format)
+                    .view(dtype)
+                    .reshape(len(part), *shape)
+                )
+                if part.shape[1]
+                else part.new_empty(len(part), *shape, dtype=dtype)
+            )
             for part, shape, dtype in zip(
                 torch.split(packed, sizes, dim=1), self.shapes, self.dtypes, strict=True
             )
@@ -89,10 +95,22 @@ class TargetForm:
 def pack(targets: Mapping[str, Tensor] | tuple[Tensor, ...]) -> Tensor:
     """Targets, each ``[B, ...]``, as bytes: uint8 ``[B, bytes]``."""
     rows = [
-        tensor.reshape(len(tensor), -1).contiguous().view(torch.uint8)
-        for tensor in _tensors(targets)
+        # Copied, for strides of an axis of one element may be any.
+        (
+            tensor.flatten(1)
+            .clone(memory_format=torch.contiguous_format)
+            .view(torch.uint8)
+            if tensor[0].numel()
+            else tensor.new_empty(len(tensor), 0, dtype=torch.uint8)
+        )
+        for tensor in map(_as_rows, _tensors(targets))
     ]
     return torch.cat(rows, dim=1)
+
+
+def _as_rows(tensor: Tensor) -> Tensor:
+    """``[B]`` as ``[B, 1]``."""
+    return tensor.unsqueeze(1) if tensor.ndim == 1 else tensor
 
 
 def _tensors(targets: Mapping[str, Tensor] | tuple[Tensor, ...]) -> list[Tensor]:

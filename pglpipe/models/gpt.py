@@ -53,6 +53,9 @@ def gpt(
     Raises:
         ConfigError: the width cannot be divided by the heads, or the heads by those of keys and values.
     """
+    for name, size in (("width", width), ("depth", depth), ("heads", heads)):
+        if size < 1:
+            raise ConfigError(f"expected {setting(name)} of at least 1, got {size}")
     kv_heads = kv_heads or heads
     if width % (2 * heads):
         raise ConfigError(

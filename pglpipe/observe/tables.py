@@ -33,13 +33,7 @@ def show_plan(plan: Plan) -> None:
     columns = ["stage", "worker", "layers", "weights", "+ head", "MMAC", "KiB", "sends"]
     if is_timed:
         columns.append("ms")
-    # It has to fit into 80 columns, and names of layers may be long.
-    table = Table(box=SIMPLE_HEAD, collapse_padding=True, pad_edge=False)
-    for column in (*columns, "share", "head"):
-        wraps = column == "layers"
-        table.add_column(
-            column, no_wrap=not wraps, overflow="fold", min_width=len(column)
-        )
+    table = _table(*columns, "share", "head", wraps="layers")
     for row in plan.rows:
         cells = [
             str(row.index),
@@ -67,6 +61,20 @@ def show_plan(plan: Plan) -> None:
     console.print(_memory(plan, ()), _settings(plan))
 
 
+def _table(*columns: str, wraps: str) -> Table:
+    """A table that fits into 80 columns.
+
+    Args:
+        wraps: the column of layers' names, which may be long.
+    """
+    table = Table(box=SIMPLE_HEAD, collapse_padding=True, pad_edge=False)
+    for column in columns:
+        table.add_column(
+            column, no_wrap=column != wraps, overflow="fold", min_width=len(column)
+        )
+    return table
+
+
 def _count(number: int) -> str:
     """A number of weights in at most six characters."""
     for unit, name in ((10**9, "G"), (10**6, "M"), (10**3, "k")):
@@ -92,16 +100,8 @@ def show_exits(
         tokens: of a sample; 0 where it has none.
     """
     scores = _scores(summary)
-    table = Table(
-        "exit",
-        "after",
-        *scores,
-        "gradient cosine",
-        "worker",
-        "waiting",
-        "peak memory",
-        box=SIMPLE_HEAD,
-    )
+    takes = "cosine", "worker", "waiting", "peak memory"
+    table = _table("exit", "after", *scores, *takes, wraps="after")
     for row, cosine in zip(plan.rows, summary.gradient_cosine, strict=True):
         worker = summary.workers[worker_of(plan, row.index)]
         table.add_row(
@@ -136,8 +136,13 @@ def show_exits(
 
 
 def show_text(text: str) -> None:
-    """Prints what a language model has written, as it is."""
-    Console(markup=False).print(f"A sample of what it writes:\n{text}", soft_wrap=True)
+    """Prints what a language model has written, but for what would control a terminal."""
+    shown = "".join(
+        letter if letter.isprintable() or letter == "\n" else "\ufffd"
+        for letter in text
+    )
+    console = Console(markup=False, emoji=False, highlight=False)
+    console.print(f"A sample of what it writes:\n{shown}", soft_wrap=True)
 
 
 def _scores(summary: Summary) -> dict[str, list[str]]:

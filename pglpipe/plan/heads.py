@@ -42,7 +42,10 @@ def head_builder(
     layers, named, output = blueprint.layers, blueprint.cut.head, main(output)
     copied = () if isinstance(layers[0], Piece) else layers
     local_loss = blueprint.learning.local_loss
-    if named == "auto" and output.ndim == 3:
+    if (
+        named == "auto"
+        and sample.targets.shape == output.shape[:2] == output.shape[:-1]
+    ):
         named = PER_TOKEN[0]
     if not callable(named) and blueprint.cut.stages > 1:
         _check_output(named, output)

@@ -97,6 +97,9 @@ def wsd(decay: float = 0.2, warmup_steps: int = 0) -> LearningRate:
     [1.0, 1.0, 1.0, 0.5]
     """
 
+    if not 0 <= decay <= 1:
+        raise ConfigError(f"expected a share from 0 to 1 for the decay, got {decay:g}")
+
     def falling(step: int, total_steps: int) -> float:
         left = total_steps - step
         return min(1.0, left / (decay * total_steps)) if decay else 1.0

@@ -173,13 +173,13 @@ class Exit:
         for name, total in totals.items():
             metric = self._learning.metrics[name]
             with _naming(name):
-                values[name] = metric.value(total, counted.loss)
+                values[name] = float(metric.value(total, counted.loss))
         return replace(counted, metrics=values)
 
     def _add_metrics(self, outputs: Tensor, targets: Tensor) -> None:
         for name, metric in self._learning.metrics.items():
             with _naming(name):
-                more = metric.count(outputs, targets).double().cpu()
+                more = metric.count(outputs, targets).cpu().double()
             self._totals[name] = self._totals.get(name, torch.zeros_like(more)) + more
 
     # -- private ----------------------------------------------------------------------

@@ -124,6 +124,11 @@ def refused(folder: Path, *words: str) -> str:
             "--task=lm --tokenizer=t",
             "--dataset text for --tokenizer t, got --dataset s",
         ),
+        (
+            "--task=lm --data-root=t",
+            "--dataset text for --data-root t, got --dataset s",
+        ),
+        ("--optimizer=muon --model=resnet8 --train-limit=9", "which has none; choose"),
         ("--decay=0.5", "expected --lr-schedule wsd for --decay 0.5, got"),
     ],
 )

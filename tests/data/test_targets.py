@@ -74,6 +74,7 @@ def run(workers: int, loader: Any = None, **options: Any) -> Trained:
         {"boxes": BOXES, "kind": KINDS, "seen": SEEN},
         (KINDS, BOXES.double().reshape(24, 2, 2), BOXES.bfloat16()),
         {"kind": KINDS},
+        {"flipped": torch.randn(8, 24).t(), "none": torch.zeros(24, 0, 4)},
     ],
 )
 def test_what_is_packed_comes_out_as_it_was(targets: Any) -> None:
@@ -154,6 +155,18 @@ def test_of_several_inputs_the_names_decide() -> None:
         as_batch(item, "training", ["a", "c"])
 
 
+@pytest.mark.parametrize("batch", [None, lambda item: (item["x"], item["targets"])])
+def test_no_batch_of_a_generator_is_read_twice(batch: Any) -> None:
+    found = batches(10, 10, 4)
+    items = [{"x": x, "targets": t} for x, t in found] if batch else found
+    options = OPTIONS | {"loss": Task(both, batch=batch)}
+    of_list, of_generator = (
+        train(1, network(), loader, epochs=None, steps=3, **options)
+        for loader in (items, (item for item in items))
+    )
+    assert of_list.summary.parameters_sha256 == of_generator.summary.parameters_sha256
+
+
 def test_any_other_batch_is_read_by_a_function_of_the_users() -> None:
     items = [[x, targets, "a name"] for x, targets in batches(10, 10, 4)]
     task = Task(both, batch=lambda item: item[:2])
@@ -161,6 +174,14 @@ def test_any_other_batch_is_read_by_a_function_of_the_users() -> None:
     assert found.summary.parameters_sha256 == run(1).summary.parameters_sha256
     with pytest.raises(DataError, match="or dicts with an entry labels, got a list of"):
         train(1, network(), items, **OPTIONS)
+
+
+def test_a_function_that_reads_no_batch_is_told_of() -> None:
+    task = Task(both, batch=lambda item: item["nope"])
+    with pytest.raises(DataError, match="expected the function batch to make .* fails"):
+        train(1, network(), batches(24), **(OPTIONS | {"loss": task}))
+    with pytest.raises(ConfigError, match="expected a function from what the loader"):
+        Task(both, batch="x")  # type: ignore[arg-type]
 
 
 def test_targets_of_another_form_are_refused() -> None:

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from pglpipe.data import text
 from pglpipe.data.text import (
     ALPHABET,
     CHOICES,
@@ -32,10 +33,10 @@ def cache(tmp_path: Path) -> Path:
 
 
 def write(folder: Path, **files: str) -> Path:
-    for name, text in files.items():
+    for name, written in files.items():
         path = folder / name.replace("__", "/")
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text)
+        path.write_text(written, encoding="utf-8")
     return folder
 
 
@@ -72,6 +73,19 @@ def test_other_folders_are_one_text_in_the_order_of_their_names(
     root = write(tmp_path / "root", a=TEXT[:half], b__c=TEXT[half:])
     train, test = load_text(root, cache)
     assert text_of(train) + text_of(test) == TEXT and len(test.tokens)
+
+
+@pytest.mark.parametrize("letter", ["a", "é", "語", "𝄞"])
+def test_no_letter_is_cut_where_there_is_no_end_of_a_line(
+    letter: str, tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(text, "_CHUNK", 101)
+    whole = "kurz\n" * 5 + letter * 400 + "\n"
+    path = write(tmp_path, data=whole) / "data"
+    train, test = load_text(path, cache)
+    assert text_of(train) + text_of(test) == whole and len(test.tokens) > 100 / 4
+    parts = [chunk for piece in text._parts(path)[0] for chunk in piece.chunks()]
+    assert len(parts) > 2 and "".join(part.decode() for part in parts) == text_of(train)
 
 
 def test_tokens_are_made_once_and_again_when_the_text_has_changed(
@@ -127,10 +141,10 @@ def test_a_tokenizer_makes_the_tokens(tmp_path: Path, cache: Path) -> None:
 COUNTED = TextSet(np.arange(1000, dtype=np.uint16), 1000)
 
 
-def batches(text: TextSet = COUNTED, **options: Any) -> TextBatches:
+def batches(read: TextSet = COUNTED, **options: Any) -> TextBatches:
     defaults: dict[str, Any] = dict(context=8, batch_size=16, seed=0, train=True)
     given = defaults | options
-    return TextBatches(text, given.pop("context"), given.pop("batch_size"), **given)
+    return TextBatches(read, given.pop("context"), given.pop("batch_size"), **given)
 
 
 @pytest.mark.parametrize("train", [True, False])
@@ -170,9 +184,9 @@ def test_a_loop_may_begin_later_and_leave_out_what_is_left_over() -> None:
 
 
 def test_a_text_of_less_than_a_window_is_refused() -> None:
-    text = TextSet(np.arange(8, dtype=np.uint8))
+    short = TextSet(np.arange(8, dtype=np.uint8))
     with pytest.raises(DataError, match="at least 9 tokens, for 1 window of context=8"):
-        batches(text, train=False)
+        batches(short, train=False)
 
 
 # -- drawn by code --------------------------------------------------------------------

@@ -36,6 +36,20 @@ def test_five_guesses_of_eight() -> None:
     assert value("top5", LOGITS, LABELS) == pytest.approx(float(expected))
 
 
+def test_ignored_targets_are_no_wrong_guesses_and_tokens_are_no_classes() -> None:
+    few = LOGITS[:, :4]
+    targets = torch.where(torch.arange(50) % 2 == 0, LABELS % 4, -100)
+    assert value("top5", few, targets) == 1.0
+    for name in ("top5", "error", "miou"):
+        with pytest.raises(ValueError, match="it takes outputs and targets"):
+            METRICS[name]().count(torch.zeros(2, 8, 8), torch.zeros(2, 3))
+
+
+def test_an_error_is_that_of_elements_not_of_all_pairs() -> None:
+    outputs, targets = torch.arange(50.0)[:, None], torch.zeros(50)
+    assert value("error", outputs, targets) == pytest.approx(24.5)
+
+
 def test_the_mean_absolute_difference() -> None:
     other = LOGITS + torch.randn(50, 8, generator=GENERATOR)
     assert value("error", LOGITS, other) == pytest.approx(
@@ -113,6 +127,7 @@ def test_every_exit_of_a_run_has_the_metrics_that_were_asked_for(workers: int) -
         (["top6"], "unknown metric 'top6'"),
         ("top5", "expected a list of metrics"),
         ([3], "expected a metric's name or a function"),
+        ([lambda o, t: 0.0, lambda o, t: 1.0], "with names of their own"),
     ],
 )
 def test_what_is_no_metric_is_refused(metrics: Any, said: str) -> None:
