@@ -4,8 +4,7 @@
 
     h [B, T, F] ─▶ norm ─▶ linear ─▶ logits [B, T, vocabulary]
 
-It is the end of :mod:`pglpipe.models.gpt`, with weights of its own at each exit. An adapter or a block before it, and weights
-that are shared with the network's end, made exits worse in our trials (``docs/language.md``).
+It is the end of :mod:`pglpipe.models.gpt`, with weights of its own at each exit.
 """
 
 from __future__ import annotations
