@@ -50,8 +50,10 @@ class ImageFacts:
     def of(
         image_shape: list[int], classes: list[str], recipe: dict[str, Any]
     ) -> ImageFacts:
-        """From JSON."""
-        return ImageFacts(tuple(image_shape), tuple(classes), Recipe(**recipe))  # type: ignore[arg-type]
+        """From JSON, which has lists for tuples."""
+        mean, std = tuple(recipe["mean"]), tuple(recipe["std"])
+        normalized = Recipe(**{**recipe, "mean": mean, "std": std})
+        return ImageFacts(tuple(image_shape), tuple(classes), normalized)  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)
