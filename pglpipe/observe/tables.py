@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,7 @@ def show_plan(plan: Plan) -> None:
     columns = ["stage", "worker", "layers", "weights", "+ head", "MMAC", "KiB", "sends"]
     if is_timed:
         columns.append("ms")
-    table = _table(*columns, "share", "head", wraps="layers")
+    table = _table(*columns, "share", "head", wraps=["layers"])
     for row in plan.rows:
         cells = [
             str(row.index),
@@ -61,16 +61,18 @@ def show_plan(plan: Plan) -> None:
     console.print(_memory(plan, ()), _settings(plan))
 
 
-def _table(*columns: str, wraps: str) -> Table:
+def _table(*columns: str, wraps: Collection[str]) -> Table:
     """A table that fits into 80 columns.
 
     Args:
-        wraps: the column of layers' names, which may be long.
+        wraps: columns with names of layers, which may be long, or with titles of several words.
     """
     table = Table(box=SIMPLE_HEAD, collapse_padding=True, pad_edge=False)
     for column in columns:
+        words = column.split() if column in wraps else [column]
+        width = max(map(len, words))
         table.add_column(
-            column, no_wrap=column != wraps, overflow="fold", min_width=len(column)
+            column, no_wrap=column not in wraps, overflow="fold", min_width=width
         )
     return table
 
@@ -100,8 +102,9 @@ def show_exits(
         tokens: of a sample; 0 where it has none.
     """
     scores = _scores(summary)
-    takes = "cosine", "worker", "waiting", "peak memory"
-    table = _table("exit", "after", *scores, *takes, wraps="after")
+    takes = "cosine", "worker", "waiting", "memory"
+    names = [name.replace("-", " ") for name in scores]
+    table = _table("exit", "after", *names, *takes, wraps=["after", *names])
     for row, cosine in zip(plan.rows, summary.gradient_cosine, strict=True):
         worker = summary.workers[worker_of(plan, row.index)]
         table.add_row(

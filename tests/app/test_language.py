@@ -42,7 +42,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where a run has ended."""
     folder = tmp_path_factory.mktemp("language")
     ended = call("train", *SMALL, "--run-dir=run", cwd=folder).check()
-    assert "bits-per-byte" in ended.out and "tokens/s" in ended.out
+    assert "bits per byte" in ended.out and "tokens/s" in ended.out
     assert "A sample of what it writes" in ended.out
     return folder
 

@@ -182,9 +182,27 @@ def test_the_exits_of_a_language_model_have_loss_metrics_and_tokens(
     tables.show_exits(PLAN, summary, tokens=10)
     out = capsys.readouterr().out
     header, *_ = (line for line in out.splitlines() if "exit" in line)
-    assert "test loss" in header and "bits-per-byte" in header
+    assert "test loss" in header and "bits per byte" in header
     assert "accuracy" not in header
     assert "0.500" in out and "2.500" in out and "3210 tokens/s" in out
+
+
+def test_the_exits_of_a_language_model_fit_into_80_columns(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tables, "Console", lambda **given: Console(width=80, **given))
+    summary = dataclasses.replace(
+        SUMMARY,
+        exit_accuracy=[None] * 3,
+        exit_metrics={"perplexity": [1234.567] * 3, "bits-per-byte": [2.25] * 3},
+    )
+    tables.show_exits(PLAN, summary)
+    out = capsys.readouterr().out
+    for whole in ("perplexity", "cosine", "memory", "1234.567", "2.250", "0.250"):
+        assert whole in out
+    assert "after" in out and "…" not in out.partition("predicted")[0].replace(
+        " … ", ""
+    )
 
 
 def test_a_sample_of_text_is_printed_as_it_is(
