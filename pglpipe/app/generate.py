@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor, nn
 
-from pglpipe.data.text import open_tokenizer
+from pglpipe.data.text import BYTES, open_tokenizer
 
 SAMPLE = 200  # tokens shown at the end of a run
 
@@ -17,10 +17,16 @@ class Codec:
 
     Args:
         tokenizer: a ``tokenizer.json``; empty for bytes.
+
+    Attributes:
+        vocabulary: how many tokens there are.
     """
 
     def __init__(self, tokenizer: str = "") -> None:
         self._tokenizer = open_tokenizer(tokenizer) if tokenizer else None
+        self.vocabulary: int = BYTES
+        if self._tokenizer is not None:
+            self.vocabulary = self._tokenizer.get_vocab_size()
 
     def encode(self, text: str) -> list[int]:
         """The tokens of a text."""

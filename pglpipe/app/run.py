@@ -133,6 +133,12 @@ def generate(run_dir: Path, prompt: str, count: int, temperature: float) -> str:
             f"expected a run of {setting('task', 'lm')} in {run_dir}, got {setting('task', config.data.task)}; pass the "
             "--run-dir of a language model"
         )
+    codec, expected = Codec(config.data.tokenizer), about["vocabulary"]
+    if codec.vocabulary != expected:
+        raise ConfigError(
+            f"expected the tokenizer that the run was trained with, of {expected} tokens, got {codec.vocabulary} from "
+            f"{config.data.tokenizer or 'bytes'}; put the former back"
+        )
     weights = state.load(run_dir / RunDirectory.WEIGHTS)
     layers = _layers(config, TextFacts(**about))
     config.machine.set_threads()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -141,6 +142,18 @@ def test_a_run_on_images_writes_no_text(tmp_path: Path) -> None:
     (tmp_path / "config.toml").write_text("")
     said = refused(tmp_path, "generate", "--run-dir=.")
     assert "expected a run of --task lm in ., got --task classification" in said
+
+
+def test_a_network_writes_with_the_tokens_that_it_knows(
+    folder: Path, tmp_path: Path
+) -> None:
+    run_dir = shutil.copytree(folder / "run", tmp_path / "run")
+    known = (run_dir / "summary.json").read_text()
+    (run_dir / "summary.json").write_text(
+        known.replace('"vocabulary": 256', '"vocabulary": 300')
+    )
+    said = refused(tmp_path, "generate", "--run-dir=run")
+    assert "trained with, of 300 tokens, got 256 from bytes; put" in said
 
 
 def test_each_optimizer_has_defaults_of_its_own() -> None:
