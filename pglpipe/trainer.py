@@ -21,7 +21,7 @@ from pglpipe.checkpoint import weights as state
 from pglpipe.checkpoint.writer import Checkpoints
 from pglpipe.cluster.world import World, join
 from pglpipe.data.loader import Span, check_passes, check_start, largest_batch, span_of
-from pglpipe.data.reader import BatchReader, Loader
+from pglpipe.data.reader import BatchForm, BatchReader, Loader
 from pglpipe.engine.coordinator import Coordinator
 from pglpipe.engine.session import Session
 from pglpipe.engine.source import Source
@@ -190,11 +190,11 @@ class Trainer:
         machine.set_threads()
         device = devices.pick(machine.device, world.local_rank)
         task = loss if isinstance(loss, Task) else Task(loss)
-        loss, self._as_pair = task.loss, task.batch
+        loss = task.loss
         if machine.overlap_stages:
             check_device(device)
         self._held = HeldModules(chain := as_layers(layers))
-        self._inputs = inputs_of(chain)
+        self._form = BatchForm(inputs_of(chain), task.batch)
         for each, option in ((loss, "loss"), (cut.local_loss, "local_loss")):
             check_untrained(each, option)
             check_reaches_no_layer(each, self._held.modules, option)
@@ -331,9 +331,7 @@ class Trainer:
     def _read(self, loader: Loader, option: str) -> BatchReader:
         """The one reader of a loader, so that no batch of a generator is lost; on worker 0."""
         if id(loader) not in self._readers:
-            self._readers[id(loader)] = BatchReader(
-                loader, option, self._inputs, self._as_pair
-            )
+            self._readers[id(loader)] = BatchReader(loader, option, self._form)
         return self._readers[id(loader)]
 
     def _fill_held_modules(self) -> None:

@@ -11,7 +11,7 @@ import os
 import secrets
 import signal
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -140,26 +140,27 @@ def generate(run_dir: Path, prompt: str, count: int, temperature: float) -> str:
             f"{config.data.tokenizer or 'bytes'}; put the former back"
         )
     weights = state.load(run_dir / RunDirectory.WEIGHTS)
-    layers = _layers(config, TextFacts(**about))
     config.machine.set_threads()
+    body = state.without_heads(weights)
     return _continued(
-        config, layers, state.without_heads(weights), prompt, count, temperature
+        config, TextFacts(**about), body, codec, prompt, count, temperature
     )
 
 
 def _continued(
     config: RunConfig,
-    layers: Sequence[Layer],
+    facts: TextFacts,
     weights: Tensors,
+    codec: Codec,
     prompt: str,
     count: int,
     temperature: float,
 ) -> str:
-    network = body_of(layers, lambda layer: layer.build())
+    network = body_of(_layers(config, facts), lambda layer: layer.build())
     network.load_state_dict(weights)
     return continued(
         network,
-        Codec(config.data.tokenizer),
+        codec,
         prompt,
         count,
         context=config.data.context,
@@ -235,8 +236,10 @@ def _train(asked: RunConfig, world: World, early: list[int]) -> Summary:
     if folder:
         tables.show_exits(plan, summary, folder.path, tokens=material.facts.tokens)
         if isinstance(material.facts, TextFacts) and not config.output.quiet:
-            layers = _layers(config, material.facts)
-            tables.show_text(_continued(config, layers, body, "\n", SAMPLE, 1.0))
+            codec = Codec(config.data.tokenizer)
+            tables.show_text(
+                _continued(config, material.facts, body, codec, "\n", SAMPLE, 1.0)
+            )
     return summary
 
 

@@ -18,7 +18,7 @@ class TaskKind:
 
     Attributes:
         loss: makes the true loss.
-        metrics: what evaluations report of every exit, beside loss and accuracy.
+        metrics: what evaluations report of every exit, beside loss and accuracy; of a text bits per byte, too.
         datasets: that it is for.
         defaults: of options, by their names, where they differ from the usual ones.
     """
@@ -33,7 +33,7 @@ TASKS = {
     "classification": TaskKind(nn.CrossEntropyLoss, (), IMAGE_SETS, {}),
     "lm": TaskKind(
         TokenCrossEntropy,
-        ("perplexity", "bits-per-byte"),
+        ("perplexity",),
         TEXT_SETS,
         {
             "dataset": "synthetic-text",

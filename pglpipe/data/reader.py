@@ -38,17 +38,62 @@ _END = object()
 _TARGETS = "labels", "label", "targets", "target", "y"  # in dicts
 
 
+class BatchForm:
+    """What batches are made of, the same for all loaders of a trainer.
+
+    Args:
+        inputs: names of the network's inputs, where it has names for them.
+        as_pair: a user's function from what a loader yields to ``(x, targets)``.
+
+    Attributes:
+        targets: what they are made of, where they are several tensors; known once a batch has been read.
+    """
+
+    def __init__(
+        self, inputs: Sequence[str] = (), as_pair: Callable[[Any], Any] | None = None
+    ) -> None:
+        self.targets: TargetForm | None = None
+        self._inputs = inputs
+        self._as_pair = as_pair
+        self._is_known = False
+
+    def read(self, item: Any, option: str) -> Batch:
+        """A batch from what a loader yields.
+
+        Args:
+            option: as what the loader was passed, for messages.
+
+        Raises:
+            DataError: it is none, or of another form than those before.
+        """
+        if self._as_pair is not None:
+            try:
+                item = self._as_pair(item)
+            except Exception as error:
+                raise DataError(
+                    f"expected the function batch to make (x, targets) of what the {option} loader yields, but it "
+                    f"fails: {type(error).__name__}: {error}; it was given {_described(item)}"
+                ) from error
+        x, targets = as_batch(item, option, self._inputs)
+        several = None if isinstance(targets, Tensor) else TargetForm.of(targets)
+        if self._is_known and several != self.targets:
+            raise DataError(
+                f"expected targets of one form, {self.targets or 'one tensor'} as in the first batch, got "
+                f"{several or 'one tensor'} from the {option} loader; have all batches alike, or make a new Trainer for others"
+            )
+        self.targets, self._is_known = several, True
+        return x, targets if isinstance(targets, Tensor) else pack(targets)
+
+
 class BatchReader:
     """Reads a loader.
 
     Args:
         loader: what a user passed.
         option: as what it was passed, for messages.
-        inputs: names of the network's inputs, where it has names for them.
-        as_pair: a user's function from what the loader yields to ``(x, targets)``.
+        form: of the batches of all loaders of a trainer.
 
     Attributes:
-        form: of the targets, where they are several tensors; known once a batch has been read.
         is_one_shot: whether it can be looped over only once, as a generator.
         length: batches of an epoch; None if the loader does not say.
         samples: of an epoch, where they can be known.
@@ -58,24 +103,22 @@ class BatchReader:
     """
 
     def __init__(
-        self,
-        loader: Loader,
-        option: str,
-        inputs: Sequence[str] = (),
-        as_pair: Callable[[Any], Any] | None = None,
+        self, loader: Loader, option: str, form: BatchForm | None = None
     ) -> None:
         self._loader = loader
         self._option = option
-        self._inputs = inputs
-        self._as_pair = as_pair
-        self.form: TargetForm | None = None
-        self._has_read = False
+        self._form = form or BatchForm()
         self._first: Batch | None = None
         self._rest: Iterator[Any] | None = None
         self._check()
         self.is_one_shot = isinstance(loader, Iterator)
         self.length = _length(loader)
         self.samples, self._size, self._drops = self._sizes()
+
+    @property
+    def targets(self) -> TargetForm | None:
+        """What targets are made of, where they are several tensors; known once a batch has been read."""
+        return self._form.targets
 
     # -- what is known before -----------------------------------------------------------
 
@@ -181,23 +224,7 @@ class BatchReader:
         return [self._as_batch(item) for item in self._loader]
 
     def _as_batch(self, item: Any) -> Batch:
-        if self._as_pair is not None:
-            try:
-                item = self._as_pair(item)
-            except Exception as error:
-                raise DataError(
-                    f"expected the function batch to make (x, targets) of what the {self._option} loader yields, but it "
-                    f"fails: {type(error).__name__}: {error}; it was given {_described(item)}"
-                ) from error
-        x, targets = as_batch(item, self._option, self._inputs)
-        several = None if isinstance(targets, Tensor) else TargetForm.of(targets)
-        if self._has_read and several != self.form:
-            raise DataError(
-                f"expected targets of one form from the {self._option} loader, {self.form or 'one tensor'} as in its first "
-                f"batch, got {several or 'one tensor'}; have it yield the same each time"
-            )
-        self.form, self._has_read = several, True
-        return x, targets if isinstance(targets, Tensor) else pack(targets)
+        return self._form.read(item, self._option)
 
     def _sizes(self) -> tuple[int | None, int | None, bool]:
         """Samples of an epoch, and of a batch, and whether a smaller last batch is left out."""

@@ -26,7 +26,7 @@ from pglpipe.data.loader import Position, Sample
 from pglpipe.engine.build import Pipeline
 from pglpipe.engine.coordinator import Coordinator
 from pglpipe.engine.source import Source
-from pglpipe.errors import ConfigError, DataError, UserError, WorkerError, warn
+from pglpipe.errors import ConfigError, UserError, WorkerError, warn
 from pglpipe.messages.activation import main, tensors_of
 from pglpipe.observe.observers import Observer
 from pglpipe.observe.records import Summary
@@ -123,11 +123,6 @@ class Session:
         before = self._sample
         if before is None:
             return sample
-        if before.form != sample.form:
-            raise DataError(
-                f"expected batches with targets as before, {before.form or 'one tensor'}, got {sample.form or 'one tensor'}; "
-                "make a new Trainer for them"
-            )
         larger = sample if sample.nbytes > before.nbytes else before
         trained = sample if trains else before
         return dataclasses.replace(larger, trained=trained.trained)

@@ -75,7 +75,7 @@ def auto_head(site: Site) -> nn.Module:
     where a whole block of ResNet-50 costs 1.06 C^2, so there the head would be dearer than its stage. Maps of more than
     64 channels, or with a side above 32 pixels, are therefore pooled first, each side by 4 (by 2 where it has 8 pixels
     or fewer, and not at all from 4 on), and more than 128 channels are reduced to 128 by a 1x1 convolution: as many
-    as the hidden layer has that reads their mean. Fewer cost accuracy (docs/guide.md).
+    as the hidden layer has that reads their mean.
 
     Args:
         site: where the head is put.

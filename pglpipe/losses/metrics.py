@@ -56,7 +56,15 @@ class Metric(ABC):
         """
 
 
-class TopK(Metric):
+class Ratio(Metric):
+    """A sum that is divided by another; :meth:`count` returns both."""
+
+    def value(self, totals: Tensor, loss: float) -> float:
+        """Not a number where nothing was counted."""
+        return float(totals[0] / totals[1])
+
+
+class TopK(Ratio):
     """The share of samples whose target is among the largest outputs.
 
     Args:
@@ -78,12 +86,8 @@ class TopK(Metric):
             [right.sum(), right.new_tensor(right.numel(), dtype=torch.int64)]
         )
 
-    def value(self, totals: Tensor, loss: float) -> float:
-        """Their ratio."""
-        return float(totals[0] / totals[1])
 
-
-class MeanError(Metric):
+class MeanError(Ratio):
     """The mean absolute difference of outputs and targets."""
 
     def count(self, outputs: Tensor, targets: Tensor) -> Tensor:
@@ -94,10 +98,6 @@ class MeanError(Metric):
         return torch.stack(
             [differences.sum(), differences.new_tensor(differences.numel())]
         )
-
-    def value(self, totals: Tensor, loss: float) -> float:
-        """Their ratio."""
-        return float(totals[0] / totals[1])
 
 
 class MeanIoU(Metric):
@@ -158,7 +158,7 @@ def _other_shapes(expected: str, outputs: Tensor, targets: Tensor) -> ValueError
     )
 
 
-class _OfFunction(Metric):
+class _OfFunction(Ratio):
     """A user's function, a mean over the samples of a batch."""
 
     def __init__(self, function: Loss) -> None:
@@ -167,9 +167,6 @@ class _OfFunction(Metric):
     def count(self, outputs: Tensor, targets: Tensor) -> Tensor:
         value = float(self._function(outputs, targets))
         return torch.tensor([value * len(outputs), len(outputs)], dtype=torch.float64)
-
-    def value(self, totals: Tensor, loss: float) -> float:
-        return float(totals[0] / totals[1])
 
 
 METRICS: dict[str, Callable[[], Metric]] = {

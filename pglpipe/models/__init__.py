@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
+import torch
 from torch import nn
 
 from pglpipe.errors import ConfigError, nearest, setting
@@ -22,10 +23,10 @@ from pglpipe.models.large import resnet50, vit_s_16
 from pglpipe.models.layer import Layer
 from pglpipe.models.mlp import mlp
 from pglpipe.models.resnet import resnet
-from pglpipe.models.split import Piece
-from pglpipe.models.timm import timm_model
+from pglpipe.models.split import Piece, split
+from pglpipe.models.timm import timm_network
 from pglpipe.models.vgg import vgg11
-from pglpipe.models.vision import vision_model
+from pglpipe.models.vision import vision_network
 
 __all__ = [
     "MODELS",
@@ -53,10 +54,29 @@ MODELS: dict[str, Callable[..., list[Layer]]] = {
     "vit_s_16": vit_s_16,
 }
 
+
+def _cut(
+    network: Callable[..., nn.Module],
+    name: str,
+    *,
+    image_shape: tuple[int, int, int],
+    num_classes: int,
+    untie: bool = False,
+) -> list[Layer]:
+    """The layers of another library's classifier of images.
+
+    Args:
+        network: makes it as one module.
+        untie: makes two of parameters that have two names.
+    """
+    module = network(name, image_shape=image_shape, num_classes=num_classes)
+    return split(module, torch.zeros(2, *image_shape), untie=untie)
+
+
 # Networks of other libraries, by what stands before their names: whole modules, which are cut.
 LIBRARIES: dict[str, Callable[..., list[Layer]]] = {
-    "torchvision:": vision_model,
-    "timm:": timm_model,
+    "torchvision:": partial(_cut, vision_network),
+    "timm:": partial(_cut, timm_network),
     "hf:": hugging_face_layers,
 }
 

@@ -58,23 +58,6 @@ class HuggingFace(Adapter, Recorded):
         return super().is_whole(name) and (is_in_block or not holds_blocks)
 
 
-def hugging_face_model(
-    source: Any, example: Tensor, *, untie: bool = False, **options: Any
-) -> list[Layer]:
-    """The layers of a network of transformers.
-
-    Args:
-        source, untie, options: as for :func:`hugging_face_network`.
-        example: an input: tokens ``[B, T]`` or images ``[B, C, H, W]``, 2 samples or more; all batches are of this
-            shape, but for ``B``.
-
-    Raises:
-        ConfigError: there is no such network, or transformers is not installed.
-        PartitionError: its forward looks at values, or it takes no such input.
-    """
-    return split(hugging_face_network(source, untie=untie, **options), example)
-
-
 def hugging_face_layers(
     source: str,
     *,

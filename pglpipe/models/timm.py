@@ -4,44 +4,27 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import nn
 
 from pglpipe.errors import ConfigError, nearest
-from pglpipe.models.layer import Layer
-from pglpipe.models.split import split
 from pglpipe.utils.optional import import_optional
 
 PREFIX = "timm:"
 
 
-def timm_model(
-    name: str,
-    *,
-    image_shape: tuple[int, int, int],
-    num_classes: int,
-    untie: bool = False,
-) -> list[Layer]:
-    """The layers of a network that timm has, with fresh weights.
+def timm_network(
+    name: str, *, image_shape: tuple[int, int, int], num_classes: int
+) -> nn.Module:
+    """A network that timm has, with fresh weights.
 
     Args:
         name: as ``timm.list_models`` has it.
         image_shape: ``(C, H, W)`` of one image.
         num_classes: number of logits.
-        untie: makes two of parameters that have two names.
 
     Raises:
-        ConfigError: there is no such network, or timm is not installed.
-        PartitionError: it takes no such images, or cannot be traced.
+        ConfigError: there is no such network, it takes no such images, or timm is not installed.
     """
-    module = timm_network(name, image_shape=image_shape, num_classes=num_classes)
-    return split(module, torch.zeros(2, *image_shape), untie=untie)
-
-
-def timm_network(
-    name: str, *, image_shape: tuple[int, int, int], num_classes: int
-) -> nn.Module:
-    """The same network as one module."""
     timm = import_optional("timm", "timm")
     if not timm.is_model(name):
         raise ConfigError(

@@ -5,13 +5,10 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from pglpipe.errors import ConfigError, nearest
 from pglpipe.models.adapter import Adapter
-from pglpipe.models.layer import Layer
-from pglpipe.models.split import split
 from pglpipe.utils.torchvision import import_torchvision
 
 PREFIX = "torchvision:"
@@ -23,33 +20,19 @@ _OPTIONS: dict[str, dict[str, Any]] = {
 }
 
 
-def vision_model(
-    name: str,
-    *,
-    image_shape: tuple[int, int, int],
-    num_classes: int,
-    untie: bool = False,
-) -> list[Layer]:
-    """The layers of a network that ``torchvision.models`` has, with fresh weights.
+def vision_network(
+    name: str, *, image_shape: tuple[int, int, int], num_classes: int
+) -> nn.Module:
+    """A network that ``torchvision.models`` has, with fresh weights.
 
     Args:
         name: as ``torchvision.models.list_models`` has it, with ``segmentation.`` before those that classify pixels.
         image_shape: ``(C, H, W)`` of one image.
         num_classes: number of logits.
-        untie: makes two of parameters that have two names.
 
     Raises:
         ConfigError: there is no such network.
-        PartitionError: it takes no such images.
     """
-    module = vision_network(name, image_shape=image_shape, num_classes=num_classes)
-    return split(module, torch.zeros(2, *image_shape), untie=untie)
-
-
-def vision_network(
-    name: str, *, image_shape: tuple[int, int, int], num_classes: int
-) -> nn.Module:
-    """The same network as one module."""
     models = import_torchvision().models
     room = models
     if name.startswith(_SEGMENTATION):

@@ -188,10 +188,10 @@ def test_targets_of_another_form_are_refused() -> None:
     first, second, _ = batches(10, 10, 4)
     changed = first, (second[0], {**second[1], "kind": KINDS[:10].float()})
     with pytest.raises(
-        DataError, match=r"of one form .* kind int64 \[B\], .*in its first"
+        DataError, match=r"of one form, .* kind int64 \[B\], .*first batch, got"
     ):
         run(1, list(changed))
-    with pytest.raises(DataError, match="evaluation batches with targets as those of"):
+    with pytest.raises(DataError, match="got one tensor from the evaluation loader"):
         train(1, network(), batches(24), evaluate=[(X, KINDS)], **OPTIONS)
 
 

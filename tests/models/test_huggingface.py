@@ -16,7 +16,6 @@ from pglpipe.errors import ConfigError, DataError, PartitionError
 from pglpipe.messages.activation import tensors_of
 from pglpipe.models import build
 from pglpipe.models.huggingface import (
-    hugging_face_model,
     hugging_face_network,
     save_folder,
 )
@@ -253,7 +252,8 @@ def test_a_configuration_makes_fresh_weights(tmp_path: Path) -> None:
     path.write_text(json.dumps({"model_type": "llama", **GROUPED}))
     inputs, _ = batch_of("Llama")
     for source in (path, tmp_path):
-        layers = hugging_face_model(source, inputs[:2], num_hidden_layers=2)
+        fresh = hugging_face_network(source, num_hidden_layers=2)
+        layers = split(fresh, inputs[:2])
         assert [layer.name for layer in layers][1:-2] == [
             "model.layers.0",
             "model.layers.1",

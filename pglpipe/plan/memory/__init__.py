@@ -3,7 +3,7 @@
 ::
 
     stage ──▶ weigh ──▶ bytes ──▶ local_peak, global_peak ──▶ MemoryPrediction ──▶ fit ──▶ settings
-    (meta)                             (timetable)            (workers)   (budget)
+    (fake tensors)                     (timetable)            (workers)   (budget)
 """
 
 from __future__ import annotations

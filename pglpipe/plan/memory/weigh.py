@@ -1,4 +1,4 @@
-"""What a stage keeps for backward, weighed on the meta device, and what of it is kept at once.
+"""What a stage keeps for backward, weighed with fake tensors, and what of it is kept at once.
 
 A worker's peak is arithmetic: in a local step its heaviest stage, in a global one its row of
 the timetable::
@@ -74,7 +74,7 @@ def weigh(
     image: Tensor | None = None,
     in_place: dict[nn.Module, bool] | None = None,
 ) -> tuple[StageBytes, Activation]:
-    """What a stage keeps, and its output, all of it on the meta device.
+    """What a stage keeps, and its output, all of it without values.
 
     Args:
         x: tensors ``[B, ...]``; they require a gradient if one is to flow back to them.
@@ -82,7 +82,7 @@ def weigh(
         image: what the loss, which holds it, sees of the network's input.
         in_place: which modules overwrite their input, as far as it is known; filled here.
 
-    A loss that cannot be computed on the meta device is taken to keep as much as its argument has.
+    A loss that cannot be computed so is taken to keep as much as its argument has.
     """
     modules = [body] if head is None else [body, head]
     own = [t for m in modules for t in m.state_dict(keep_vars=True).values()]
