@@ -147,6 +147,12 @@ def generate(run_dir: Path, prompt: str, count: int, temperature: float) -> str:
     )
 
 
+def _sample(config: RunConfig, facts: TextFacts, weights: Tensors) -> str:
+    """What a language model writes of itself."""
+    codec = Codec(config.data.tokenizer)
+    return _continued(config, facts, weights, codec, "\n", SAMPLE, 1.0)
+
+
 def _continued(
     config: RunConfig,
     facts: TextFacts,
@@ -236,10 +242,7 @@ def _train(asked: RunConfig, world: World, early: list[int]) -> Summary:
     if folder:
         tables.show_exits(plan, summary, folder.path, tokens=material.facts.tokens)
         if isinstance(material.facts, TextFacts) and not config.output.quiet:
-            codec = Codec(config.data.tokenizer)
-            tables.show_text(
-                _continued(config, material.facts, body, codec, "\n", SAMPLE, 1.0)
-            )
+            tables.show_text(_sample(config, material.facts, body))
     return summary
 
 
