@@ -146,7 +146,8 @@ class FiniteCheck:
         return not self._found.item()
 
     def _gradients(self) -> list[Tensor]:
-        return [_numbers(p.grad) for _, p in self._named if p.grad is not None]
+        found = [p.grad for _, p in self._named]
+        return [_numbers(gradient) for gradient in found if gradient is not None]
 
     def _norms(self) -> list[Tensor]:
         """The largest number in each parameter's gradient, scalars; 0 where there is none."""
@@ -237,7 +238,7 @@ def _numbers(gradient: Tensor) -> Tensor:
     """Those that are there, of a sparse gradient; both parts of complex ones."""
     if gradient.is_sparse:
         gradient = gradient._values()
-    return torch.view_as_real(gradient) if gradient.is_complex() else gradient
+    return torch.view_as_real(gradient) if gradient.dtype.is_complex else gradient
 
 
 def judge(

@@ -35,7 +35,6 @@ class Updates:
         self._named = parameters
         self._parameters = list(parameters.values())
         self._learning = learning
-        self._draws = Draws(learning.machine.seed, "update", stage)
         self._was_guided: bool | None = None
         self._goes_on = False
         self._optimizers: list[torch.optim.Optimizer] = []
@@ -44,6 +43,9 @@ class Updates:
             self._optimizers = [
                 make_optimizer(learning.optimizer, parameters) for _ in range(count)
             ]
+        known = all(type(o).__module__.startswith("torch.") for o in self._optimizers)
+        # PyTorch's own draw nothing.
+        self._draws = Draws(learning.machine.seed, "update", stage, always=not known)
         for optimizer in self._optimizers:
             for group in optimizer.param_groups:
                 group.setdefault("initial_lr", group["lr"])

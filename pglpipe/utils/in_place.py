@@ -127,8 +127,12 @@ def _tensors(arguments: Iterable[Any]) -> Iterator[Tensor]:
             yield from _tensors(argument)
 
 
-def _versions(arguments: Iterable[Any]) -> list[int]:
-    return [tensor._version for tensor in _tensors(arguments)]
+def _versions(arguments: Iterable[Any]) -> list[Any]:
+    return [
+        a._version if isinstance(a, Tensor) else _versions(a)
+        for a in arguments
+        if isinstance(a, Tensor | tuple)
+    ]
 
 
 def _copied(argument: Any) -> Any:
