@@ -2,13 +2,14 @@
 
 There is no code for any family. A network's own forward is recorded, with its blocks as operations: each is called as
 the family calls it, and rotary tables and masks, which depend on sizes alone, are constants that every stage holds.
+Where samples are padded, ``attention_mask`` ``[B, T]`` travels, and every stage makes its masks of it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from functools import partial
-from inspect import signature
+from functools import cache, partial
+from inspect import Parameter, signature
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -32,21 +33,40 @@ _KINDS = (
     "AutoModelForImageClassification",
 )
 
+_NAME = "sdpa_of_pglpipe"
+_SKIPS = "allow_is_causal_skip", "allow_is_bidirectional_skip"
+
 
 class HuggingFace(Adapter, Recorded):
-    """A model of transformers that takes one tensor and gives logits.
+    """A model of transformers that gives logits.
 
     Args:
         inner: for language, ``[B, T]`` to ``[B, T, V]``; for classes of texts or images, to ``[B, C]``.
     """
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Logits; no sample is padded, and nothing is kept for a next token."""
-        inputs: dict[str, Any] = {self.inner.main_input_name: x}
-        if "use_cache" in signature(self.inner.forward).parameters:
+    def __init__(self, inner: Any) -> None:
+        super().__init__(inner)
+        if inner.config._attn_implementation == "sdpa":
+            inner.set_attn_implementation(_attention())
+
+    def forward(self, x: Tensor | None = None, **inputs: Any) -> Tensor:
+        """Logits; nothing is kept for a next token.
+
+        Args:
+            x: the model's main input, ``input_ids`` ``[B, T]`` or ``pixel_values`` ``[B, C, H, W]``.
+            inputs: others by their names, such as ``attention_mask`` ``[B, T]``, 0 where there is padding.
+        """
+        if x is not None:
+            inputs[self.inner.main_input_name] = x
+        if "use_cache" in self.arguments:
             inputs["use_cache"] = False
         logits: Tensor = self.run(**inputs).logits
         return logits
+
+    @property
+    def arguments(self) -> Mapping[str, Parameter]:
+        """Those of the model's own forward."""
+        return signature(self.inner.forward).parameters
 
     def is_whole(self, name: str) -> bool:
         """Blocks, and whatever stands beside the lists of blocks."""
@@ -56,6 +76,23 @@ class HuggingFace(Adapter, Recorded):
         holds_blocks = any(f"{each}.".startswith(f"{name}.") for each in lists)
         is_in_block = any(name.startswith(f"{each}.") for each in lists)
         return super().is_whole(name) and (is_in_block or not holds_blocks)
+
+
+@cache
+def _attention() -> str:
+    """The name of attention as PyTorch's, which does not ask for values whether there is padding."""
+    masks = import_optional("transformers.masking_utils", "huggingface")
+    sdpa = import_optional("transformers.integrations.sdpa_attention", "huggingface")
+
+    def mask(*args: Any, **kwargs: Any) -> Any:
+        if kwargs.get("attention_mask") is not None:
+            kwargs |= dict.fromkeys(_SKIPS, False)
+        return masks.sdpa_mask(*args, **kwargs)
+
+    masks.AttentionMaskInterface.register(_NAME, mask)
+    modeling = import_optional("transformers.modeling_utils", "huggingface")
+    modeling.AttentionInterface.register(_NAME, sdpa.sdpa_attention_forward)
+    return _NAME
 
 
 def hugging_face_layers(

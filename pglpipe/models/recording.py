@@ -10,6 +10,7 @@ import copy
 import operator
 from collections.abc import Callable, Collection, Mapping
 from functools import partial
+from inspect import Parameter, signature
 from typing import Any
 
 import torch
@@ -30,6 +31,11 @@ _PLAIN = (
 
 class Recorded(nn.Module):
     """A module whose forward is recorded with an example; all batches have its sizes but for the number of samples."""
+
+    @property
+    def arguments(self) -> Mapping[str, Parameter]:
+        """Those of its forward, by name."""
+        return signature(self.forward).parameters
 
     def is_whole(self, name: str) -> bool:
         """Whether the submodule is called as a whole, one operation of the network."""

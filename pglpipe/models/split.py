@@ -8,8 +8,9 @@ values that are alive where it begins, and gives those that are alive where it e
     alive            a       a, b     a, c
 
 The modules themselves stay what they are, with their names, modes and hooks; layers only call them. What does not
-depend on the batch is computed again in each layer that needs it, and crosses no cut. Heads read the last
-floating value that was computed from parameters, or one that is named.
+depend on the batch is computed again in each layer that needs it, and crosses no cut; so are masks and positions that
+take more bytes than the inputs which they are made of. Heads read the last floating value that was computed from
+parameters, or one that is named.
 """
 
 from __future__ import annotations
@@ -30,12 +31,14 @@ from pglpipe.models import tying
 from pglpipe.models.layer import Layer
 from pglpipe.models.tracing import (
     ask_late,
+    draws,
     inputs_by_name,
     is_floating,
     mode,
     note_values,
     owners,
     trace,
+    writes,
 )
 from pglpipe.utils.seeding import Draws, generators_kept
 
@@ -161,6 +164,7 @@ class Traced:
             if node.op not in ("placeholder", "output") and node not in self._fixed
         ]
         self._number = {node: i for i, node in enumerate(self._nodes)}
+        self._made_of = self._found_made_of()
         self._alive: dict[int, list[fx.Node]] = {}
         self._unused = self._found_unused()
         self._learned = self._found_learned()
@@ -192,6 +196,13 @@ class Traced:
                 f"expected cuts in the order in which their submodules run, got {', '.join(at)}; sort them, and drop "
                 "those at the same place"
             )
+        bounds = [0, *found, len(self._nodes)]
+        for index, (first, end) in enumerate(zip(bounds, bounds[1:], strict=False)):
+            if self._costly and not any(first <= each < end for each in self._costly):
+                text = at[min(index, len(at) - 1)]
+                raise PartitionError(
+                    f"cannot cut at {text!r}: a stage without parameters would have nothing to learn; {self._elsewhere()}"
+                )
         return found
 
     def _called(self, name: str, what: str = "") -> list[int]:
@@ -233,11 +244,13 @@ class Traced:
         return self._alive[place]
 
     def _found_alive(self, place: int) -> list[fx.Node]:
-        crossing = [
+        used = [
             node
             for node in [*self._inputs, *self._nodes[:place]]
             if any(self._comes_after(user, place) for user in node.users)
         ]
+        sent = {each for node in used for each in self._sent_for(node)}
+        crossing = [n for n in [*self._inputs, *self._nodes[:place]] if n in sent]
         floating = [n for n in crossing if is_floating(n.meta["value"])]
         named = [n for n in floating if n in self._named]
         learned = [n for n in floating if n in self._learned]
@@ -269,15 +282,17 @@ class Traced:
 
     def _check_place(self, place: int, text: str) -> None:
         if reason := self._refusal(place):
-            names = dict.fromkeys(
-                owners(self._nodes[p])[-1]
-                for p in range(1, len(self._nodes))
-                if not self._refusal(p) and owners(self._nodes[p])
-            )
-            near = ", ".join(list(names)[:5])
-            raise PartitionError(
-                f"cannot cut at {text!r}: {reason}; cut elsewhere, such as at {near or 'no place'}"
-            )
+            raise PartitionError(f"cannot cut at {text!r}: {reason}; {self._elsewhere()}")
+
+    def _elsewhere(self) -> str:
+        """Where a cut is possible, for messages."""
+        names = dict.fromkeys(
+            owners(self._nodes[p])[-1]
+            for p in range(1, len(self._nodes))
+            if not self._refusal(p) and owners(self._nodes[p])
+        )
+        near = ", ".join(list(names)[:5])
+        return f"cut elsewhere, such as at {near or 'no place'}"
 
     def _is_inside(self, place: int) -> bool:
         """Whether a place is within a submodule before and after which fewer bytes would cross."""
@@ -329,6 +344,27 @@ class Traced:
                 fixed.add(node)
         return fixed
 
+    def _found_made_of(self) -> dict[fx.Node, set[fx.Node]]:
+        """Whole numbers and masks that are made of inputs alone, with these inputs."""
+        unchanged = [n for n in self._inputs if not any(map(writes, n.users))]
+        made_of = {node: {node} for node in unchanged}
+        for node in self._nodes:
+            parents = set(node.all_input_nodes) - self._fixed
+            if node.op == "call_module" or is_floating(node.meta["value"]):
+                continue
+            if any(map(writes, [node, *node.users])) or draws(node):
+                continue
+            if parents <= made_of.keys():
+                made_of[node] = {each for parent in parents for each in made_of[parent]}
+        return made_of
+
+    def _sent_for(self, node: fx.Node) -> Collection[fx.Node]:
+        """What crosses a cut for a value: the inputs that it is made of, if they take fewer bytes."""
+        value, inputs = node.meta["value"], self._made_of.get(node, {node})
+        if not isinstance(value, Tensor):
+            return [node]
+        return inputs if sum(n.meta["value"].nbytes for n in inputs) < value.nbytes else [node]
+
     # -- layers -----------------------------------------------------------------------
 
     def cut(self, ends: Sequence[int]) -> list[Layer]:
@@ -359,7 +395,8 @@ class Traced:
 
         def copied(node: fx.Node) -> fx.Node:
             if node not in copies:
-                assert node in self._fixed, f"{node} crosses no cut"
+                remade = node in self._fixed or node in self._made_of
+                assert remade, f"{node} crosses no cut"
                 copies[node] = graph.node_copy(node, copied)
             return copies[node]
 

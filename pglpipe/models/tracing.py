@@ -73,7 +73,7 @@ def trace(
                     # Tensors that forward makes become attributes of what is traced.
                     roots.append(copy.copy(module))
                     graphs.append(once(roots[-1], leaves, given))
-                    _refuse_writes(graphs[-1])
+                    _refusewrites(graphs[-1])
             if (owner := _first_difference(*graphs)) is None:
                 return roots[0], graphs[0]
             reason = "it does other things in training than in evaluation"
@@ -129,22 +129,27 @@ def _erase(graph: fx.Graph, node: fx.Node) -> None:
     graph.erase_node(node)
 
 
-def _refuse_writes(graph: fx.Graph) -> None:
+def _refusewrites(graph: fx.Graph) -> None:
     """Refuses operations that change parameters, buffers or constants."""
     for node in graph.nodes:
         changed = node.args[0] if node.args else None
-        if isinstance(changed, fx.Node) and changed.op == "get_attr" and _writes(node):
+        if isinstance(changed, fx.Node) and changed.op == "get_attr" and writes(node):
             owner = "".join(owners(node)[-1:])
             raise Untraceable(f"it changes {str(changed.target)!r} in place", owner)
 
 
-def _writes(node: fx.Node) -> bool:
+def writes(node: fx.Node) -> bool:
     """Whether an operation changes its first argument."""
     if node.op == "call_method":
         name = str(node.target)
         return name.endswith("_") and not name.endswith("__")
     changing = operator.iadd, operator.isub, operator.imul, operator.itruediv
     return node.op == "call_function" and node.target in (*changing, operator.setitem)
+
+
+def draws(node: fx.Node) -> bool:
+    """Whether an operation on whole numbers gives random ones."""
+    return "rand" in getattr(node.target, "__name__", str(node.target))
 
 
 def _first_difference(some: fx.Graph, others: fx.Graph) -> str | None:
@@ -176,9 +181,12 @@ def inputs_by_name(module: nn.Module, example: Activation) -> dict[str, Tensor]:
     Raises:
         PartitionError: it gives one that there is not, or not all that are needed.
     """
+    arguments = signature(module.forward).parameters
+    if isinstance(module, Recorded):
+        arguments = module.arguments
     parameters = {
         name: parameter
-        for name, parameter in signature(module.forward).parameters.items()
+        for name, parameter in arguments.items()
         if parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
     }
     given = example
@@ -191,7 +199,7 @@ def inputs_by_name(module: nn.Module, example: Activation) -> dict[str, Tensor]:
     missing = [n for n in needed if n not in given]
     if wrong or missing or not all(isinstance(t, Tensor) for t in given.values()):
         raise PartitionError(
-            f"expected an example with a tensor for each input of {type(module).__name__}, {', '.join(needed)}, got "
+            f"expected an example with a tensor for each input of {type(module).__name__}, {', '.join(needed or parameters)}, got "
             f"{', '.join(map(str, given)) or 'none'}"
         )
     return {name: given[name] for name in parameters if name in given}

@@ -234,6 +234,54 @@ def test_its_forward_is_that_of_transformers_and_one_tensor_crosses(
         assert torch.equal(x, whole.inner(inputs).logits)
 
 
+def padded(inputs: Tensor) -> dict[str, Tensor]:
+    """Texts of several lengths, as a tokenizer gives them."""
+    lengths = torch.tensor([[LENGTH], [7], [9], [3]])
+    return {
+        "input_ids": inputs,
+        "attention_mask": (torch.arange(LENGTH) < lengths).to(torch.int64),
+    }
+
+
+@IN_FAMILIES
+def test_padded_texts_are_what_they_are_to_transformers(family: str) -> None:
+    if family == "ViT":
+        pytest.skip("images are not padded")
+    batch = padded(batch_of(family)[0])
+    whole = network(family).eval()
+    layers = split(whole, {name: each[:2] for name, each in batch.items()})
+    reference = network(family).inner.eval()
+    reference.set_attn_implementation("sdpa")
+    x: Any = tuple(batch.values())
+    with torch.no_grad():
+        for layer in layers[:-1]:
+            x = layer.build()(x)
+            # No mask of pairs of tokens crosses, only what they are made of.
+            sizes = {tuple(t.shape[1:]) for t in tensors_of(x) if t.dtype == torch.int64}
+            assert sizes <= {(LENGTH,)} and all(t.dtype != torch.bool for t in tensors_of(x))
+        logits = layers[-1].build()(x)
+    kept = batch["attention_mask"].bool() if logits.ndim == 3 else slice(None)
+    assert torch.equal(logits[kept], reference(**batch).logits[kept])
+
+
+def test_a_batch_of_a_tokenizer_is_a_batch() -> None:
+    inputs, targets = batch_of("BERT of classes")
+    encoded = padded(inputs)
+    batch = transformers.BatchEncoding(encoded | {"labels": targets})
+    digests = {
+        trained(
+            "BERT of classes",
+            size,
+            split(network("BERT of classes"), encoded),
+            [batch] * 4,
+            guidance=Guidance(period=2),
+            microbatches=2,
+        ).summary.parameters_sha256
+        for size in (1, 2)
+    }
+    assert len(digests) == 1
+
+
 @IN_FAMILIES
 def test_a_folder_is_what_transformers_reads(family: str, tmp_path: Path) -> None:
     inputs, _ = batch_of(family)

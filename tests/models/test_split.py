@@ -337,6 +337,11 @@ def test_what_depends_on_the_mode_still_does() -> None:
         (UNet, {"at": ["up3"]}, "'up3', for no such submodule is called: did you mean"),
         (UNet, {"at": ["up2", "down2"]}, "in the order in which their submodules run"),
         (UNet, {"at": ["down1"]}, "nothing would be left on one side"),
+        (
+            UNet,
+            {"at": ["after up1", "fc"]},
+            "'fc': a stage without parameters would have nothing to learn; cut",
+        ),
         (UNet, {"leaf": ["dwon1"]}, "no submodule 'dwon1' to be a leaf"),
         (TwoInputs, {}, "each input of TwoInputs, image, number, got image"),
     ],
