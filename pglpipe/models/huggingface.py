@@ -2,7 +2,7 @@
 
 There is no code for any family. A network's own forward is recorded, with its blocks as operations: each is called as
 the family calls it, and rotary tables and masks, which depend on sizes alone, are constants that every stage holds.
-Where samples are padded, ``attention_mask`` ``[B, T]`` travels, and every stage makes its masks of it.
+Where samples are padded, a mask ``[B, 1, 1, T]`` travels, and every stage makes that of pairs of tokens of it.
 """
 
 from __future__ import annotations
@@ -84,10 +84,12 @@ def _attention() -> str:
     masks = import_optional("transformers.masking_utils", "huggingface")
     sdpa = import_optional("transformers.integrations.sdpa_attention", "huggingface")
 
-    def mask(*args: Any, **kwargs: Any) -> Any:
-        if kwargs.get("attention_mask") is not None:
-            kwargs |= dict.fromkeys(_SKIPS, False)
-        return masks.sdpa_mask(*args, **kwargs)
+    def mask(*, attention_mask: Tensor | None = None, **options: Any) -> Any:
+        if attention_mask is None:
+            return masks.sdpa_mask(**options)
+        # The pattern depends on sizes alone. Theirs has the number of samples in it.
+        options |= dict.fromkeys(_SKIPS, False) | {"batch_size": 1}
+        return masks.sdpa_mask(**options) & attention_mask[:, None, None, :]
 
     masks.AttentionMaskInterface.register(_NAME, mask)
     modeling = import_optional("transformers.modeling_utils", "huggingface")

@@ -155,7 +155,14 @@ class Traced:
             )
         note_values(self._root, self._graph, list(given.values()), "value")
         more = [torch.cat([tensor, tensor[:1]]) for tensor in given.values()]
-        note_values(self._root, self._graph, more, "one more")
+        try:
+            note_values(self._root, self._graph, more, "one more")
+        except Exception as error:  # whatever operations say of sizes
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            raise PartitionError(
+                f"expected {type(module).__name__} to take any number of samples, but cut with {self._batch} it does not "
+                f"take {self._batch + 1}: {reason}; leave inputs out that are not needed, such as attention_mask"
+            ) from error
         ask_late(self._graph)
         self._fixed = self._found_fixed()
         self._nodes = [
@@ -246,10 +253,10 @@ class Traced:
     def _found_alive(self, place: int) -> list[fx.Node]:
         used = [
             node
-            for node in [*self._inputs, *self._nodes[:place]]
+            for node in [*self._inputs, *self._nodes]
             if any(self._comes_after(user, place) for user in node.users)
         ]
-        sent = {each for node in used for each in self._sent_for(node)}
+        sent = {each for node in used for each in self._made_of.get(node, [node])}
         crossing = [n for n in [*self._inputs, *self._nodes[:place]] if n in sent]
         floating = [n for n in crossing if is_floating(n.meta["value"])]
         named = [n for n in floating if n in self._named]
@@ -282,7 +289,9 @@ class Traced:
 
     def _check_place(self, place: int, text: str) -> None:
         if reason := self._refusal(place):
-            raise PartitionError(f"cannot cut at {text!r}: {reason}; {self._elsewhere()}")
+            raise PartitionError(
+                f"cannot cut at {text!r}: {reason}; {self._elsewhere()}"
+            )
 
     def _elsewhere(self) -> str:
         """Where a cut is possible, for messages."""
@@ -344,26 +353,25 @@ class Traced:
                 fixed.add(node)
         return fixed
 
-    def _found_made_of(self) -> dict[fx.Node, set[fx.Node]]:
-        """Whole numbers and masks that are made of inputs alone, with these inputs."""
-        unchanged = [n for n in self._inputs if not any(map(writes, n.users))]
-        made_of = {node: {node} for node in unchanged}
-        for node in self._nodes:
-            parents = set(node.all_input_nodes) - self._fixed
-            if node.op == "call_module" or is_floating(node.meta["value"]):
-                continue
-            if any(map(writes, [node, *node.users])) or draws(node):
-                continue
-            if parents <= made_of.keys():
-                made_of[node] = {each for parent in parents for each in made_of[parent]}
-        return made_of
+    def _found_made_of(self) -> dict[fx.Node, list[fx.Node]]:
+        """Inputs, and whole numbers and truth values made of inputs alone: of what they are made again, or themselves.
 
-    def _sent_for(self, node: fx.Node) -> Collection[fx.Node]:
-        """What crosses a cut for a value: the inputs that it is made of, if they take fewer bytes."""
-        value, inputs = node.meta["value"], self._made_of.get(node, {node})
-        if not isinstance(value, Tensor):
-            return [node]
-        return inputs if sum(n.meta["value"].nbytes for n in inputs) < value.nbytes else [node]
+        That is where the fewest bytes would cross a cut.
+        """
+        unchanged = [n for n in self._inputs if not any(map(writes, n.users))]
+        made_of = {node: [node] for node in unchanged}
+        for node in self._nodes:
+            value = node.meta["value"]
+            parents = [n for n in node.all_input_nodes if n not in self._fixed]
+            changes = any(map(writes, [node, *node.users])) or draws(node)
+            learns = node.op == "call_module" or self._has_parameters(node)
+            if changes or learns or not made_of.keys() >= {*parents}:
+                continue
+            if isinstance(value, Tensor) and not is_floating(value):
+                sources = [*dict.fromkeys(s for p in parents for s in made_of[p])]
+                fewer = sum(n.meta["value"].nbytes for n in sources) < value.nbytes
+                made_of[node] = sources if fewer else [node]
+        return made_of
 
     # -- layers -----------------------------------------------------------------------
 

@@ -6,7 +6,7 @@ import copy
 import operator
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from inspect import signature
+from inspect import Parameter, signature
 from typing import Any
 
 import torch
@@ -181,7 +181,7 @@ def inputs_by_name(module: nn.Module, example: Activation) -> dict[str, Tensor]:
     Raises:
         PartitionError: it gives one that there is not, or not all that are needed.
     """
-    arguments = signature(module.forward).parameters
+    arguments: Mapping[str, Parameter] = signature(module.forward).parameters
     if isinstance(module, Recorded):
         arguments = module.arguments
     parameters = {
