@@ -2,7 +2,7 @@
 
 There is no code for any family. A network's own forward is recorded, with its blocks as operations: each is called as
 the family calls it, and rotary tables and masks, which depend on sizes alone, are constants that every stage holds.
-Where samples are padded, a mask ``[B, 1, 1, T]`` travels, and every stage makes that of pairs of tokens of it.
+Where samples are padded, a mask ``[B, T]`` travels, and every stage makes that of pairs of tokens of it.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ values that are alive where it begins, and gives those that are alive where it e
 
 The modules themselves stay what they are, with their names, modes and hooks; layers only call them. What does not
 depend on the batch is computed again in each layer that needs it, and crosses no cut; so are masks and positions that
-take more bytes than the inputs which they are made of. Heads read the last floating value that was computed from
+take no fewer bytes than the inputs which they are made of. Heads read the last floating value that was computed from
 parameters, or one that is named.
 """
 
@@ -369,8 +369,8 @@ class Traced:
                 continue
             if isinstance(value, Tensor) and not is_floating(value):
                 sources = [*dict.fromkeys(s for p in parents for s in made_of[p])]
-                fewer = sum(n.meta["value"].nbytes for n in sources) < value.nbytes
-                made_of[node] = sources if fewer else [node]
+                nbytes = sum(n.meta["value"].nbytes for n in sources)
+                made_of[node] = sources if nbytes <= value.nbytes else [node]
         return made_of
 
     # -- layers -----------------------------------------------------------------------

@@ -255,6 +255,34 @@ def test_what_is_alive_crosses_a_cut_and_nothing_else() -> None:
     assert dtypes == [[torch.float32, torch.bool, torch.int64]]
 
 
+class PairMasked(nn.Module):
+    """Every layer reads a mask of pairs of tokens."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tokens, self.first = nn.Embedding(10, 4), nn.Linear(4, 4)
+        self.second, self.last = nn.Linear(4, 4), nn.Linear(4, 10)
+
+    def forward(self, text: Tensor) -> Tensor:
+        alike = text.unsqueeze(1) == text.unsqueeze(2)
+        x = self.tokens(text)
+        for layer in (self.first, self.second):
+            x = layer(x) + alike.to(x.dtype) @ x
+        y: Tensor = self.last(x.mean(1))
+        return y
+
+
+def test_a_mask_that_is_larger_than_what_it_is_made_of_is_made_again() -> None:
+    text = torch.randint(0, 10, (3, 16), generator=torch.Generator().manual_seed(0))
+    whole = made(PairMasked)
+    x: Any = text
+    for layer in split(whole, text, at=["first", "second", "last"]):
+        x = layer.build()(x)
+        # Of 16 numbers of 8 bytes it has 256 truth values.
+        assert all(t.shape == text.shape for t in tensors_of(x)[1:])
+    torch.testing.assert_close(x, whole(text))
+
+
 @pytest.mark.parametrize("given", ["a tuple", "a dict"])
 @pytest.mark.parametrize(
     "kind", ["local and global", "stale", "local microbatches, bf16"]
