@@ -31,14 +31,13 @@ from pglpipe.models import tying
 from pglpipe.models.layer import Layer
 from pglpipe.models.tracing import (
     ask_late,
-    draws,
     inputs_by_name,
     is_floating,
+    made_of,
     mode,
     note_values,
     owners,
     trace,
-    writes,
 )
 from pglpipe.utils.seeding import Draws, generators_kept
 
@@ -171,7 +170,7 @@ class Traced:
             if node.op not in ("placeholder", "output") and node not in self._fixed
         ]
         self._number = {node: i for i, node in enumerate(self._nodes)}
-        self._made_of = self._found_made_of()
+        self._made_of = made_of(self._inputs, self._nodes, self._fixed)
         self._alive: dict[int, list[fx.Node]] = {}
         self._unused = self._found_unused()
         self._learned = self._found_learned()
@@ -352,26 +351,6 @@ class Traced:
             if fixed.issuperset(node.all_input_nodes):
                 fixed.add(node)
         return fixed
-
-    def _found_made_of(self) -> dict[fx.Node, list[fx.Node]]:
-        """Inputs, and whole numbers and truth values made of inputs alone: of what they are made again, or themselves.
-
-        That is where the fewest bytes would cross a cut.
-        """
-        unchanged = [n for n in self._inputs if not any(map(writes, n.users))]
-        made_of = {node: [node] for node in unchanged}
-        for node in self._nodes:
-            value = node.meta["value"]
-            parents = [n for n in node.all_input_nodes if n not in self._fixed]
-            changes = any(map(writes, [node, *node.users])) or draws(node)
-            learns = node.op == "call_module" or self._has_parameters(node)
-            if changes or learns or not made_of.keys() >= {*parents}:
-                continue
-            if isinstance(value, Tensor) and not is_floating(value):
-                sources = [*dict.fromkeys(s for p in parents for s in made_of[p])]
-                nbytes = sum(n.meta["value"].nbytes for n in sources)
-                made_of[node] = sources if nbytes <= value.nbytes else [node]
-        return made_of
 
     # -- layers -----------------------------------------------------------------------
 

@@ -152,6 +152,34 @@ def draws(node: fx.Node) -> bool:
     return "rand" in getattr(node.target, "__name__", str(node.target))
 
 
+def made_of(
+    inputs: Sequence[fx.Node], nodes: Sequence[fx.Node], fixed: Collection[fx.Node]
+) -> dict[fx.Node, list[fx.Node]]:
+    """Inputs, and whole numbers and truth values made of inputs alone: of what they are made again, or themselves.
+
+    That is where the fewest bytes would cross a cut.
+
+    Args:
+        nodes: operations that depend on inputs or are modules, in order, with their values.
+        fixed: those that do not.
+    """
+    unchanged = [node for node in inputs if not any(map(writes, node.users))]
+    found = {node: [node] for node in unchanged}
+    for node in nodes:
+        value, args = node.meta["value"], node.all_input_nodes
+        parents = [each for each in args if each not in fixed]
+        learns = any(isinstance(each.meta["value"], nn.Parameter) for each in args)
+        changes = any(map(writes, [node, *node.users])) or draws(node)
+        if learns or changes or node.op == "call_module":
+            continue
+        is_whole = isinstance(value, Tensor) and not is_floating(value)
+        if is_whole and found.keys() >= {*parents}:
+            sources = [*dict.fromkeys(s for each in parents for s in found[each])]
+            nbytes = sum(each.meta["value"].nbytes for each in sources)
+            found[node] = sources if nbytes <= value.nbytes else [node]
+    return found
+
+
 def _first_difference(some: fx.Graph, others: fx.Graph) -> str | None:
     """The submodule in which two graphs begin to differ; None if they do not."""
     for node, other in zip(some.nodes, others.nodes, strict=False):
