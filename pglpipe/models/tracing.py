@@ -73,7 +73,7 @@ def trace(
                     # Tensors that forward makes become attributes of what is traced.
                     roots.append(copy.copy(module))
                     graphs.append(once(roots[-1], leaves, given))
-                    _refusewrites(graphs[-1])
+                    _refuse_writes(graphs[-1])
             if (owner := _first_difference(*graphs)) is None:
                 return roots[0], graphs[0]
             reason = "it does other things in training than in evaluation"
@@ -129,16 +129,16 @@ def _erase(graph: fx.Graph, node: fx.Node) -> None:
     graph.erase_node(node)
 
 
-def _refusewrites(graph: fx.Graph) -> None:
+def _refuse_writes(graph: fx.Graph) -> None:
     """Refuses operations that change parameters, buffers or constants."""
     for node in graph.nodes:
         changed = node.args[0] if node.args else None
-        if isinstance(changed, fx.Node) and changed.op == "get_attr" and writes(node):
+        if isinstance(changed, fx.Node) and changed.op == "get_attr" and _writes(node):
             owner = "".join(owners(node)[-1:])
             raise Untraceable(f"it changes {str(changed.target)!r} in place", owner)
 
 
-def writes(node: fx.Node) -> bool:
+def _writes(node: fx.Node) -> bool:
     """Whether an operation changes its first argument."""
     if node.op == "call_method":
         name = str(node.target)
@@ -147,7 +147,7 @@ def writes(node: fx.Node) -> bool:
     return node.op == "call_function" and node.target in (*changing, operator.setitem)
 
 
-def draws(node: fx.Node) -> bool:
+def _draws(node: fx.Node) -> bool:
     """Whether an operation on whole numbers gives random ones."""
     return "rand" in getattr(node.target, "__name__", str(node.target))
 
@@ -163,13 +163,13 @@ def made_of(
         nodes: operations that depend on inputs or are modules, in order, with their values.
         fixed: those that do not.
     """
-    unchanged = [node for node in inputs if not any(map(writes, node.users))]
+    unchanged = [node for node in inputs if not any(map(_writes, node.users))]
     found = {node: [node] for node in unchanged}
     for node in nodes:
         value, args = node.meta["value"], node.all_input_nodes
         parents = [each for each in args if each not in fixed]
         learns = any(isinstance(each.meta["value"], nn.Parameter) for each in args)
-        changes = any(map(writes, [node, *node.users])) or draws(node)
+        changes = any(map(_writes, [node, *node.users])) or _draws(node)
         if learns or changes or node.op == "call_module":
             continue
         is_whole = isinstance(value, Tensor) and not is_floating(value)
