@@ -16,7 +16,7 @@ help:  ## list the verbs
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-14s %s\n", $$1, $$2 }' Makefile
 
 demo: .venv/installed  ## train a small pipeline on synthetic data and show what it learned
-	@$(BIN)/python -m benchmarks.demo
+	@$(BIN)/python -m benchmarks.study.demo
 
 test: .venv/installed  ## run the tests, without the slow ones and those for a GPU; ends with the ten slowest
 	@$(PYTEST) $(ABREAST)
@@ -38,20 +38,20 @@ format: .venv/installed  ## rewrite the code as check wants it
 	@$(BIN)/black $(CODE)
 
 bench: .venv/installed  ## measure throughput and memory beside the alternatives, in under 10 minutes
-	@$(BIN)/python -m benchmarks.throughput
+	@$(BIN)/python -m benchmarks.race.throughput
 
 bench-full: .venv/installed  ## the same with more rounds, longer bursts, all on four workers; then emulated devices
-	@$(BIN)/python -m benchmarks.throughput --full
-	@$(BIN)/python -m benchmarks.emulated
+	@$(BIN)/python -m benchmarks.race.throughput --full
+	@$(BIN)/python -m benchmarks.race.emulated
 
 bench-emulated: .venv/installed  ## 8 and 16 workers on emulated devices, beside what arithmetic allows
-	@$(BIN)/python -m benchmarks.emulated
+	@$(BIN)/python -m benchmarks.race.emulated
 
 bench-gpu: .venv/installed  ## stages in turns and side by side on one GPU, beside end to end
 	@$(BIN)/python -m benchmarks.gpu
 
 bench-links: .venv/installed  ## the same over slow links between two network namespaces; needs root
-	@$(BIN)/python -m benchmarks.slow_links
+	@$(BIN)/python -m benchmarks.links
 
 bench-memory: .venv/installed  ## what each way to train keeps for backward, counted
 	@$(BIN)/python -m benchmarks.memory

@@ -13,7 +13,7 @@ Why it is made so: methods should come out in the order that they have on real i
 - No colour and no pattern tells the class. A weak cue does harm: the stages learn it first, and
   those with good heads then learned little else.
 
-``python -m benchmarks.demo`` shows it, and ``README.md`` has the figures. In short runs cheap heads
+``python -m benchmarks.study.demo`` shows it, and ``README.md`` has the figures. In short runs cheap heads
 differ by several points from seed to seed, with guidance and without, so that the set does not
 rank local learning, single global steps and a last tenth.
 """

@@ -8,12 +8,14 @@ from typing import Any
 
 import pytest
 
-from benchmarks import accuracy, formulas, runs
-from benchmarks.accuracy_cost import Cut, Steps, kept_bytes, relative_time
-from benchmarks.accuracy_prices import underscored
-from benchmarks.accuracy_rows import Row, rows
-from benchmarks.accuracy_scales import SCALES, Scale
-from benchmarks.accuracy_table import Tables, close_gaps
+import benchmarks.study.accuracy.__main__ as accuracy
+from benchmarks.common import runs
+from benchmarks.race import formulas
+from benchmarks.study.accuracy.cost import Cut, Steps, kept_bytes, relative_time
+from benchmarks.study.accuracy.prices import underscored
+from benchmarks.study.accuracy.rows import Row, rows
+from benchmarks.study.accuracy.scales import SCALES, Scale
+from benchmarks.study.accuracy.table import Tables, close_gaps
 from pglpipe.app.config_file import resolve
 from pglpipe.app.run_directory import versions
 from pglpipe.schedules.guidance import ALWAYS, NEVER, Guidance

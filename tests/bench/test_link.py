@@ -14,9 +14,9 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.line import VNET_HEADER, Line, queue_bytes, wire_bytes
-from benchmarks.link import Link, Unavailable
-from benchmarks.link_check import check
+from benchmarks.links.check import check
+from benchmarks.links.line import VNET_HEADER, Line, queue_bytes, wire_bytes
+from benchmarks.links.link import Link, Unavailable
 
 ROOT = Path(__file__).resolve().parents[2]
 MEGABIT = 1e6
@@ -80,7 +80,7 @@ def test_a_link_has_the_rate_and_the_delay_it_was_made_with(slow_link: Link) -> 
 
 OWNER = """
 import subprocess, signal, sys, time
-from benchmarks.link import Link, dying_with_parent
+from benchmarks.links.link import Link, dying_with_parent
 link = Link(1e8, 0.005)
 with link.inside(1):
     inner = subprocess.Popen(["sleep", "60"], preexec_fn=dying_with_parent(signal.SIGTERM))

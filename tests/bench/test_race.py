@@ -10,15 +10,15 @@ import pytest
 import torch
 from testing.commands import run, torchrun
 
-from benchmarks import formulas, gate, throughput
-from benchmarks.arena import Arena
-from benchmarks.devices import BATCH
-from benchmarks.emulated import main as emulated_main
-from benchmarks.lineup import DEFAULT
-from benchmarks.race import Race
-from benchmarks.rows import Share, Track, merge
-from benchmarks.standings import COLUMNS, PEERS, Standings, Target
-from benchmarks.workload import Cuts, tiny
+from benchmarks.race import formulas, gate, throughput
+from benchmarks.race.__main__ import Race
+from benchmarks.race.arena import Arena
+from benchmarks.race.devices import BATCH
+from benchmarks.race.emulated import main as emulated_main
+from benchmarks.race.lineup import DEFAULT
+from benchmarks.race.rows import Share, Track, merge
+from benchmarks.race.standings import COLUMNS, PEERS, Standings, Target
+from benchmarks.race.workload import Cuts, tiny
 from pglpipe.schedules.timetable import clock, gpipe, one_forward_one_backward
 
 # -- figures --------------------------------------------------------------------------
@@ -137,7 +137,7 @@ def test_the_bench_names_every_goal(
 def test_the_emulated_bench_names_its_goals_and_its_lateness(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("benchmarks.emulated.race", pretend_race)
+    monkeypatch.setattr("benchmarks.race.emulated.race", pretend_race)
     rows = "local,pgl,pgl-bursts,1f1b,zero-bubble"
     emulated_main("8,16", 1, 1, rows, tmp_path)
     text = (tmp_path / "emulated.md").read_text()

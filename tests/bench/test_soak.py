@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from testing.commands import module, run
 
-from benchmarks import soak
+from benchmarks.micro import soak
 
 
 def looks(resident: list[float], **changes: list[float]) -> list[dict[str, Any]]:
@@ -48,5 +48,5 @@ def test_two_thousand_steps_leave_everything_as_it_is(tmp_path: Path) -> None:
     options = ["--workers=1", "--steps=2000", "--delay=0", "--interval=0.2"]
     output = f"--output={tmp_path / 'soak.json'}"
     folder = f"--folder={tmp_path / 'runs'}"
-    command = module("benchmarks.soak", *options, output, folder)
+    command = module("benchmarks.micro.soak", *options, output, folder)
     run(command, cwd=tmp_path, timeout=280).check()

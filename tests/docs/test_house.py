@@ -75,16 +75,19 @@ def make(checkout: Path) -> Make:
         ),
         ("test-slow", ["python -m pytest -m slow"]),
         ("test-gpu", ["python -m pytest -m gpu"]),
-        ("demo", ["python -m benchmarks.demo"]),
-        ("bench", ["python -m benchmarks.throughput"]),
+        ("demo", ["python -m benchmarks.study.demo"]),
+        ("bench", ["python -m benchmarks.race.throughput"]),
         ("bench-gpu", ["python -m benchmarks.gpu"]),
-        ("bench-links", ["python -m benchmarks.slow_links"]),
+        ("bench-links", ["python -m benchmarks.links"]),
         ("bench-memory", ["python -m benchmarks.memory"]),
         (
             "bench-full",
-            ["python -m benchmarks.throughput --full", "python -m benchmarks.emulated"],
+            [
+                "python -m benchmarks.race.throughput --full",
+                "python -m benchmarks.race.emulated",
+            ],
         ),
-        ("bench-emulated", ["python -m benchmarks.emulated"]),
+        ("bench-emulated", ["python -m benchmarks.race.emulated"]),
         (
             "check",
             [

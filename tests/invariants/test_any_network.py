@@ -7,7 +7,7 @@ import torch
 from testing.whole import assert_learns_as_if_whole, without_draws
 from torch import nn
 
-from benchmarks.networks import SEGMENTATION, TORCHVISION
+from benchmarks.study.networks import SEGMENTATION, TORCHVISION
 from pglpipe.models.vision import vision_network
 
 QUICK = ["squeezenet1_1"]

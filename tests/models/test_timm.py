@@ -10,7 +10,7 @@ import torch
 from testing.whole import assert_learns_as_if_whole, without_draws
 from torch import nn
 
-from benchmarks.networks import TIMM
+from benchmarks.study.networks import TIMM
 from pglpipe.errors import ConfigError
 from pglpipe.models import build
 from pglpipe.models.timm import timm_network
