@@ -37,6 +37,7 @@ from pglpipe.utils.seeding import derive
 
 BYTES = 256  # tokens, where a token is a byte
 TEST_SHARE = 10  # one part in ten
+_FORMAT = "tokens 2"  # of the cache; files of another are not read
 _CHUNK = 2**20  # bytes of text that are tokenized at a time
 
 Tokens = NDArray[np.integer[Any]]
@@ -167,7 +168,12 @@ def load_text(root: Path, cache: Path, tokenizer: str = "") -> tuple[TextSet, Te
     """
     vocabulary, encode = (BYTES, _as_bytes) if not tokenizer else _encoder(tokenizer)
     train, test = _parts(root)
-    known = [str(_CHUNK), vocabulary, Path(tokenizer).read_text() if tokenizer else ""]
+    known = [
+        _FORMAT,
+        str(_CHUNK),
+        vocabulary,
+        Path(tokenizer).read_text() if tokenizer else "",
+    ]
     sets = []
     for part in train, test:
         folder = cache / _digest([*known, *(piece.identity() for piece in part)])
