@@ -9,6 +9,7 @@ others before anything is built.
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -41,6 +42,8 @@ from pglpipe.observe.records import Summary
 from pglpipe.plan.checks import Asked, check_workers, idle
 from pglpipe.plan.memory import Memory
 from pglpipe.plan.placement import Plan
+from pglpipe.plan.predict import Predictor
+from pglpipe.plan.simulate import Link
 from pglpipe.plan.spec import Blueprint, Cut
 from pglpipe.schedules.gradients import Gradients
 from pglpipe.schedules.guidance import Guidance
@@ -235,6 +238,15 @@ class Trainer:
         return self._session.plan(
             lambda: largest_batch([self._read(each, "training") for each in loaders])
         )
+
+    def predictor(self, link: Link, cores: float = math.inf) -> Predictor:
+        """Predicts how long steps take, after :meth:`prepare`; measures the stages on this machine.
+
+        Args:
+            link: between workers.
+            cores: how many workers can compute at a time, where they share a machine.
+        """
+        return self._session.predictor(link, cores)
 
     @property
     def plan(self) -> Plan:

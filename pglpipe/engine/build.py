@@ -54,7 +54,7 @@ class Pipeline:
         wire = blueprint.wire(main(plan.activations[0]))
         edge_plan = _edge_plan(blueprint, plan, sample, world, wire)
         stages = [
-            _stage(index, blueprint, plan, sample.trained)
+            make_stage(index, blueprint, plan, sample.trained)
             for index in plan.stages_of[world.place.position]
         ]
         learning = blueprint.learning
@@ -127,7 +127,7 @@ class Pipeline:
             stage.total_steps = total_steps
 
 
-def _stage(index: int, blueprint: Blueprint, plan: Plan, batch: int) -> Stage:
+def make_stage(index: int, blueprint: Blueprint, plan: Plan, batch: int) -> Stage:
     """Builds one stage; its initial weights depend on its layers and the seed alone."""
     learning = blueprint.learning
     seed = learning.machine.seed

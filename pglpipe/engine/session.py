@@ -25,12 +25,15 @@ from pglpipe.cluster.world import World
 from pglpipe.data.loader import Position, Sample
 from pglpipe.engine.build import Pipeline
 from pglpipe.engine.coordinator import Coordinator
+from pglpipe.engine.profile import measure_stages
 from pglpipe.engine.source import Source
 from pglpipe.errors import ConfigError, UserError, WorkerError, warn
 from pglpipe.messages.activation import main, tensors_of
 from pglpipe.observe.observers import Observer
 from pglpipe.observe.records import Summary
 from pglpipe.plan.placement import Plan, draft, enlarged
+from pglpipe.plan.predict import Predictor
+from pglpipe.plan.simulate import Link
 from pglpipe.plan.spec import Blueprint
 from pglpipe.transport import pick_backend
 
@@ -160,6 +163,14 @@ class Session:
         self._plan = enlarged(self._plan, self._blueprint, sample)
         self.pipeline.open(self._plan, sample)
         self._limit(sample)
+
+    def predictor(self, link: Link, cores: float = math.inf) -> Predictor:
+        """Predicts the steps of the plan, from what stages take on this machine."""
+        assert self._plan is not None and self._sample is not None, "plan comes first"
+        profile = measure_stages(self._blueprint, self._plan, self._sample)
+        return Predictor(
+            self._plan, self._blueprint, self._sample, profile, link, cores
+        )
 
     def build(self) -> Pipeline:
         """Builds this worker's stages and opens its edges, once."""

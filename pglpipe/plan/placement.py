@@ -159,6 +159,39 @@ def draft(
     )
 
 
+def skeletons(plan: Plan, blueprint: Blueprint, sample: Sample) -> list[Skeleton]:
+    """Body and head of each stage, on the meta device and in training mode."""
+    layers = blueprint.layers
+    heads = head_skeletons(plan.head, plan.balance, activations(layers, sample.x))
+    return _skeletons(layers, plan.balance, heads)
+
+
+def memory_of(
+    blueprint: Blueprint,
+    sample: Sample,
+    skeletons: Sequence[Skeleton],
+    stages_of: Sequence[range],
+    wire: Wire,
+) -> MemoryPrediction:
+    """Predicts what workers keep for backward.
+
+    Raises:
+        PredictionError: nothing can be predicted of these stages.
+    """
+    return MemoryPrediction(
+        skeletons,
+        blueprint.learning,
+        map_tensors(
+            lambda tensor: tensor[: sample.trained].clone(), (sample.x, sample.targets)
+        ),
+        stages_of,
+        TIMETABLES[blueprint.memory.timetable],
+        lambda y: wire.rounded(dense(y)),
+        device=blueprint.device.type,
+        heads=blueprint.runs_heads,
+    )
+
+
 def enlarged(plan: Plan, blueprint: Blueprint, sample: Sample) -> Plan:
     """The same plan for larger batches."""
     outputs = activations(blueprint.layers, sample.x)
@@ -173,7 +206,11 @@ def _skeletons(
         body_of(layers[part], lambda layer: layer.skeleton())
         for part in slices(balance)
     ]
-    return list(zip(bodies, [*heads, None], strict=True))
+    found = list(zip(bodies, [*heads, None], strict=True))
+    for module in chain.from_iterable(found):
+        if module is not None:
+            module.train()
+    return found
 
 
 def _borrow_plan(
@@ -230,21 +267,7 @@ def _weigh(
     stages_of: Sequence[range],
     wire: Wire,
 ) -> tuple[dict[str, Any], list[dict[str, int] | None]]:
-    for module in chain.from_iterable(skeletons):
-        if module is not None:
-            module.train()
-    prediction = MemoryPrediction(
-        skeletons,
-        blueprint.learning,
-        map_tensors(
-            lambda tensor: tensor[: sample.trained].clone(), (sample.x, sample.targets)
-        ),
-        stages_of,
-        TIMETABLES[blueprint.memory.timetable],
-        lambda y: wire.rounded(dense(y)),
-        device=blueprint.device.type,
-        heads=blueprint.runs_heads,
-    )
+    prediction = memory_of(blueprint, sample, skeletons, stages_of, wire)
     memory, kinds = blueprint.memory, _weighed_kinds(blueprint.guidance)
     if blueprint.memory.budget is not None:
         memory = fit(

@@ -8,7 +8,7 @@ coordinator, the worker, the plan and the checks ask the class.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import ClassVar
@@ -23,6 +23,7 @@ from pglpipe.messages.commands import Command, Message, TrainStep
 from pglpipe.messages.packet import Packet
 from pglpipe.schedules.gradients import Gradients
 from pglpipe.schedules.guidance import Guidance
+from pglpipe.schedules.operations import Operation
 from pglpipe.schedules.timetable import Row, Timetable
 from pglpipe.schedules.windows import losses_passing
 from pglpipe.stage.stage import Stage
@@ -64,6 +65,29 @@ class StepSettings:
         """The worker's row of the timetable."""
         workers = self.place.mesh.workers
         return self.timetable(workers, microbatches)[self.place.position]
+
+
+@dataclass(frozen=True)
+class Outline:
+    """What a worker's operations in a step depend on.
+
+    Attributes:
+        stages: those of the worker.
+        settings: as for the step itself.
+        samples: of the batch.
+        step: its number.
+        under_way: steps whose gradients arrive later, this one included.
+        microbatches: of the batch, if it travels in microbatches.
+        heads: whether guided steps run the heads.
+    """
+
+    stages: range
+    settings: StepSettings
+    samples: int
+    step: int = 0
+    under_way: Collection[int] = ()
+    microbatches: int = 1
+    heads: bool = False
 
 
 class Step(ABC):
@@ -120,6 +144,11 @@ class Step(ABC):
     def memory_kind(cls) -> str:
         """Of :data:`MEMORY_KINDS` the one whose peak it counts for: a whole batch, or microbatches."""
         return MEMORY_KINDS[cls.in_microbatches]
+
+    @classmethod
+    @abstractmethod
+    def outline(cls, of: Outline) -> Iterator[Operation]:
+        """What a worker does in a step of this kind, for the simulator."""
 
     # -- a run ------------------------------------------------------------------------
 

@@ -14,7 +14,7 @@ worker that has found one says NaN for its norms.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from math import isfinite, nan
 
 import torch
@@ -22,7 +22,8 @@ from torch import Tensor
 
 from pglpipe.messages.commands import Clip, Message, Microbatch
 from pglpipe.messages.packet import Packet
-from pglpipe.steps.base import only
+from pglpipe.schedules.operations import Operation, Receive, Send, Work
+from pglpipe.steps.base import Outline, only
 from pglpipe.steps.microbatched import MicrobatchedStep
 
 
@@ -30,6 +31,27 @@ class GlobalStep(MicrobatchedStep):
     """Takes the stages through back-propagation."""
 
     compares_gradients = True
+
+    @classmethod
+    def backward_of(cls, stage: int, samples: int, of: Outline) -> Iterator[Work]:
+        """The gradient of the true loss goes through; heads learn beside it where they do."""
+        if of.heads or stage == of.settings.num_stages - 1:
+            yield Work("head", stage, samples)
+        yield Work("backward" if stage else "weights", stage, samples)
+
+    @classmethod
+    def update_of(cls, of: Outline) -> Iterator[Operation]:
+        """Norms go up and down where they are asked for."""
+        gradients, place = of.settings.gradients, of.settings.place
+        if gradients.clip_norm > 0 or gradients.on_nonfinite == "skip":
+            if not place.is_last:
+                yield Receive("up")
+            if not place.is_first:
+                yield Send("up", "norms")
+                yield Receive("down")
+            if not place.is_last:
+                yield Send("down", "norms")
+        yield from super().update_of(of)
 
     def _backward(self, expected: Microbatch) -> Mapping[str, Tensor]:
         gradients: Mapping[str, Tensor] = {}

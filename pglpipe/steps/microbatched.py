@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import zip_longest
 
 import torch
@@ -25,9 +25,10 @@ from torch import Tensor
 
 from pglpipe.messages.commands import Message, Microbatch, TrainStep
 from pglpipe.messages.packet import Packet
+from pglpipe.schedules.operations import Operation, Receive, Send, Work, parts
 from pglpipe.schedules.timetable import Action
 from pglpipe.stage.stage import Stage
-from pglpipe.steps.base import Step, StepSettings, only
+from pglpipe.steps.base import Outline, Step, StepSettings, only
 from pglpipe.steps.sweep import Sweep
 from pglpipe.transport import Links
 from pglpipe.utils.clock import Figures
@@ -37,6 +38,52 @@ class MicrobatchedStep(Step):
     """Takes the stages through a batch in microbatches, whose gradients add up."""
 
     in_microbatches = True
+
+    @classmethod
+    def outline(cls, of: Outline) -> Iterator[Operation]:
+        """As :meth:`run` does it: the worker's row, then the update."""
+        place, row = of.settings.place, of.settings.row(of.microbatches)
+        samples = parts(of.samples, of.microbatches)
+        above, below = (
+            cls.gradients_together(stage, of.settings.guidance, of.settings.num_stages)
+            for stage in (of.stages[0], of.stages[-1] + 1)
+        )
+        if not place.is_first:
+            yield Receive("down")
+        if not place.is_last:
+            yield Send("down", "command")
+        for action, following in zip_longest(row, row[1:]):
+            number = samples[action.microbatch]
+            turns = following == Action("B", action.microbatch)
+            if action.kind == "F":
+                if not place.is_first:
+                    yield Receive("down")
+                for stage in of.stages:
+                    yield Work("forward", stage, number)
+                if not place.is_last:
+                    yield Send("down", "batch", number)
+                kept = of.stages[-1] if turns else None
+                continue
+            if not place.is_last and below:
+                yield Receive("up")
+            for stage in reversed(of.stages):
+                if of.settings.recompute and stage != kept:
+                    yield Work("forward", stage, number)
+                yield from cls.backward_of(stage, number, of)
+            if not place.is_first and above:
+                yield Send("up", "gradients", number, above)
+        yield from cls.update_of(of)
+
+    @classmethod
+    @abstractmethod
+    def backward_of(cls, stage: int, samples: int, of: Outline) -> Iterator[Work]:
+        """A microbatch's backward at a stage, for the simulator."""
+
+    @classmethod
+    def update_of(cls, of: Outline) -> Iterator[Operation]:
+        """What follows the last backward, for the simulator."""
+        for stage in of.stages:
+            yield Work("update", stage, of.samples)
 
     def __init__(self, stages: Sequence[Stage], settings: StepSettings) -> None:
         super().__init__(stages, settings)

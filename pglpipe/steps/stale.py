@@ -28,7 +28,7 @@ Backpropagation (Gomez et al. 2022, arXiv 2010.04116).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -38,10 +38,11 @@ from pglpipe.messages.activation import Activation, map_tensors, named, unnamed
 from pglpipe.messages.commands import Message, Microbatch, TrainStep
 from pglpipe.messages.packet import Packet
 from pglpipe.schedules.guidance import Guidance
+from pglpipe.schedules.operations import Operation, Receive, Send, Work
 from pglpipe.schedules.windows import farthest_loss, losses_passing
 from pglpipe.stage.forwards import dense
 from pglpipe.stage.stage import Stage
-from pglpipe.steps.base import Step, StepSettings, by_loss, named_by_loss, only
+from pglpipe.steps.base import Outline, Step, StepSettings, by_loss, named_by_loss, only
 from pglpipe.steps.sweep import Sweep, Visit
 from pglpipe.transport import Links
 from pglpipe.utils.clock import Figures
@@ -101,6 +102,69 @@ class StaleStep(Step):
     def waiting_messages(cls, guidance: Guidance) -> int:
         """Those of the steps that a gradient waits for."""
         return guidance.delay
+
+    @classmethod
+    def outline(cls, of: Outline) -> Iterator[Operation]:
+        """As :meth:`run` does it: all stages forward, then again for the gradients that have come."""
+        place, before = of.settings.place, of.step - of.settings.guidance.delay
+        if not place.is_first:
+            yield Receive("down")
+        coming = {}
+        for stage in of.stages:
+            coming[stage] = cls._rising(stage + 1, before, of)
+            yield Work("forward", stage, of.samples)
+            if stage == of.stages[-1] and not place.is_last:
+                yield Send("down", "batch", of.samples)
+            farthest = cls._farthest_of(stage, of)
+            is_due = any(loss == farthest for loss, _ in coming[stage])
+            yield from cls._own_work(stage, is_due, of)
+            if not coming[stage]:
+                yield from cls._finish_of(stage, of)
+        for stage in reversed(of.stages):
+            if not coming[stage]:
+                continue
+            if stage == of.stages[-1]:
+                yield Receive("up")
+            for loss, _ in coming[stage]:
+                learns = loss == cls._farthest_of(stage, of)
+                part = ("backward" if stage else "weights") if learns else "input"
+                yield Work("forward", stage, of.samples)
+                yield Work(part, stage, of.samples)
+            yield from cls._finish_of(stage, of)
+
+    @classmethod
+    def _own_work(cls, stage: int, is_due: bool, of: Outline) -> Iterator[Work]:
+        gradients = of.settings.gradients
+        is_guided = of.step in of.under_way
+        if not is_due:
+            yield Work("head", stage, of.samples)
+            is_true_loss = is_guided and stage == of.settings.num_stages - 1
+            yield Work("backward" if is_true_loss else "weights", stage, of.samples)
+        elif gradients.asks_heads:
+            yield Work("head", stage, of.samples)
+            if gradients.guided_local_weight:
+                yield Work("weights", stage, of.samples)
+
+    @classmethod
+    def _finish_of(cls, stage: int, of: Outline) -> Iterator[Operation]:
+        yield Work("update", stage, of.samples)
+        rising = cls._rising(stage, of.step, of)
+        if rising and stage == of.stages[0]:
+            yield Send("up", "gradients", of.samples, len(rising))
+
+    @classmethod
+    def _farthest_of(cls, stage: int, of: Outline) -> int:
+        stages = of.settings.num_stages
+        return farthest_loss(
+            stage, cls._window_of(of.settings.guidance, stages), stages
+        )
+
+    @classmethod
+    def _rising(cls, stage: int, step: int, of: Outline) -> list[Source]:
+        """What passes from a stage to the one before it in a step."""
+        guidance, stages = of.settings.guidance, of.settings.num_stages
+        losses = losses_passing(stage, cls._window_of(guidance, stages), stages)
+        return _passing(losses, stage, step, guidance.delay, of.under_way.__contains__)
 
     # -- a step -----------------------------------------------------------------------
 
@@ -230,9 +294,8 @@ class StaleStep(Step):
 
     def _passing(self, stage: int, step: int) -> list[Source]:
         """What passes from a stage to the one before it in a step."""
-        losses = self._losses[stage]
-        pairs = ((loss, step - self._delay * (loss - stage)) for loss in losses)
-        return [pair for pair in pairs if pair[1] in self._guided]
+        is_guided = self._guided.__contains__
+        return _passing(self._losses[stage], stage, step, self._delay, is_guided)
 
     def _arrived(
         self, stage: Stage, began: int, arriving: Sequence[Source], links: Links
@@ -326,6 +389,15 @@ class StaleWindowStep(StaleStep):
     def _window_of(cls, guidance: Guidance, num_stages: int) -> int:
         return min(guidance.window, num_stages)
 
+    @classmethod
+    def _own_work(cls, stage: int, is_due: bool, of: Outline) -> Iterator[Work]:
+        own = (stage, of.step) in cls._rising(stage, of.step, of)
+        yield Work("head", stage, of.samples)
+        if not is_due:
+            yield Work("backward" if own else "weights", stage, of.samples)
+        elif own:
+            yield Work("input", stage, of.samples)
+
     def _own_loss(
         self, visit: Visit, step: int, has_gradient_due: bool
     ) -> tuple[Tensor | None, dict[int, Mapping[str, Tensor]]]:
@@ -339,6 +411,18 @@ class StaleWindowStep(StaleStep):
             {}, farthest_here, own, guided=guided
         )
         return loss, leaving
+
+
+def _passing(
+    losses: Sequence[int],
+    stage: int,
+    step: int,
+    delay: int,
+    is_guided: Callable[[int], bool],
+) -> list[Source]:
+    """Of the losses whose gradients pass from a stage to the one before it, those that do so in a step."""
+    pairs = ((loss, step - delay * (loss - stage)) for loss in losses)
+    return [pair for pair in pairs if is_guided(pair[1])]
 
 
 def _waiting_at(

@@ -13,14 +13,15 @@ Source: Gomez et al. 2022, "Interlocking Backpropagation", arXiv 2010.04116.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from torch import Tensor
 
 from pglpipe.messages.commands import Microbatch
+from pglpipe.schedules.operations import Work
 from pglpipe.schedules.windows import farthest_loss, losses_passing
 from pglpipe.stage.forwards import dense
-from pglpipe.steps.base import by_loss, named_by_loss, only
+from pglpipe.steps.base import Outline, by_loss, named_by_loss, only
 from pglpipe.steps.microbatched import MicrobatchedStep
 
 
@@ -28,6 +29,17 @@ class WindowStep(MicrobatchedStep):
     """Takes the stages through windowed steps."""
 
     crosses_window = True
+
+    @classmethod
+    def backward_of(cls, stage: int, samples: int, of: Outline) -> Iterator[Work]:
+        """The stage's own loss, the farthest one, and those that pass through."""
+        window, last = of.settings.guidance.window, of.settings.num_stages
+        passing = losses_passing(stage, window, last)
+        farthest = farthest_loss(stage, window, last)
+        yield Work("head", stage, samples)
+        yield Work("backward" if farthest in passing else "weights", stage, samples)
+        for _ in set(passing) - {farthest}:
+            yield Work("input", stage, samples)
 
     def _backward(self, expected: Microbatch) -> Mapping[str, Tensor]:
         gradients: dict[int, dict[str, Tensor]] = {}

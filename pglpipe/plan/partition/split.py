@@ -148,6 +148,7 @@ class StageRow:
         head_share: the head's part of the stage's seconds, or multiply-adds when not measured; 0 … 1.
         crossing_bytes: of what goes to the next stage, per sample, before it is packed; 0 for the last stage.
         crossing: how many tensors those are.
+        head_macs: the head's part of ``macs``.
     """
 
     index: int
@@ -164,6 +165,7 @@ class StageRow:
     crossing_bytes: int = 0
     crossing: int = 0
     head_share: float = 0.0
+    head_macs: int = 0
 
 
 def describe(
@@ -219,4 +221,5 @@ def _row(
         head_share=of_head / (whole or 1.0),
         crossing_bytes=0 if ends else body[-1].output_bytes,
         crossing=0 if ends else body[-1].outputs,
+        head_macs=sum(cost.macs for cost in head),
     )
