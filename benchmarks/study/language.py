@@ -4,7 +4,7 @@ A gpt of four blocks, one to a worker, reads bytes for so many steps. Every row 
 torchrun, in a folder of its own; what is complete there is not run again, so the table can be interrupted. It says
 how far each form is above end to end, and which part of the gap to purely local learning it closes.
 
-Writes results/language.json and .md.
+Writes results/language_BATCH.json and .md.
 """
 
 from __future__ import annotations
@@ -45,7 +45,6 @@ COMMON: dict[str, Any] = {
     "width": 128,
     "depth": 4,
     "context": 128,
-    "batch-size": 16,
     "steps": 500,
     "guidance-unit": "step",
     "test-limit": 800,
@@ -65,6 +64,7 @@ def main(
     ),
     seeds: Annotated[str, typer.Option(help="commas between")] = "0,1,2",
     lr: Annotated[float, typer.Option(min=0, help="learning rate")] = 0.01,
+    batch_size: Annotated[int, typer.Option(min=1, help="texts of a step")] = 16,
     results: Annotated[Path, typer.Option(help="where the results go")] = RESULTS,
 ) -> None:
     """Trains what is missing, prints the table and writes the results."""
@@ -74,10 +74,10 @@ def main(
     for seed in seeds.split(","):
         for name in chosen:
             options = {**COMMON, **cut(name), **ROWS[name], "lr": lr, "seed": int(seed)}
-            folder = RUNS / f"{name}-{seed}"
-            every = {**options, "data-root": data_root}
-            found[name].append(train(folder, every, workers=WORKERS))
-    write(found, results, lr)
+            options |= {"batch-size": batch_size, "data-root": data_root}
+            folder = RUNS / f"{name}-{batch_size}-{seed}"
+            found[name].append(train(folder, options, workers=WORKERS))
+    write(found, results, lr, batch_size)
 
 
 def cut(name: str) -> dict[str, Any]:
@@ -85,10 +85,12 @@ def cut(name: str) -> dict[str, Any]:
     return {"stages": WORKERS, "balance": "2,1,1,2"}
 
 
-def write(found: dict[str, list[Summary]], results: Path, lr: float) -> None:
+def write(
+    found: dict[str, list[Summary]], results: Path, lr: float, batch_size: int
+) -> None:
     """Prints and writes the table."""
     lines = [cells(name, found) for name in found]
-    steps, tokens = COMMON["steps"], COMMON["batch-size"] * COMMON["context"]
+    steps, tokens = COMMON["steps"], batch_size * COMMON["context"]
     seeds = len(next(iter(found.values())))
     about = (
         f"gpt, {COMMON['depth']} blocks of width {COMMON['width']}, one to each of {WORKERS} workers; bytes; {steps} steps of "
@@ -98,8 +100,9 @@ def write(found: dict[str, list[Summary]], results: Path, lr: float) -> None:
     Console().print(screen(COLUMNS, lines), about)
     facts = {name: [facts_of(each) for each in runs] for name, runs in found.items()}
     text = json.dumps({"about": about, "rows": facts}, indent=1)
-    (results / "language.json").write_text(text + "\n")
-    (results / "language.md").write_text(f"{markdown(COLUMNS, lines)}\n{about}\n")
+    name = f"language_{batch_size}"
+    (results / f"{name}.json").write_text(text + "\n")
+    (results / f"{name}.md").write_text(f"{markdown(COLUMNS, lines)}\n{about}\n")
 
 
 def facts_of(summary: Summary) -> dict[str, Any]:
