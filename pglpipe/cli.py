@@ -26,8 +26,10 @@ from pglpipe.app.config_file import resolve
 from pglpipe.app.doctor.examine import examine
 from pglpipe.app.doctor.show import show_diagnosis
 from pglpipe.app.generate import SAMPLE
+from pglpipe.app.quantities import flops_of, link_of
 from pglpipe.app.streams import lasting
 from pglpipe.errors import (
+    ConfigError,
     PglpipeWarning,
     Stopped,
     UserError,
@@ -35,6 +37,8 @@ from pglpipe.errors import (
     command_line_style,
 )
 from pglpipe.observe import tables
+from pglpipe.plan.memory import as_bytes
+from pglpipe.plan.spec import Cut
 from pglpipe.utils.options import Section
 
 # Some versions of typer build on click, others on a copy of their own; in both of them the
@@ -115,11 +119,48 @@ def train(config: Config = None, **options: Any) -> None:
 
 def plan(
     config: Config = None,
-    workers: Annotated[int, typer.Option(help="number of workers")] = 1,
+    devices: Annotated[int, typer.Option(help="devices, with a worker on each")] = 1,
+    link: Annotated[
+        str,
+        typer.Option(
+            help="rate and delay between devices, such as 100Mbit,5ms: compares ways to train"
+        ),
+    ] = "",
+    memory: Annotated[
+        str, typer.Option(help="of a device, such as 8GiB; without it any will do")
+    ] = "",
+    device_flops: Annotated[
+        str,
+        typer.Option(
+            help="operations per second of a device, such as 10T; without it stages are timed here"
+        ),
+    ] = "",
+    json: Annotated[
+        bool, typer.Option("--json", help="print the comparison as JSON")
+    ] = False,
     **options: Any,
 ) -> None:
-    """Shows where the network is cut and what each stage holds; trains nothing."""
-    tables.show_plan(run.plan(_resolve(config, options), workers))
+    """Shows where the network is cut and what each stage holds, and compares ways to train; trains nothing."""
+    if (memory or device_flops or json) and not link:
+        raise ConfigError(
+            "expected --link, such as 100Mbit,5ms, for a comparison of ways to train, got none; give it, or drop "
+            "the other options of the comparison"
+        )
+    if config is None and options["stages"] is None:
+        options["stages"] = max(devices, Cut.stages)
+    found, comparison = run.plan(
+        _resolve(config, options),
+        devices,
+        link_of(link) if link else None,
+        memory=as_bytes(memory, "--memory") if memory else None,
+        flops=flops_of(device_flops) if device_flops else None,
+    )
+    if json:
+        tables.show_json(comparison)
+        return
+    tables.show_plan(found)
+    if comparison:
+        tables.show_comparison(comparison)
 
 
 def evaluate(

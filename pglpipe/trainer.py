@@ -239,14 +239,17 @@ class Trainer:
             lambda: largest_batch([self._read(each, "training") for each in loaders])
         )
 
-    def predictor(self, link: Link, cores: float = math.inf) -> Predictor:
-        """Predicts how long steps take, after :meth:`prepare`; measures the stages on this machine.
+    def predictor(
+        self, link: Link, *, cores: float = math.inf, flops: float | None = None
+    ) -> Predictor:
+        """Predicts how long steps take, after :meth:`prepare`; trains nothing.
 
         Args:
             link: between workers.
             cores: how many workers can compute at a time, where they share a machine.
+            flops: floating-point operations per second of a device; if None, the stages are run on this one and timed.
         """
-        return self._session.predictor(link, cores)
+        return self._session.predictor(link, cores=cores, flops=flops)
 
     @property
     def plan(self) -> Plan:

@@ -43,8 +43,10 @@ from pglpipe.observe import terminal as display
 from pglpipe.observe.observers import Observer, Observers
 from pglpipe.observe.records import Summary
 from pglpipe.plan.checks import check_workers
+from pglpipe.plan.compare import Comparison, compare
 from pglpipe.plan.memory import as_text
 from pglpipe.plan.placement import Plan
+from pglpipe.plan.simulate import Link
 from pglpipe.trainer import Trainer
 from pglpipe.utils import device as devices
 from pglpipe.utils.seeding import Draws
@@ -71,13 +73,31 @@ def train(config: RunConfig) -> Summary:
             world.leave()
 
 
-def plan(config: RunConfig, num_workers: int) -> Plan:
-    """Where the network is cut, and what each stage will hold and cost. Trains nothing."""
-    check_workers(config.cut.stages, num_workers)
+def plan(
+    config: RunConfig,
+    devices: int,
+    link: Link | None = None,
+    *,
+    memory: int | None = None,
+    flops: float | None = None,
+) -> tuple[Plan, Comparison | None]:
+    """Where the network is cut, and what each stage will hold and cost. Trains nothing.
+
+    Args:
+        devices: with a worker on each.
+        link: between neighbours, for a comparison of the ways to train on them; None for none.
+        memory: bytes that a device has; None for any number.
+        flops: operations per second of a device; None to measure the stages on this one.
+    """
+    check_workers(config.cut.stages, devices)
     config.machine.set_threads()
-    world = World(size=num_workers)
+    world = World(size=devices)
     material = load(config, world)
-    return _trainer(config, material, world).prepare(material.train)
+    trainer = _trainer(config, material, world)
+    found = trainer.prepare(material.train)
+    if link is None:
+        return found, None
+    return found, compare(trainer.predictor(link, flops=flops), memory)
 
 
 def evaluate(run_dir: Path, data_root: str = "") -> tuple[Plan, Summary]:

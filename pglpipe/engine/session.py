@@ -32,7 +32,7 @@ from pglpipe.messages.activation import main, tensors_of
 from pglpipe.observe.observers import Observer
 from pglpipe.observe.records import Summary
 from pglpipe.plan.placement import Plan, draft, enlarged
-from pglpipe.plan.predict import Predictor
+from pglpipe.plan.predict import Predictor, Profile
 from pglpipe.plan.simulate import Link
 from pglpipe.plan.spec import Blueprint
 from pglpipe.transport import pick_backend
@@ -164,13 +164,17 @@ class Session:
         self.pipeline.open(self._plan, sample)
         self._limit(sample)
 
-    def predictor(self, link: Link, cores: float = math.inf) -> Predictor:
-        """Predicts the steps of the plan, from what stages take on this machine."""
+    def predictor(
+        self, link: Link, *, cores: float = math.inf, flops: float | None = None
+    ) -> Predictor:
+        """Predicts the steps of the plan; see :meth:`pglpipe.trainer.Trainer.predictor`."""
         assert self._plan is not None and self._sample is not None, "plan comes first"
-        profile = measure_stages(self._blueprint, self._plan, self._sample)
-        return Predictor(
-            self._plan, self._blueprint, self._sample, profile, link, cores
-        )
+        about = self._plan, self._blueprint, self._sample
+        if flops is None:
+            profile = measure_stages(self._blueprint, self._plan, self._sample)
+        else:
+            profile = Profile.of_flops(self._plan.rows, flops)
+        return Predictor(*about, profile, link, cores)
 
     def build(self) -> Pipeline:
         """Builds this worker's stages and opens its edges, once."""

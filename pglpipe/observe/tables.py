@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
+from pglpipe.errors import setting
 from pglpipe.observe.records import Summary
 from pglpipe.observe.terminal import (
     clock,
@@ -19,6 +21,7 @@ from pglpipe.observe.terminal import (
     rate,
     worker_of,
 )
+from pglpipe.plan.compare import Comparison
 from pglpipe.plan.memory import as_text
 from pglpipe.plan.partition import StageRow
 from pglpipe.plan.placement import Plan
@@ -59,6 +62,41 @@ def show_plan(plan: Plan) -> None:
         f"--balance {','.join(map(str, plan.balance))}"
     )
     console.print(_memory(plan, ()), _settings(plan))
+
+
+def show_comparison(comparison: Comparison) -> None:
+    """Prints the ways to train, and which one to take."""
+    table = Table(box=SIMPLE_HEAD, collapse_padding=True, pad_edge=False)
+    for column in ("way to train", "samples/s", "memory", "link", "waiting"):
+        first = column == "way to train"
+        table.add_column(column, justify="left" if first else "right", no_wrap=True)
+    for way in comparison.ways:
+        speed = f"{comparison.samples / way.seconds:.4g}" if way.seconds else "–"
+        memory = "–" if way.memory is None else as_text(way.memory)
+        memory += "" if way.fits(comparison.limit) else " !"
+        link = as_text(way.link_bytes) if way.link_bytes else "–"
+        mark = "*" if way.exact else " "
+        name = f"{mark} {way.name}"
+        table.add_row(name, speed, memory, link, percent(way.waiting))
+    console = Console(markup=False)
+    console.print(table)
+    console.print(
+        "Predicted. * exact: every step has the gradient of back-propagation. Memory of the device that holds most "
+        "(! too much), bytes through the busiest link for each step, and the waiting of the device that waits most."
+    )
+    best = comparison.best
+    if best is None:
+        console.print(f"Nothing to recommend: {comparison.reason}.")
+        return
+    words = " ".join(setting(name, value) for name, value in best.options.items())
+    options = f" ({words})" if words else ""
+    console.print(f"Recommended: {best.name}{options}: {comparison.reason}.")
+
+
+def show_json(value: Comparison | None) -> None:
+    """Prints a comparison as JSON."""
+    assert value is not None, "the command line asks for a link"
+    print(json.dumps(value.to_json(), indent=1))
 
 
 def _table(*columns: str, wraps: Collection[str]) -> Table:

@@ -7,7 +7,7 @@ is added up. Data parallelism sends the gradients of each stage as soon as they 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from itertools import chain
@@ -27,7 +27,7 @@ from pglpipe.schedules.windows import farthest_loss
 from pglpipe.stage.updates import make_optimizer
 from pglpipe.steps import find_steps
 
-LAST_TENTH = "the default"  # in place of options
+LAST_TENTH = "local, the last tenth global"
 WHOLE = "forward", "backward"  # of every stage; and the head of the last
 _BUCKET = 25 * 2**20  # bytes of gradients that DistributedDataParallel sends at once
 _ACTIONS = 2**18  # of a timetable that are simulated at most
@@ -40,7 +40,7 @@ class Way:
 
     Attributes:
         name: what it is.
-        options: of the command line, where pglpipe does it.
+        options: settings of pglpipe, by name, other than the defaults.
         devices: that take part.
         exact: whether every step has the gradient of back-propagation.
         seconds: per step of a whole batch; None where it was not simulated.
@@ -51,7 +51,7 @@ class Way:
     """
 
     name: str
-    options: str
+    options: Mapping[str, Any]
     devices: int
     exact: bool
     seconds: float | None
@@ -116,7 +116,7 @@ def recommend(ways: Sequence[Way], limit: int | None) -> tuple[Way | None, str]:
         if _seconds(fastest) >= _ENOUGH * _seconds(simple):
             why = "nothing that fits is more than a tenth faster"
             return simple, f"its gradients are exact, and {why}"
-    local = [way for way in able if not way.exact and LAST_TENTH == way.options]
+    local = [way for way in able if not way.exact and way.name == LAST_TENTH]
     choice = local[0] if local else fastest
     if not exact:
         return choice, "no way with exact gradients fits the memory of a device"
@@ -155,17 +155,17 @@ class _Ways:
         yield self._data_parallel()
         yield self._timetable("GPipe", "gpipe")
         yield self._timetable("1F1B", "1f1b")
-        yield self._local("local steps alone", "--guidance-duration 0", NEVER)
+        yield self._local("local steps alone", {"guidance_duration": 0}, NEVER)
         yield self._last_tenth()
         tenth = Guidance(period=10)
-        yield self._local("one global step in ten", "--guidance-period 10", tenth)
+        yield self._local("one global step in ten", {"guidance_period": 10}, tenth)
         window = Guidance(period=1, reach="window")
-        options = "--guidance-period 1 --guidance-reach window"
+        options = {"guidance_period": 1, "guidance_reach": "window"}
         yield self._local("windows of 2 in every step", options, window)
         for period in (1, 10):
             stale = Guidance(period=period, reach="stale")
-            name = "every step" if period == 1 else "one step in ten"
-            options = f"--guidance-period {period} --guidance-reach stale"
+            name = "every step" if period == 1 else "one in ten"
+            options = {"guidance_period": period, "guidance_reach": "stale"}
             yield self._local(f"stale gradient, {name}", options, stale)
 
     # -- without a pipeline -----------------------------------------------------------
@@ -173,7 +173,7 @@ class _Ways:
     def _alone(self) -> Way:
         seconds = self._step_seconds(self._samples)
         memory = self._memory_alone(Memory())
-        return Way("end to end on one device", "", 1, True, seconds, memory)
+        return Way("end to end on one device", {}, 1, True, seconds, memory)
 
     def _checkpointed(self) -> Way:
         """All stages but the last run again, as one segment each."""
@@ -181,7 +181,7 @@ class _Ways:
         seconds = self._step_seconds(self._samples) + again
         memory = self._memory_alone(Memory(recompute=True))
         name = "the same, checkpointed"
-        return Way(name, "", 1, True, seconds, memory)
+        return Way(name, {}, 1, True, seconds, memory)
 
     def _accumulated(self) -> Way:
         parts = min(4, self._samples)
@@ -190,7 +190,7 @@ class _Ways:
         update = profile.whole(("update",), part)
         seconds = parts * (self._step_seconds(part) - update) + update
         memory = self._memory_alone(Memory(microbatches=parts))
-        return Way(f"the same in {parts} parts", "", 1, True, seconds, memory)
+        return Way(f"the same in {parts} parts", {}, 1, True, seconds, memory)
 
     def _step_seconds(self, samples: int) -> float:
         """End to end on one device."""
@@ -221,7 +221,7 @@ class _Ways:
         through = 2 * (devices - 1) * total // devices
         waiting = 1 - (computed + updates) / seconds
         name = "data parallel"
-        return Way(name, "", devices, True, seconds, memory, through, waiting)
+        return Way(name, {}, devices, True, seconds, memory, through, waiting)
 
     # -- pipelines --------------------------------------------------------------------
 
@@ -238,9 +238,12 @@ class _Ways:
         return min(found, key=_seconds)
 
     def _global(self, title: str, timetable: str, microbatches: int) -> Way:
-        options = f"--guidance-period 1 --microbatches {microbatches}"
-        if timetable != "1f1b":
-            options += f" --timetable {timetable}"
+        options: dict[str, Any] = {
+            "guidance_period": 1,
+            "microbatches": microbatches,
+        }
+        if timetable != Memory.timetable:
+            options |= {"timetable": timetable}
         timeline, _ = self._predictor.run(
             ALWAYS, microbatches=microbatches, timetable=timetable, steps=4
         )
@@ -263,17 +266,18 @@ class _Ways:
     @property
     def _microbatches(self) -> int:
         """Of the fastest timetable; guided steps have as many."""
-        return int(self._best.options.split()[3])
+        number: int = self._best.options["microbatches"]
+        return number
 
     def _last_tenth(self) -> Way:
         """Nine local steps for each global one at the end."""
-        local = self._local("", "", NEVER)
+        local = self._local("", {}, NEVER)
         whole = self._best
         seconds = 0.9 * _seconds(local) + 0.1 * _seconds(whole)
         held = [each.memory for each in (local, whole) if each.memory is not None]
         return Way(
-            "local, the last tenth global",
             LAST_TENTH,
+            {"microbatches": self._microbatches},
             self._predictor.workers,
             False,
             seconds,
@@ -282,7 +286,7 @@ class _Ways:
             0.9 * local.waiting + 0.1 * whole.waiting,
         )
 
-    def _local(self, name: str, options: str, guidance: Guidance) -> Way:
+    def _local(self, name: str, options: Mapping[str, Any], guidance: Guidance) -> Way:
         """A guidance that reaches stages in windows, or never."""
         workers, stages = self._predictor.workers, len(self._stages)
         kinds = find_steps(guidance.kinds)
@@ -290,7 +294,7 @@ class _Ways:
         in_parts = any(kind.in_microbatches for kind in kinds)
         microbatches = self._microbatches if in_parts else 1
         if in_parts:
-            options += f" --microbatches {microbatches}"
+            options = {**options, "microbatches": microbatches}
         memory = self._memory(
             [kind.memory_kind() for kind in kinds], Memory(microbatches=microbatches)
         )

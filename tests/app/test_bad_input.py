@@ -211,8 +211,13 @@ COMMANDS = """
     export --run-dir {place}/finished --output {place}/typo.toml/m.safetensors => expected & {place}/typo.toml/m.safetensors
     export --run-dir {place}/finished --output {place}/no/model.pt => expected & {place}/no/model.pt
     export --run-dir {place}/finished --output {place}/empty => expected & {place}/empty
-    plan --dataset imagefolder --data-root {place}/images --workers 0 => workers
-    plan --dataset imagefolder --data-root {place}/images --workers 3 --stages 2 => 3 workers for 2 stages & raise --stages
+    plan --dataset imagefolder --data-root {place}/images --devices 0 => 1 worker or more
+    plan --dataset imagefolder --data-root {place}/images --devices 3 --stages 2 => 3 workers for 2 stages & raise --stages
+    plan --devices 2 --link fast => rate and a delay & 100Mbit,5ms & 'fast'
+    plan --devices 2 --link 1Gbit,5 => rate and a delay
+    plan --devices 2 --link 1Gbit --memory much => --memory & 300MiB
+    plan --devices 2 --link 1Gbit --device-flops 0 => operations per second & 10T
+    plan --devices 2 --memory 8GiB => --link & drop
 """
 
 

@@ -209,7 +209,7 @@ def test_an_interrupted_command_ends_without_a_traceback(
 def test_plan_shows_every_stage_with_its_worker_and_trains_nothing(
     plan: Plan, tmp_path: Path
 ) -> None:
-    table = rows(plan("--balance", "1,3,1", "--workers", "2"))
+    table = rows(plan("--balance", "1,3,1", "--devices", "2"))
     assert [row[:3] for row in table] == [
         ["0", "0", "stem"],
         ["1", "1", "block1_0 … block3_0"],

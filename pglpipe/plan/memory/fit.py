@@ -144,8 +144,11 @@ def _described(kind: str, settings: Memory) -> str:
     return f"with {recompute} and {setting('microbatches', settings.microbatches)}"
 
 
-def as_bytes(text: str) -> int:
+def as_bytes(text: str, option: str = "") -> int:
     """A number of bytes.
+
+    Args:
+        option: what it is for; the budget if empty.
 
     Raises:
         ConfigError: the text is no whole number of bytes above 0 that a machine can count, or
@@ -162,7 +165,7 @@ def as_bytes(text: str) -> int:
             return num_bytes
     shown = text if len(text) <= 40 else f"{text[:40]}..."
     raise ConfigError(
-        f"expected bytes for {setting('memory_budget')}, such as 300MiB, 1.5GiB or 500000000, got {shown!r}"
+        f"expected bytes for {option or setting('memory_budget')}, such as 300MiB, 1.5GiB or 500000000, got {shown!r}"
     )
 
 
