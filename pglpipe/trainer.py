@@ -240,16 +240,16 @@ class Trainer:
         )
 
     def predictor(
-        self, link: Link, *, cores: float = math.inf, flops: float | None = None
+        self, link: Link, *, cores: float = math.inf, device_flops: float | None = None
     ) -> Predictor:
         """Predicts how long steps take, after :meth:`prepare`; trains nothing.
 
         Args:
             link: between workers.
             cores: how many workers can compute at a time, where they share a machine.
-            flops: floating-point operations per second of a device; if None, the stages are run on this one and timed.
+            device_flops: floating-point operations per second of a device; if None, the stages are run on this one and timed.
         """
-        return self._session.predictor(link, cores=cores, flops=flops)
+        return self._session.predictor(link, cores=cores, device_flops=device_flops)
 
     @property
     def plan(self) -> Plan:

@@ -97,7 +97,7 @@ def plan(
     found = trainer.prepare(material.train)
     if link is None:
         return found, None
-    return found, compare(trainer.predictor(link, flops=flops), memory)
+    return found, compare(trainer.predictor(link, device_flops=flops), memory)
 
 
 def evaluate(run_dir: Path, data_root: str = "") -> tuple[Plan, Summary]:

@@ -165,15 +165,15 @@ class Session:
         self._limit(sample)
 
     def predictor(
-        self, link: Link, *, cores: float = math.inf, flops: float | None = None
+        self, link: Link, *, cores: float = math.inf, device_flops: float | None = None
     ) -> Predictor:
         """Predicts the steps of the plan; see :meth:`pglpipe.trainer.Trainer.predictor`."""
         assert self._plan is not None and self._sample is not None, "plan comes first"
         about = self._plan, self._blueprint, self._sample
-        if flops is None:
+        if device_flops is None:
             profile = measure_stages(self._blueprint, self._plan, self._sample)
         else:
-            profile = Profile.of_flops(self._plan.rows, flops)
+            profile = Profile.of_flops(self._plan.rows, device_flops)
         return Predictor(*about, profile, link, cores)
 
     def build(self) -> Pipeline:

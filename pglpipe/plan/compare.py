@@ -144,6 +144,7 @@ class _Ways:
         self._samples = predictor.sample.trained
         self._stages = list(range(len(self._plan.balance)))
         self._skeletons = skeletons(self._plan, self._blueprint, predictor.sample)
+        self._predictions: dict[tuple[int, str], MemoryPrediction] = {}
 
     def all(self) -> Iterator[Way]:
         """All of them."""
@@ -352,12 +353,14 @@ class _Ways:
     def _prediction(
         self, stages_of: Sequence[range], timetable: str
     ) -> MemoryPrediction:
-        blueprint = replace(
-            self._blueprint, memory=replace(self._blueprint.memory, timetable=timetable)
-        )
-        wire = blueprint.wire(main(self._plan.activations[0]))
-        sample = self._predictor.sample
-        return memory_of(blueprint, sample, self._skeletons, stages_of, wire)
+        key = len(stages_of), timetable
+        if key not in self._predictions:
+            memory = replace(self._blueprint.memory, timetable=timetable)
+            blueprint = replace(self._blueprint, memory=memory)
+            wire = blueprint.wire(main(self._plan.activations[0]))
+            about = blueprint, self._predictor.sample, self._skeletons
+            self._predictions[key] = memory_of(*about, stages_of, wire)
+        return self._predictions[key]
 
     def _state(self, module: nn.Module) -> int:
         """Weights, gradients and what the optimizer keeps."""

@@ -23,7 +23,7 @@ from pglpipe.messages.activation import gradients_like, main, map_tensors
 from pglpipe.messages.codec import Wire
 from pglpipe.messages.packet import Packet
 from pglpipe.plan.partition import StageRow
-from pglpipe.plan.placement import Plan
+from pglpipe.plan.placement import Plan, skeletons
 from pglpipe.plan.simulate import Link, Program, Timeline, simulate
 from pglpipe.plan.spec import Blueprint
 from pglpipe.schedules.guidance import Guidance
@@ -215,8 +215,7 @@ class Predictor:
         if send.what == "command":
             return Packet()
         if send.what == "norms":
-            below = self.plan.layouts[end + 1 :]
-            count = 1 if down else sum(len(layout.body) for layout in below)
+            count = 1 if down else sum(self._norms[end + 1 :])
             return Packet(norms=torch.empty(count, device="meta"))
         y = map_tensors(lambda t: t[: send.samples], self.plan.activations[end])
         if send.what == "gradients":
@@ -226,6 +225,12 @@ class Predictor:
         if (image := self.blueprint.image(x[: send.samples])) is not None:
             batch["image"] = image
         return batch.then(self._wire.pack(y))
+
+    @cached_property
+    def _norms(self) -> list[int]:
+        """How many norms of gradients each stage tells of; one at least."""
+        bodies = skeletons(self.plan, self.blueprint, self.sample)
+        return [max(1, len(list(body.parameters()))) for body, _ in bodies]
 
     @cached_property
     def _wire(self) -> Wire:
