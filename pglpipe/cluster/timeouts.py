@@ -28,7 +28,7 @@ FIRST_SECONDS = 300.0
 
 _KEY = "new"
 _TOLD = "told of own code"
-# What one look counts at most: a process that was itself stopped has not waited meanwhile.
+# What one look counts at most, and half of the time-out: a process that was itself stopped has not waited meanwhile.
 _LOOK_SECONDS = 1.0
 _LEFT_SECONDS = 3.0
 
@@ -55,12 +55,13 @@ class Wait:
     def __init__(self, timeout: float) -> None:
         self.seconds = 0.0
         self._timeout = timeout
+        self._most = min(_LOOK_SECONDS, timeout / 2)
         self._last = time.monotonic()
 
     def is_over(self) -> bool:
         """Has a look, which is due several times a second; whether that was long enough."""
         now = time.monotonic()
-        self.seconds += min(now - self._last, _LOOK_SECONDS)
+        self.seconds += min(now - self._last, self._most)
         self._last = now
         return self.seconds > self._timeout
 

@@ -46,12 +46,17 @@ def test_where_nothing_is_new_the_time_out_counts(clock: Clock) -> None:
             assert clock.pass_by(0.5, wait) and str(wait) == "2.0 s"
 
 
-def test_a_time_in_which_this_process_was_stopped_is_one_look(clock: Clock) -> None:
-    wait = Wait(2.0)
-    assert not clock.pass_by(0.5, wait)
+@pytest.mark.parametrize(("timeout", "look"), [(2.0, 1.0), (1.0, 0.5), (60.0, 1.0)])
+def test_a_time_in_which_this_process_was_stopped_is_one_look(
+    clock: Clock, timeout: float, look: float
+) -> None:
+    """Of a second, and of half the time-out where that is short, so that it alone is never enough."""
+    wait = Wait(timeout)
+    assert not clock.pass_by(0.25, wait)
     clock.now += 3600.0
-    assert not wait.is_over() and wait.seconds == 1.5
-    assert not clock.pass_by(0.5, wait) and clock.pass_by(0.5, wait)
+    assert not wait.is_over() and wait.seconds == 0.25 + look
+    left = timeout - wait.seconds
+    assert not clock.pass_by(left, wait) and clock.pass_by(0.5, wait)
 
 
 def test_something_is_new_from_the_first_worker_until_the_last_has_done_it(
