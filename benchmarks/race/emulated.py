@@ -1,6 +1,6 @@
 """``make bench-emulated``: 8 and 16 workers on emulated devices, beside what arithmetic allows.
 
-Every row's efficiency (1 is a pipeline that is never idle) stands beside its formula. What is
+Every row's efficiency (1 is a pipeline that is never idle) stands beside what is predicted for it. What is
 missing is what the runtime wastes, and what this machine's cores cannot keep up with. There are as
 many microbatches as workers, the least with which torch's 1F1B runs.
 """
@@ -19,7 +19,7 @@ from rich.console import Console
 from benchmarks.common.runs import one_of, race
 from benchmarks.common.tables import RESULTS, Goal, markdown, screen
 from benchmarks.race.devices import BACKWARD, FORWARD
-from benchmarks.race.formulas import efficiency
+from benchmarks.race.expected import efficiency
 from benchmarks.race.standings import SCHEDULES, TITLES, Standings, Target
 
 FOLDER = Path("runs/bench")
@@ -29,7 +29,7 @@ COLUMNS = (
     "efficiency",
     "goal",
     "range",
-    "formula",
+    "predicted",
     "differs, %",
     "lost, ms",
     "x 1F1B",
@@ -40,7 +40,7 @@ EFFICIENCIES = {
     ("local", 16): 0.95,
     ("pgl", 8): 0.75,
     ("pgl-bursts", 8): 0.87,
-    # 0.95 of what their formulas say
+    # 0.95 of what is predicted
     ("stale", 8): 0.7125,
     ("stale-tenth", 8): 0.919,
 }
@@ -63,7 +63,7 @@ def main(
     results: Annotated[Path, typer.Option(help="where the results go")] = RESULTS,
 ) -> None:
     """Races on 8 and on 16 ranks, prints the tables and writes the results."""
-    one_of("row with a formula", rows.split(","), [*ROWS, "pgl-short-bursts"])
+    one_of("row with a prediction", rows.split(","), [*ROWS, "pgl-short-bursts"])
     console, facts, texts = Console(markup=False), {}, ["`make bench-emulated`\n"]
     for size in map(int, ranks.split(",")):
         options = [
@@ -93,7 +93,7 @@ def describe(facts: dict[str, Any]) -> str:
     return (
         f"{about['ranks']} workers, one stage of {1000 * FORWARD:.0f} + {1000 * BACKWARD:.0f} ms each "
         f"(schedules that interleave: two of half), {about['ranks']} microbatches, {about['rounds']} "
-        f"rounds of {about['steps']} steps; lost is a batch's time beyond its formula; {about['machine']}"
+        f"rounds of {about['steps']} steps; lost is a batch's time beyond what is predicted; {about['machine']}"
     )
 
 
@@ -125,7 +125,7 @@ def goals(facts: dict[str, Any]) -> list[Goal]:
 
 
 def table(facts: dict[str, Any], titles: Mapping[str, str]) -> list[list[str]]:
-    """One line per row: measured efficiency, its formula, the difference.
+    """One line per row: measured efficiency, what is predicted, the difference.
 
     Args:
         titles: of rows by name; a row without one goes by its name.
@@ -139,7 +139,7 @@ def table(facts: dict[str, Any], titles: Mapping[str, str]) -> list[list[str]]:
             lines.append([title, "does not run", *["–"] * (len(COLUMNS) - 2)])
             continue
         found = reached(standings, name)
-        median, formula = statistics.median(found), efficiency(name, size, size)
+        median, expected = statistics.median(found), efficiency(name, size, size)
         goal, over = EFFICIENCIES.get((name, size)), standings.ratio(name, ["1f1b"])
         lines.append(
             [
@@ -147,9 +147,9 @@ def table(facts: dict[str, Any], titles: Mapping[str, str]) -> list[list[str]]:
                 f"{median:.3f}",
                 f"{goal:.2f}" if goal else "–",
                 f"{min(found):.3f}–{max(found):.3f}",
-                f"{formula:.3f}",
-                f"{100 * (median / formula - 1):+.1f}",
-                f"{1000 * stage * (1 / median - 1 / formula):.1f}",
+                f"{expected:.3f}",
+                f"{100 * (median / expected - 1):+.1f}",
+                f"{1000 * stage * (1 / median - 1 / expected):.1f}",
                 f"{over[0]:.2f}" if over else "–",
             ]
         )

@@ -31,8 +31,8 @@ ROWS: dict[str, Maker] = {
     "local-rpc": lambda track: Pipeline(track, NEVER, edges=Edges(transport="rpc")),
     "local-saving": lambda track: Saving(track, every=50),
     "in-turns": InTurns,
-    "stale": lambda track: Pipeline(track, _stale(1)),
-    "stale-tenth": lambda track: Pipeline(track, _stale(10)),
+    "stale": lambda track: Pipeline(track, guidance_of("stale")),
+    "stale-tenth": lambda track: Pipeline(track, guidance_of("stale-tenth")),
     "unconnected": Unconnected,
     "one-worker": Alone,
     "plain": EndToEnd,
@@ -44,15 +44,31 @@ ROWS: dict[str, Maker] = {
 }
 
 
+def guidance_of(row: str) -> Guidance:
+    """When the steps of one of pglpipe's rows are guided."""
+    return _GUIDANCE[row]
+
+
 def _stale(period: int) -> Guidance:
     """Three steps from stage to stage: time enough on the slowest of the links."""
     return Guidance(period=period, duration=1, reach="stale", delay=3)
 
 
-def _pgl(period: int, duration: int, **options: Any) -> Searched:
+_GUIDANCE = {
+    "local": NEVER,
+    "pgl": Guidance(period=10),
+    "pgl-bursts": Guidance(period=50, duration=5),
+    "pgl-short-bursts": Guidance(period=20, duration=2),
+    "global": Guidance(period=1),
+    "stale": _stale(1),
+    "stale-tenth": _stale(10),
+}
+
+
+def _pgl(name: str, **options: Any) -> Searched:
     return lambda track, microbatches: Pipeline(
         track,
-        Guidance(period=period, duration=duration),
+        guidance_of(name),
         memory=Memory(microbatches=microbatches),
         **options,
     )
@@ -64,11 +80,10 @@ def _schedule(name: str) -> Searched:
 
 # Rows whose number of microbatches is searched.
 SEARCHED: dict[str, Searched] = {
-    "pgl": _pgl(10, 1),
-    "pgl-bf16": _pgl(10, 1, edges=Edges(dtype="bf16")),
-    "pgl-bursts": _pgl(50, 5),
-    "pgl-short-bursts": _pgl(20, 2),
-    "global": _pgl(1, 1),
+    **{
+        name: _pgl(name) for name in ("pgl", "pgl-bursts", "pgl-short-bursts", "global")
+    },
+    "pgl-bf16": _pgl("pgl", edges=Edges(dtype="bf16")),
     **{name: _schedule(name) for name in SCHEDULES},
 }
 # Peers that exchange tensors in a group of all ranks.

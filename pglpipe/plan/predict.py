@@ -84,6 +84,48 @@ class Profile:
         return Profile((1,), found)
 
 
+def program(
+    stages: range,
+    settings: StepSettings,
+    samples: int,
+    steps: int,
+    *,
+    microbatches: int = 1,
+    heads: bool = False,
+) -> Program:
+    """The first steps of a worker, as its guidance says what they are.
+
+    Args:
+        stages: of the worker.
+        settings: what its steps need to know; a final phase is left out.
+        samples: of a batch.
+        steps: how many.
+        microbatches: of a guided step that has any.
+        heads: whether guided steps run the heads.
+    """
+    guidance = settings.guidance
+    delayed = [kind for kind in find_steps(guidance.kinds) if kind.is_delayed]
+    under_way: set[int] = set()
+    known: dict[tuple[type[Step], tuple[int, ...]], tuple[Operation, ...]] = {}
+    for step in range(steps):
+        name = guidance.kind(step, epoch=0)
+        kind = find_step(name)
+        if delayed and (name == "local" or kind.is_delayed):
+            kind = delayed[0]
+            if name != "local":
+                under_way.add(step)
+        else:
+            under_way.clear()
+        oldest = step - kind.latency(guidance, settings.num_stages) - 1
+        under_way = {each for each in under_way if each >= oldest}
+        key = kind, tuple(sorted(step - each for each in under_way))
+        if key not in known:
+            way = frozenset(under_way)
+            of = Outline(stages, settings, samples, step, way, microbatches, heads)
+            known[key] = tuple(kind.outline(of))
+        yield known[key]
+
+
 @dataclass(frozen=True)
 class Predictor:
     """Predicts the steps of a plan.
@@ -132,16 +174,16 @@ class Predictor:
         Returns:
             What came of it, and after how many steps the pipeline is steady.
         """
-        stages = len(self.plan.balance)
+        num_stages = len(self.plan.balance)
         period = max(1, guidance.period)
         latency = max(
-            kind.latency(guidance, stages) for kind in find_steps(guidance.kinds)
+            kind.latency(guidance, num_stages) for kind in find_steps(guidance.kinds)
         )
         fills = -(-max(_STEPS, latency + 1) // period) * period
         total = steps or fills + -(-_STEPS // period) * period
         settings = StepSettings(
             place=Mesh(self.workers).place(0),
-            num_stages=stages,
+            num_stages=num_stages,
             device=torch.device("cpu"),
             timetable=TIMETABLES[timetable],
             guidance=guidance,
@@ -151,8 +193,15 @@ class Predictor:
         waiting = (s.waiting_messages(guidance) for s in find_steps(guidance.kinds))
         timeline = simulate(
             [
-                self._program(rank, settings, microbatches, total)
-                for rank in range(self.workers)
+                program(
+                    stages,
+                    replace(settings, place=settings.place.at(rank)),
+                    self.sample.trained,
+                    total,
+                    microbatches=microbatches,
+                    heads=settings.gradients.asks_heads,
+                )
+                for rank, stages in enumerate(self.plan.stages_of)
             ],
             self.profile,
             self._nbytes,
@@ -162,41 +211,6 @@ class Predictor:
             records=records,
         )
         return timeline, 0 if steps else fills
-
-    def _program(
-        self, rank: int, settings: StepSettings, microbatches: int, total: int
-    ) -> Program:
-        """The steps of a worker."""
-        guidance = settings.guidance
-        settings = replace(settings, place=settings.place.at(rank))
-        delayed = [s for s in find_steps(guidance.kinds) if s.is_delayed]
-        under_way: set[int] = set()
-        known: dict[tuple[type[Step], tuple[int, ...]], tuple[Operation, ...]] = {}
-        heads = self.blueprint.learning.gradients.asks_heads
-        for step in range(total):
-            name = guidance.kind(step, epoch=0)
-            kind = find_step(name)
-            if delayed and (name == "local" or kind.is_delayed):
-                kind = delayed[0]
-                if name != "local":
-                    under_way.add(step)
-            else:
-                under_way.clear()
-            oldest = step - kind.latency(guidance, settings.num_stages) - 1
-            under_way = {each for each in under_way if each >= oldest}
-            key = kind, tuple(sorted(step - each for each in under_way))
-            if key not in known:
-                of = Outline(
-                    self.plan.stages_of[rank],
-                    settings,
-                    self.sample.trained,
-                    step,
-                    frozenset(under_way),
-                    microbatches,
-                    heads,
-                )
-                known[key] = tuple(kind.outline(of))
-            yield known[key]
 
     # -- bytes ------------------------------------------------------------------------
 

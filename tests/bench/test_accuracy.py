@@ -10,7 +10,7 @@ import pytest
 
 import benchmarks.study.accuracy.__main__ as accuracy
 from benchmarks.common import runs
-from benchmarks.race import formulas
+from benchmarks.race.expected import efficiency
 from benchmarks.study.accuracy.cost import Cut, Steps, kept_bytes, relative_time
 from benchmarks.study.accuracy.prices import underscored
 from benchmarks.study.accuracy.rows import Row, rows
@@ -189,10 +189,10 @@ def test_microbatches_overlap_as_in_one_forward_one_backward() -> None:
     assert relative_time(cut, ["global"], steps) == pytest.approx(4.5 / 6)
 
 
-def test_the_model_agrees_with_the_formula_for_equal_stages() -> None:
+def test_the_model_agrees_with_the_simulator_for_equal_stages() -> None:
     cut, period = Cut((1.0,) * 8, (0.0,) * 8), ["local"] * 9 + ["global"]
     found = relative_time(cut, period * 50, Steps(microbatches=8))
-    assert 1 / 8 / found == pytest.approx(formulas.pgl(8, 8, 10, 1), abs=0.005)
+    assert 1 / 8 / found == pytest.approx(efficiency("pgl", 8, 8), abs=0.005)
 
 
 def test_a_windowed_step_goes_back_again_for_each_loss_that_passes_through() -> None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from testing.commands import run, torchrun
 
-from benchmarks.race import formulas, gate, throughput
+from benchmarks.race import gate, throughput
 from benchmarks.race.__main__ import Race
 from benchmarks.race.arena import Arena
 from benchmarks.race.devices import BATCH
@@ -19,7 +19,6 @@ from benchmarks.race.lineup import DEFAULT
 from benchmarks.race.rows import Share, Track, merge
 from benchmarks.race.standings import COLUMNS, PEERS, Standings, Target
 from benchmarks.race.workload import Cuts, tiny
-from pglpipe.schedules.timetable import clock, gpipe, one_forward_one_backward
 
 # -- figures --------------------------------------------------------------------------
 
@@ -143,82 +142,6 @@ def test_the_emulated_bench_names_its_goals_and_its_lateness(
     text = (tmp_path / "emulated.md").read_text()
     assert text.count("goal at ") == 8
     assert "lasted 4.0 s too long in 400 s" in text
-
-
-# -- the workloads --------------------------------------------------------------------
-
-
-# -- arithmetic -----------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("timetable", [gpipe, one_forward_one_backward])
-def test_the_formula_of_a_schedule_counts_the_ticks_of_its_timetable(
-    timetable: Any,
-) -> None:
-    for ranks, microbatches in ((2, 4), (4, 8), (8, 8)):
-        ticks = max(max(row) for row in clock(timetable(ranks, microbatches))) + 1
-        assert formulas.schedule(ranks, microbatches) == 2 * microbatches / ticks
-
-
-def test_the_arithmetic_of_drain_and_refill() -> None:
-    assert formulas.pgl(8, 8, 10, 1) == pytest.approx(0.774, abs=5e-4)
-    assert formulas.pgl(8, 8, 50, 5) == pytest.approx(0.886, abs=5e-4)
-    assert formulas.pgl(1, 8, 10, 1) == formulas.pgl(8, 8, 10, 0) == 1.0
-
-
-def simulated_period(
-    ranks: int, microbatches: int, period: int, duration: int
-) -> float:
-    """Seconds of a period in units of t, every rank's every action played through."""
-    forward, backward = formulas.FORWARD_SHARE, formulas.BACKWARD_SHARE
-    free = [0.0] * ranks  # when each rank is done with what it has begun
-    ends = []
-    for step in range(3 * period):
-        if step % period >= duration:
-            arrived = 0.0
-            for rank in range(ranks):
-                begins = max(free[rank], arrived)
-                arrived = begins + forward
-                free[rank] = begins + forward + backward
-        else:
-            free = global_step(free, microbatches, forward, backward)
-        ends.append(free[-1])
-    return ends[-1] - ends[-1 - period]
-
-
-def global_step(
-    free: list[float], microbatches: int, forward: float, backward: float
-) -> list[float]:
-    """When each rank is done with a 1F1B step; ``free`` is when it can begin."""
-    rows = one_forward_one_backward(len(free), microbatches)
-    done: dict[tuple[int, str], float] = {}
-    free, at = list(free), [0] * len(free)
-    while any(at[rank] < len(row) for rank, row in enumerate(rows)):
-        for rank, row in enumerate(rows):
-            if at[rank] == len(row):
-                continue
-            action = row[at[rank]]
-            neighbour = rank - 1 if action.kind == "F" else rank + 1
-            ready = 0.0
-            if 0 <= neighbour < len(free):
-                if (neighbour, str(action)) not in done:
-                    continue
-                ready = done[neighbour, str(action)]
-            takes = (forward if action.kind == "F" else backward) / microbatches
-            free[rank] = max(free[rank], ready) + takes
-            done[rank, str(action)] = free[rank]
-            at[rank] += 1
-    return free
-
-
-@pytest.mark.parametrize(("period", "duration"), [(10, 1), (50, 5)])
-def test_the_formula_of_guidance_agrees_with_a_play_of_every_action(
-    period: int, duration: int
-) -> None:
-    for ranks, microbatches in ((2, 4), (8, 8), (16, 8)):
-        played = period / simulated_period(ranks, microbatches, period, duration)
-        formula = formulas.pgl(ranks, microbatches, period, duration)
-        assert played == pytest.approx(formula, rel=0.02)
 
 
 # -- the gate -------------------------------------------------------------------------

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
-from typing import Any
+from dataclasses import replace
 
 import pytest
 import torch
 
 from pglpipe.cluster.mesh import Mesh
+from pglpipe.plan.predict import program
 from pglpipe.plan.simulate import Link, Timeline, simulate
 from pglpipe.schedules.guidance import ALWAYS, NEVER, Guidance
-from pglpipe.schedules.operations import Operation, Receive, Send, Work
+from pglpipe.schedules.operations import Receive, Send, Work
 from pglpipe.schedules.timetable import TIMETABLES
-from pglpipe.steps import StepSettings, find_step
-from pglpipe.steps.base import Outline
+from pglpipe.steps import StepSettings
 
 F, B = 1.0, 2.0  # a stage's forward and backward of a batch
 SECONDS = {"forward": F, "backward": B, "weights": B, "input": B / 2}
@@ -28,50 +27,37 @@ def seconds(work: Work) -> float:
     return SECONDS.get(work.part, 0.0) * work.samples / SAMPLES
 
 
-def steps_of(
-    rank: int, workers: int, guidance: Guidance, count: int, options: dict[str, Any]
-) -> Iterator[list[Operation]]:
-    """The steps of a worker with one stage."""
-    settings = StepSettings(
-        place=Mesh(workers).place(rank),
-        num_stages=workers,
-        device=torch.device("cpu"),
-        timetable=TIMETABLES[options.get("timetable", "1f1b")],
-        guidance=guidance,
-    )
-    under_way: set[int] = set()
-    for step in range(count):
-        name = guidance.kind(step, epoch=0)
-        kind = find_step(name)
-        if guidance.reach.startswith("stale"):
-            kind = find_step(guidance.reach)
-            under_way |= {step} if name != "local" else set()
-        of = Outline(
-            range(rank, rank + 1),
-            settings,
-            SAMPLES,
-            step,
-            frozenset(under_way),
-            options.get("microbatches", 1),
-        )
-        yield list(kind.outline(of))
-
-
 def pipeline(
     workers: int,
     guidance: Guidance,
     count: int,
     *,
+    microbatches: int = 1,
+    timetable: str = "1f1b",
     link: Link = FREE,
-    nbytes: int = 1,
     depth: int = 2,
     cores: float = float("inf"),
-    **options: Any,
 ) -> Timeline:
-    """So many steps of so many workers."""
-    programs = [steps_of(r, workers, guidance, count, options) for r in range(workers)]
+    """So many steps of so many workers with one stage each."""
+    settings = StepSettings(
+        place=Mesh(workers).place(0),
+        num_stages=workers,
+        device=torch.device("cpu"),
+        timetable=TIMETABLES[timetable],
+        guidance=guidance,
+    )
+    programs = [
+        program(
+            range(rank, rank + 1),
+            replace(settings, place=settings.place.at(rank)),
+            SAMPLES,
+            count,
+            microbatches=microbatches,
+        )
+        for rank in range(workers)
+    ]
     return simulate(
-        programs, seconds, lambda _, send: nbytes, link, depth=depth, cores=cores
+        programs, seconds, lambda _, send: 1, link, depth=depth, cores=cores
     )
 
 
