@@ -29,6 +29,7 @@ from pglpipe.steps import StepSettings
 _FREE = Link(1e12)
 _SECONDS = {
     "forward": FORWARD,
+    "pass": FORWARD,
     "backward": BACKWARD,
     "weights": BACKWARD,
     "input": BACKWARD / 2,

@@ -46,6 +46,7 @@ from pglpipe.plan.checks import check_workers
 from pglpipe.plan.compare import Comparison, compare
 from pglpipe.plan.memory import as_text
 from pglpipe.plan.placement import Plan
+from pglpipe.plan.predict import Predictor
 from pglpipe.plan.simulate import Link
 from pglpipe.trainer import Trainer
 from pglpipe.utils import device as devices
@@ -89,15 +90,28 @@ def plan(
         memory: bytes that a device has; None for any number.
         flops: operations per second of a device; None to measure the stages on this one.
     """
+    trainer, found = _planned(config, devices)
+    if link is None:
+        return found, None
+    return found, compare(trainer.predictor(link, device_flops=flops), memory)
+
+
+def predictor(
+    config: RunConfig, devices: int, link: Link, *, cores: float = math.inf
+) -> Predictor:
+    """Predicts the steps of a run; see :meth:`pglpipe.trainer.Trainer.predictor`."""
+    trainer, _ = _planned(config, devices)
+    return trainer.predictor(link, cores=cores)
+
+
+def _planned(config: RunConfig, devices: int) -> tuple[Trainer, Plan]:
+    """A trainer that knows who holds what, with a worker on each device."""
     check_workers(config.cut.stages, devices)
     config.machine.set_threads()
     world = World(size=devices)
     material = load(config, world)
     trainer = _trainer(config, material, world)
-    found = trainer.prepare(material.train)
-    if link is None:
-        return found, None
-    return found, compare(trainer.predictor(link, device_flops=flops), memory)
+    return trainer, trainer.prepare(material.train)
 
 
 def evaluate(run_dir: Path, data_root: str = "") -> tuple[Plan, Summary]:

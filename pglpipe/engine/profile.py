@@ -93,6 +93,7 @@ class _Timing:
         weights = took["local"] - head
         return {
             "forward": took["forward"],
+            "pass": took["pass"],
             "head": head,
             "weights": max(0.0, weights),
             "backward": max(0.0, weights if is_first else backward),
@@ -102,6 +103,8 @@ class _Timing:
 
     def _once(self) -> None:
         stage, guided = self._stage, self._stage.guided_backward
+        with self._timed("pass"):
+            stage.pass_on(self._x, 0)
         with self._timed("forward"):
             y = self._forward()
         with self._timed("local"):

@@ -74,6 +74,7 @@ class Profile:
             body, head = (2 * each / flops for each in macs)
             times = {
                 "forward": body,
+                "pass": body,
                 "head": 3 * head,
                 "backward": 2 * body,
                 "weights": 2 * body if row.index else body,

@@ -13,6 +13,7 @@ from typing import NamedTuple
 # What a stage computes, and what of a step that is.
 PARTS = {
     "forward": "the layers",
+    "pass": "the layers, with nothing kept for backward",
     "head": "the own loss, with the head: forward and backward",
     "backward": "gradients of weights and input",
     "weights": "gradients of the weights alone",

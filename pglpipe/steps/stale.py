@@ -112,12 +112,13 @@ class StaleStep(Step):
         coming = {}
         for stage in of.stages:
             coming[stage] = cls._rising(stage + 1, before, of)
-            yield Work("forward", stage, of.samples)
-            if stage == of.stages[-1] and not place.is_last:
-                yield Send("down", "batch", of.samples)
             farthest = cls._farthest_of(stage, of)
             is_due = any(loss == farthest for loss, _ in coming[stage])
-            yield from cls._own_work(stage, is_due, of)
+            own = list(cls._own_work(stage, is_due, of))
+            yield Work("forward" if own else "pass", stage, of.samples)
+            if stage == of.stages[-1] and not place.is_last:
+                yield Send("down", "batch", of.samples)
+            yield from own
             if not coming[stage]:
                 yield from cls._finish_of(stage, of)
         for stage in reversed(of.stages):

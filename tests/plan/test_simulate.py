@@ -17,7 +17,7 @@ from pglpipe.schedules.timetable import TIMETABLES
 from pglpipe.steps import StepSettings
 
 F, B = 1.0, 2.0  # a stage's forward and backward of a batch
-SECONDS = {"forward": F, "backward": B, "weights": B, "input": B / 2}
+SECONDS = {"forward": F, "pass": F, "backward": B, "weights": B, "input": B / 2}
 SAMPLES = 64
 FREE = Link(1e12)
 
