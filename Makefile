@@ -58,7 +58,7 @@ bench-memory: .venv/installed  ## what each way to train keeps for backward, cou
 
 clean:  ## remove .venv, caches, build outputs and what the verbs left in runs/
 	rm -rf .venv .pytest_cache .mypy_cache build dist *.egg-info
-	rm -rf runs/demo runs/bench runs/slow-links runs/soak runs/transports
+	rm -rf runs/demo runs/bench runs/slow-links runs/soak runs/transports runs/prediction
 	find . -name __pycache__ -not -path './.git/*' -prune -exec rm -rf {} +
 
 # The stamp is younger than what it was made from, or the environment is brought up to date.

@@ -2,14 +2,19 @@
 
 Each row is a run of two or four workers on this machine. In every round its stages are measured, its steps predicted, and then the
 run is started, so that a slow moment of the machine meets both; what counts is the ratio. Workers share the cores that
-there are. Writes results/prediction.json and .md.
+there are, and stages are measured while the other cores do the same: cores may be slower together. Writes results/prediction.json and .md.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import shutil
 import statistics
+from collections.abc import Iterator
+from contextlib import contextmanager
+from multiprocessing import get_context
+from multiprocessing.synchronize import Semaphore
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -18,6 +23,7 @@ from rich.console import Console
 
 from benchmarks.common.runs import machine, one_of, train
 from benchmarks.common.tables import RESULTS, markdown, screen
+from pglpipe.app.config import RunConfig
 from pglpipe.app.config_file import resolve
 from pglpipe.app.run import predictor
 from pglpipe.plan.simulate import Link
@@ -66,6 +72,7 @@ ROWS: dict[str, tuple[int, dict[str, Any]]] = {
         },
     ),
 }
+_READY_SECONDS = 60.0  # for a process to start
 COLUMNS = "", "workers", "predicted, ms", "measured, ms", "ratio", "range"
 
 
@@ -77,11 +84,15 @@ def main(
     """Predicts and runs every row in turns, prints the table and writes the results."""
     chosen = rows.split(",") if rows else list(ROWS)
     one_of("row", chosen, ROWS)
+    shutil.rmtree(
+        RUNS, ignore_errors=True
+    )  # a round's runs are to follow its predictions
     found: dict[str, list[tuple[float, float]]] = {name: [] for name in chosen}
     for number in range(rounds):
         for name in chosen:
             found[name].append(pair(name, number))
-            print(name, *found[name][-1], flush=True)
+            predicted, measured = found[name][-1]
+            print(f"{name}: {predicted:.3f} / {measured:.3f} s", flush=True)
     lines = [cells(name, pairs) for name, pairs in found.items()]
     about = f"seconds of a step, {rounds} rounds; {machine()}"
     Console().print(screen(COLUMNS, lines), about)
@@ -98,7 +109,8 @@ def pair(name: str, number: int) -> tuple[float, float]:
     named = {key.replace("-", "_"): value for key, value in options.items()}
     config = resolve(None, named)
     cores = len(os.sched_getaffinity(0))
-    found = predictor(config, workers, LOOPBACK, cores=cores)
+    with company(cores - 1, config, workers):
+        found = predictor(config, workers, LOOPBACK, cores=cores)
     timeline, first = found.run(
         config.guidance,
         microbatches=config.memory.microbatches,
@@ -108,6 +120,34 @@ def pair(name: str, number: int) -> tuple[float, float]:
     summary = train(folder, options, workers=workers)
     measured = options["batch-size"] / summary["samples_per_second"]
     return timeline.seconds(first), measured
+
+
+@contextmanager
+def company(number: int, config: RunConfig, workers: int) -> Iterator[None]:
+    """So many processes measure the same, over and over."""
+    context = get_context("spawn")
+    ready = context.Semaphore(0)
+    others = [
+        context.Process(target=_measure_forever, args=(config, workers, ready))
+        for _ in range(number)
+    ]
+    for other in others:
+        other.start()
+    try:
+        for _ in others:
+            ready.acquire(timeout=_READY_SECONDS)
+        yield
+    finally:
+        for other in others:
+            other.kill()
+            other.join()
+
+
+def _measure_forever(config: RunConfig, workers: int, ready: Semaphore) -> None:
+    parent = os.getppid()
+    ready.release()
+    while os.getppid() == parent:  # one that was killed ends nobody
+        predictor(config, workers, LOOPBACK)
 
 
 def cells(name: str, pairs: list[tuple[float, float]]) -> list[str]:

@@ -127,7 +127,8 @@ def test_clean_leaves_nothing_that_a_verb_made(make: Make, checkout: Path) -> No
     before = set(checkout.iterdir())
     make("test")
     (checkout / "pglpipe" / "__pycache__").mkdir(parents=True)
-    for name in ("demo", "bench", "slow-links", "soak", "transports", "accuracy"):
+    made = "demo bench slow-links soak transports prediction accuracy".split()
+    for name in made:
         (checkout / "runs" / name).mkdir(parents=True)
     make("clean")
     assert set(checkout.iterdir()) - before == {checkout / "pglpipe", checkout / "runs"}
