@@ -102,30 +102,23 @@ def compare(predictor: Predictor, limit: int | None = None) -> Comparison:
 def recommend(ways: Sequence[Way], limit: int | None) -> tuple[Way | None, str]:
     """The way to take, and why.
 
-    Exact gradients are preferred where they cost little time, fewer devices where more are no faster.
+    Exact gradients are preferred where they cost little time, and fewer devices where more are little faster.
     """
     able = [way for way in ways if way.fits(limit) and way.seconds is not None]
     if not able:
         return None, "none of these fits the memory: more stages, or a smaller batch"
-    fastest = min(able, key=_seconds)
+    local = [way for way in able if way.name == LAST_TENTH]
+    choice = local[0] if local else min(able, key=_seconds)
     exact = [way for way in able if way.exact]
-    if exact:
-        quick = min(exact, key=_seconds)
-        near = [w for w in exact if _seconds(quick) >= _ENOUGH * _seconds(w)]
-        simple = min(near, key=lambda way: (way.devices, bool(way.options)))
-        if _seconds(fastest) >= _ENOUGH * _seconds(simple):
-            why = "nothing that fits is more than a tenth faster"
-            return simple, f"its gradients are exact, and {why}"
-    local = [way for way in able if not way.exact and way.name == LAST_TENTH]
-    choice = local[0] if local else fastest
     if not exact:
         return choice, "no way with exact gradients fits the memory of a device"
-    times = _seconds(min(exact, key=_seconds)) / _seconds(choice)
-    if times < 1:
-        return (
-            quick,
-            "its gradients are exact, and local steps with guidance are no faster",
-        )
+    quick = min(exact, key=_seconds)
+    near = [way for way in exact if _seconds(quick) >= _ENOUGH * _seconds(way)]
+    simple = min(near, key=lambda way: (way.devices, bool(way.options)))
+    if _seconds(choice) >= _ENOUGH * _seconds(simple):
+        why = "local steps with guidance would not be a tenth faster"
+        return simple, f"its gradients are exact, and {why}"
+    times = _seconds(quick) / _seconds(choice)
     why = f"it is {times:.1f} times as fast as the fastest way with exact gradients that fits"
     return choice, f"{why}; what that costs in accuracy says docs/guidance.md"
 
