@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -224,6 +225,17 @@ def test_plan_picks_what_fits_a_memory_budget(plan: Plan) -> None:
     assert re.search(r"--recompute --microbatches \d+ --local-micro", tight.out)
     kept = [float(kib) for kib in re.findall(r"([\d.]+) KiB", tight.out)]
     assert len(kept) == 2 and max(kept) <= 40
+
+
+def test_plan_compares_ways_to_train_over_a_link(plan: Plan) -> None:
+    link = "--devices", "2", "--link", "1Gbit,1ms", "--device-flops", "1G"
+    shown = plan(*link, "--memory", "1KiB")
+    table = shown.out[shown.out.index("way to train") :]
+    assert max(map(len, table[: table.index("Predicted")].splitlines())) <= 80
+    assert "data parallel" in table and "local, the last tenth global" in table
+    assert " !" in table and "Nothing to recommend: none of these fits" in table
+    found = json.loads(plan(*link, "--json").out)
+    assert found["best"]["name"] and len(found["ways"]) == 12
 
 
 @pytest.mark.parametrize("balance", ["flops", "memory", "params", "time"])

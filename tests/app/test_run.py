@@ -471,7 +471,8 @@ def test_who_asks_to_stop_when_all_is_done_has_the_weights_written(
 def test_what_no_longer_fits_its_memory_budget_is_told(images: Path) -> None:
     arguments: dict[str, Any] = dict(data_root=str(images), stages=2, width=4)
     config = RunConfig.of(dataset="imagefolder", model="resnet8", **arguments)
-    plan = make_plan(config, num_workers=1)
+    plan, comparison = make_plan(config, devices=1)
+    assert comparison is None
     _warn_beyond(None, plan)
     _warn_beyond(2**40, plan)
     with pytest.warns(PglpipeWarning, match="rank 0 .* more than --memory-budget"):
