@@ -12,14 +12,12 @@ Interleaved zero bubble
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 
 from benchmarks.race.devices import BACKWARD, BATCH, FORWARD
 from benchmarks.race.lineup import guidance_of
-from pglpipe.cluster.mesh import Mesh
-from pglpipe.plan.predict import program
+from pglpipe.cluster.mesh import Place
+from pglpipe.plan.predict import programs
 from pglpipe.plan.simulate import Link, simulate
 from pglpipe.schedules.guidance import ALWAYS
 from pglpipe.schedules.operations import Work
@@ -50,7 +48,7 @@ def efficiency(row: str, ranks: int, microbatches: int) -> float:
         return microbatches / (microbatches + (ranks - 1) * idle)
     guidance = ALWAYS if row in TIMETABLES else guidance_of(row)
     settings = StepSettings(
-        place=Mesh(ranks).place(0),
+        place=Place(),
         num_stages=ranks,
         device=torch.device("cpu"),
         timetable=TIMETABLES.get(row, TIMETABLES["1f1b"]),
@@ -59,16 +57,13 @@ def efficiency(row: str, ranks: int, microbatches: int) -> float:
     fills = max(1, guidance.period) * -(-max(20, 4 * ranks) // max(1, guidance.period))
     steps = fills * _PERIODS
     timeline = simulate(
-        [
-            program(
-                range(rank, rank + 1),
-                replace(settings, place=settings.place.at(rank)),
-                BATCH,
-                steps,
-                microbatches=microbatches,
-            )
-            for rank in range(ranks)
-        ],
+        programs(
+            [range(rank, rank + 1) for rank in range(ranks)],
+            settings,
+            BATCH,
+            steps,
+            microbatches=microbatches,
+        ),
         _seconds,
         lambda *_: 0,
         _FREE,

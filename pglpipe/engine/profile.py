@@ -23,6 +23,7 @@ from pglpipe.plan.placement import Plan
 from pglpipe.plan.predict import Profile
 from pglpipe.plan.spec import Blueprint
 from pglpipe.stage.stage import Stage
+from pglpipe.utils.device import synchronize
 from pglpipe.utils.seeding import seeded
 
 _SHARES = 1, 4, 16  # of the batch: what a part of it takes is no such part of the time
@@ -49,8 +50,7 @@ def measure_stages(
             stage = make_stage(index, blueprint, plan, batch)
             stage.train(True)
             timed = [
-                _Timing(stage, blueprint, x, sample.targets, size).run(share)
-                for size in sizes
+                _Timing(stage, blueprint, sample, x, size).run(share) for size in sizes
             ]
             found.append({part: [each[part] for each in timed] for part in timed[0]})
     return Profile(sizes, found)
@@ -63,8 +63,8 @@ class _Timing:
         self,
         stage: Stage,
         blueprint: Blueprint,
+        sample: Sample,
         x: Activation,
-        targets: Tensor,
         samples: int,
     ) -> None:
         def drawn(tensor: Tensor) -> Tensor:
@@ -74,8 +74,9 @@ class _Timing:
 
         self._stage = stage
         self._x = map_tensors(drawn, x)
-        self._targets = torch.zeros_like(targets[:samples], device=stage.device)
-        self._image = blueprint.image(main(self._x)) if not stage.index else None
+        targets = sample.targets[:samples]
+        self._targets = torch.zeros_like(targets, device=stage.device)
+        self._image = blueprint.image(drawn(main(sample.x)))
         self._seconds: dict[str, list[float]] = {}
 
     def run(self, budget: float) -> dict[str, float]:
@@ -138,12 +139,8 @@ class _Timing:
 
     @contextmanager
     def _timed(self, part: str) -> Iterator[None]:
-        self._synchronize()
+        synchronize(self._stage.device)
         began = time.perf_counter()
         yield
-        self._synchronize()
+        synchronize(self._stage.device)
         self._seconds.setdefault(part, []).append(time.perf_counter() - began)
-
-    def _synchronize(self) -> None:
-        if self._stage.device.type == "cuda":
-            torch.cuda.synchronize(self._stage.device)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from itertools import chain
 from typing import Any
@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from pglpipe.errors import PartitionError
-from pglpipe.messages.activation import main, tensors_of
+from pglpipe.messages.activation import tensors_of
 from pglpipe.plan.memory import Memory, MemoryPrediction, PredictionError
 from pglpipe.plan.placement import memory_of, skeletons
 from pglpipe.plan.predict import Predictor
@@ -28,7 +28,6 @@ from pglpipe.stage.updates import make_optimizer
 from pglpipe.steps import find_steps
 
 LAST_TENTH = "local, the last tenth global"
-WHOLE = "forward", "backward"  # of every stage; and the head of the last
 _BUCKET = 25 * 2**20  # bytes of gradients that DistributedDataParallel sends at once
 _ACTIONS = 2**18  # of a timetable that are simulated at most
 _ENOUGH = 0.9  # of the speed of the fastest way, for exact gradients to be preferred
@@ -137,7 +136,7 @@ class _Ways:
         self._samples = predictor.sample.trained
         self._stages = list(range(len(self._plan.balance)))
         self._skeletons = skeletons(self._plan, self._blueprint, predictor.sample)
-        self._predictions: dict[tuple[int, str], MemoryPrediction] = {}
+        self._predictions: dict[tuple[int, str, bool], MemoryPrediction] = {}
 
     def all(self) -> Iterator[Way]:
         """All of them."""
@@ -148,8 +147,8 @@ class _Ways:
             return
         yield self._data_parallel()
         yield self._timetable("GPipe", "gpipe")
-        yield self._timetable("1F1B", "1f1b")
-        yield self._local("local steps alone", {"guidance_duration": 0}, NEVER)
+        yield self._best
+        yield self._local_alone
         yield self._last_tenth()
         tenth = Guidance(period=10)
         yield self._local("one global step in ten", {"guidance_period": 10}, tenth)
@@ -171,8 +170,9 @@ class _Ways:
 
     def _checkpointed(self) -> Way:
         """All stages but the last run again, as one segment each."""
-        again = self._predictor.profile.whole(("forward",), self._samples)
-        seconds = self._step_seconds(self._samples) + again
+        again = (Work("forward", s, self._samples) for s in self._stages[:-1])
+        seconds = self._step_seconds(self._samples)
+        seconds += sum(map(self._predictor.profile, again))
         memory = self._memory_alone(Memory(recompute=True))
         name = "the same, checkpointed"
         return Way(name, {}, 1, True, seconds, memory)
@@ -189,7 +189,7 @@ class _Ways:
     def _step_seconds(self, samples: int) -> float:
         """End to end on one device."""
         profile, last = self._predictor.profile, self._stages[-1]
-        whole = profile.whole((*WHOLE, "update"), samples)
+        whole = profile.whole(("forward", "backward", "update"), samples)
         return whole + profile(Work("head", last, samples))
 
     def _data_parallel(self) -> Way:
@@ -203,10 +203,9 @@ class _Ways:
             computed += profile(Work("backward", stage, each))
             gradients = _nbytes(self._skeletons[stage][0].parameters())
             total += gradients
-            for _ in range(max(1, math.ceil(gradients / _BUCKET))):
-                part = gradients / max(1, math.ceil(gradients / _BUCKET))
-                ring = 2 * (devices - 1) * (part / devices / link.rate + link.delay)
-                sent = max(sent, computed) + ring
+            buckets = math.ceil(gradients / _BUCKET)
+            ring = gradients / devices / link.rate + buckets * link.delay
+            sent = max(sent, computed) + 2 * (devices - 1) * ring
         updates = profile.whole(("update",), each)
         seconds = max(sent, computed) + updates
         memory = self._memory_alone(Memory(microbatches=devices))
@@ -248,7 +247,7 @@ class _Ways:
             self._predictor.workers,
             True,
             timeline.seconds(2),
-            self._memory(["global"], settings),
+            self._memory(ALWAYS, settings),
             timeline.most_bytes(2),
             max(timeline.waiting(2)),
         )
@@ -256,6 +255,10 @@ class _Ways:
     @cached_property
     def _best(self) -> Way:
         return self._timetable("1F1B", "1f1b")
+
+    @cached_property
+    def _local_alone(self) -> Way:
+        return self._local("local steps alone", {"guidance_duration": 0}, NEVER)
 
     @property
     def _microbatches(self) -> int:
@@ -265,8 +268,7 @@ class _Ways:
 
     def _last_tenth(self) -> Way:
         """Nine local steps for each global one at the end."""
-        local = self._local("", {}, NEVER)
-        whole = self._best
+        local, whole = self._local_alone, self._best
         seconds = 0.9 * _seconds(local) + 0.1 * _seconds(whole)
         held = [each.memory for each in (local, whole) if each.memory is not None]
         return Way(
@@ -289,9 +291,7 @@ class _Ways:
         microbatches = self._microbatches if in_parts else 1
         if in_parts:
             options = {**options, "microbatches": microbatches}
-        memory = self._memory(
-            [kind.memory_kind() for kind in kinds], Memory(microbatches=microbatches)
-        )
+        memory = self._memory(guidance, Memory(microbatches=microbatches))
         if memory is not None:
             memory += self._waiting_inputs(guidance) if latency else 0
         if latency * workers > _ACTIONS:
@@ -312,15 +312,21 @@ class _Ways:
 
     def _memory_alone(self, settings: Memory) -> int | None:
         """Of one device that holds all stages, without heads."""
-        kept = self._kept("global", settings, [range(len(self._stages))])
+        whole = [range(len(self._stages))]
+        kept = self._kept("global", settings, whole, heads=False)
         if kept is None:
             return None
         return kept[0] + sum(self._state(body) for body, _ in self._skeletons)
 
-    def _memory(self, kinds: Sequence[str], settings: Memory) -> int | None:
+    def _memory(self, guidance: Guidance, settings: Memory) -> int | None:
         """Of the worker that holds most."""
-        stages_of = self._plan.stages_of
-        by_kind = [self._kept(kind, settings, stages_of) for kind in kinds]
+        stages_of, kinds = self._plan.stages_of, find_steps(guidance.kinds)
+        heads = self._blueprint.learning.gradients.asks_heads
+        heads = heads or any(kind.crosses_window for kind in kinds)
+        by_kind = [
+            self._kept(kind.memory_kind(), settings, stages_of, heads=heads)
+            for kind in kinds
+        ]
         if any(kept is None for kept in by_kind):
             return None
         return max(
@@ -335,25 +341,24 @@ class _Ways:
         )
 
     def _kept(
-        self, kind: str, settings: Memory, stages_of: Sequence[range]
+        self, kind: str, settings: Memory, stages_of: Sequence[range], *, heads: bool
     ) -> list[int] | None:
         """For backward, by worker."""
+        key = len(stages_of), settings.timetable, heads
         try:
-            return self._prediction(stages_of, settings.timetable).peaks(kind, settings)
+            if key not in self._predictions:
+                self._predictions[key] = memory_of(
+                    self._blueprint,
+                    self._predictor.sample,
+                    self._skeletons,
+                    stages_of,
+                    self._predictor.wire,
+                    timetable=settings.timetable,
+                    heads=heads,
+                )
+            return self._predictions[key].peaks(kind, settings)
         except (PredictionError, PartitionError):
             return None
-
-    def _prediction(
-        self, stages_of: Sequence[range], timetable: str
-    ) -> MemoryPrediction:
-        key = len(stages_of), timetable
-        if key not in self._predictions:
-            memory = replace(self._blueprint.memory, timetable=timetable)
-            blueprint = replace(self._blueprint, memory=memory)
-            wire = blueprint.wire(main(self._plan.activations[0]))
-            about = blueprint, self._predictor.sample, self._skeletons
-            self._predictions[key] = memory_of(*about, stages_of, wire)
-        return self._predictions[key]
 
     def _state(self, module: nn.Module) -> int:
         """Weights, gradients and what the optimizer keeps."""

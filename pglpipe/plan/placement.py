@@ -172,8 +172,18 @@ def memory_of(
     skeletons: Sequence[Skeleton],
     stages_of: Sequence[range],
     wire: Wire,
+    *,
+    timetable: str,
+    heads: bool,
 ) -> MemoryPrediction:
     """Predicts what workers keep for backward.
+
+    Args:
+        skeletons: of all stages.
+        stages_of: the stages of each worker.
+        wire: the format of activations between stages.
+        timetable: the name of that of microbatches.
+        heads: whether guided steps run the heads.
 
     Raises:
         PredictionError: nothing can be predicted of these stages.
@@ -185,10 +195,10 @@ def memory_of(
             lambda tensor: tensor[: sample.trained].clone(), (sample.x, sample.targets)
         ),
         stages_of,
-        TIMETABLES[blueprint.memory.timetable],
+        TIMETABLES[timetable],
         lambda y: wire.rounded(dense(y)),
         device=blueprint.device.type,
-        heads=blueprint.runs_heads,
+        heads=heads,
     )
 
 
@@ -267,7 +277,15 @@ def _weigh(
     stages_of: Sequence[range],
     wire: Wire,
 ) -> tuple[dict[str, Any], list[dict[str, int] | None]]:
-    prediction = memory_of(blueprint, sample, skeletons, stages_of, wire)
+    prediction = memory_of(
+        blueprint,
+        sample,
+        skeletons,
+        stages_of,
+        wire,
+        timetable=blueprint.memory.timetable,
+        heads=blueprint.runs_heads,
+    )
     memory, kinds = blueprint.memory, _weighed_kinds(blueprint.guidance)
     if blueprint.memory.budget is not None:
         memory = fit(

@@ -17,7 +17,7 @@ from functools import cached_property
 
 import torch
 
-from pglpipe.cluster.mesh import Mesh
+from pglpipe.cluster.mesh import Mesh, Place
 from pglpipe.data.loader import Sample
 from pglpipe.messages.activation import gradients_like, main, map_tensors
 from pglpipe.messages.codec import Wire
@@ -28,7 +28,7 @@ from pglpipe.plan.simulate import Link, Program, Timeline, simulate
 from pglpipe.plan.spec import Blueprint
 from pglpipe.schedules.guidance import Guidance
 from pglpipe.schedules.operations import PARTS, Operation, Send, Work
-from pglpipe.schedules.timetable import TIMETABLES
+from pglpipe.schedules.timetable import TIMETABLES, parts_of
 from pglpipe.steps import find_step, find_steps
 from pglpipe.steps.base import Outline, Step, StepSettings, named_by_loss
 from pglpipe.transport.packing import header_length, payload_bytes
@@ -85,26 +85,38 @@ class Profile:
         return Profile((1,), found)
 
 
-def program(
-    stages: range,
+def programs(
+    stages_of: Sequence[range],
     settings: StepSettings,
     samples: int,
     steps: int,
     *,
     microbatches: int = 1,
-    heads: bool = False,
-) -> Program:
-    """The first steps of a worker, as its guidance says what they are.
+) -> list[Program]:
+    """The first steps of all workers, as their guidance says what they are; a final phase is left out.
 
     Args:
-        stages: of the worker.
-        settings: what its steps need to know; a final phase is left out.
+        stages_of: the stages of each worker.
+        settings: what its steps need to know, but for its place.
         samples: of a batch.
         steps: how many.
-        microbatches: of a guided step that has any.
-        heads: whether guided steps run the heads.
+        microbatches: of a guided step that has any, at most.
     """
-    guidance = settings.guidance
+    mesh, number = Mesh(len(stages_of)), parts_of(samples, microbatches, samples)
+    return [
+        _program(stages, replace(settings, place=mesh.place(r)), samples, steps, number)
+        for r, stages in enumerate(stages_of)
+    ]
+
+
+def _program(
+    stages: range,
+    settings: StepSettings,
+    samples: int,
+    steps: int,
+    microbatches: int,
+) -> Program:
+    guidance, heads = settings.guidance, settings.gradients.asks_heads
     delayed = [kind for kind in find_steps(guidance.kinds) if kind.is_delayed]
     under_way: set[int] = set()
     known: dict[tuple[type[Step], tuple[int, ...]], tuple[Operation, ...]] = {}
@@ -161,7 +173,6 @@ class Predictor:
         timetable: str = "1f1b",
         recompute: bool = False,
         steps: int | None = None,
-        records: bool = False,
     ) -> tuple[Timeline, int]:
         """Simulates steps of the windows of a guidance, not of its final phase.
 
@@ -170,7 +181,6 @@ class Predictor:
             timetable: their order.
             recompute: whether bodies run again in their backward.
             steps: how many; as many as it takes to be steady, if None.
-            records: whether it is kept what was computed when.
 
         Returns:
             What came of it, and after how many steps the pipeline is steady.
@@ -183,7 +193,7 @@ class Predictor:
         fills = -(-max(_STEPS, latency + 1) // period) * period
         total = steps or fills + -(-_STEPS // period) * period
         settings = StepSettings(
-            place=Mesh(self.workers).place(0),
+            place=Place(),
             num_stages=num_stages,
             device=torch.device("cpu"),
             timetable=TIMETABLES[timetable],
@@ -193,23 +203,18 @@ class Predictor:
         )
         waiting = (s.waiting_messages(guidance) for s in find_steps(guidance.kinds))
         timeline = simulate(
-            [
-                program(
-                    stages,
-                    replace(settings, place=settings.place.at(rank)),
-                    self.sample.trained,
-                    total,
-                    microbatches=microbatches,
-                    heads=settings.gradients.asks_heads,
-                )
-                for rank, stages in enumerate(self.plan.stages_of)
-            ],
+            programs(
+                self.plan.stages_of,
+                settings,
+                self.sample.trained,
+                total,
+                microbatches=microbatches,
+            ),
             self.profile,
             self._nbytes,
             self.link,
-            depth=max(self.blueprint.edges.queue_depth, *waiting, 0),
+            depth=max(self.blueprint.edges.queue_depth, *waiting),
             cores=self.cores,
-            records=records,
         )
         return timeline, 0 if steps else fills
 
@@ -239,7 +244,7 @@ class Predictor:
         batch = Packet(targets=targets[: send.samples])
         if (image := self.blueprint.image(x[: send.samples])) is not None:
             batch["image"] = image
-        return batch.then(self._wire.pack(y))
+        return batch.then(self.wire.pack(y))
 
     @cached_property
     def _norms(self) -> list[int]:
@@ -248,5 +253,6 @@ class Predictor:
         return [max(1, len(list(body.parameters()))) for body, _ in bodies]
 
     @cached_property
-    def _wire(self) -> Wire:
+    def wire(self) -> Wire:
+        """The format of activations between stages."""
         return self.blueprint.wire(main(self.plan.activations[0]))

@@ -35,23 +35,6 @@ class Link(NamedTuple):
     copying: float = 0.0
 
 
-class Span(NamedTuple):
-    """A worker computes.
-
-    Attributes:
-        worker: by position in the pipeline.
-        step: number of its step.
-        work: what.
-        begin, end: seconds since the start.
-    """
-
-    worker: int
-    step: int
-    work: Work
-    begin: float
-    end: float
-
-
 @dataclass
 class Timeline:
     """What came of it, by worker and step.
@@ -61,7 +44,6 @@ class Timeline:
         ended: seconds since the start when a worker was done with a step.
         worked: seconds of computing until then.
         sent_down, sent_up: bytes until then.
-        spans: what was computed when, if that was asked for.
     """
 
     workers: int
@@ -69,7 +51,6 @@ class Timeline:
     worked: list[list[float]] = field(init=False)
     sent_down: list[list[int]] = field(init=False)
     sent_up: list[list[int]] = field(init=False)
-    spans: list[Span] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         ranks = range(self.workers)
@@ -114,7 +95,6 @@ def simulate(
     *,
     depth: int = 2,
     cores: float = float("inf"),
-    records: bool = False,
 ) -> Timeline:
     """Runs the programs of all workers to their ends.
 
@@ -125,7 +105,6 @@ def simulate(
         link: between neighbours.
         depth: messages that may wait at either end of an edge.
         cores: how many workers can compute at a time.
-        records: whether the spans are kept.
 
     Raises:
         ValueError: workers wait for each other for ever.
@@ -133,7 +112,7 @@ def simulate(
     run = _Run(len(programs), link, depth, cores)
     timeline = Timeline(len(programs))
     processes = [
-        _process(run, timeline, rank, program, seconds, nbytes, records)
+        _process(run, timeline, rank, program, seconds, nbytes)
         for rank, program in enumerate(programs)
     ]
     run.go(processes)
@@ -147,22 +126,18 @@ def _process(
     program: Program,
     seconds: Callable[[Work], float],
     nbytes: Callable[[int, Send], int],
-    records: bool,
 ) -> Iterator[float | None]:
     """One worker: yields seconds of computing, or None until it is woken."""
     worked, sent, copying = 0.0, {"down": 0, "up": 0}, run.link.copying
-    down, up = run.down[rank : rank + 1], run.up[rank : rank + 1]
-    outgoing = {"down": down, "up": run.up[rank - 1 : rank] if rank else []}
-    incoming = {"down": run.down[rank - 1 : rank] if rank else [], "up": up}
-    for step, operations in enumerate(program):
+    # An edge has the number of the upper one of its workers.
+    outgoing = {"down": (run.down, rank), "up": (run.up, rank - 1)}
+    incoming = {"down": (run.down, rank - 1), "up": (run.up, rank)}
+    for operations in program:
         for operation in operations:
             if isinstance(operation, Work):
                 took = seconds(operation)
-                began = run.now
                 yield took
                 worked += took
-                if records:
-                    timeline.spans.append(Span(rank, step, operation, began, run.now))
                 continue
             if isinstance(operation, Send):
                 size = nbytes(rank, operation)
@@ -170,13 +145,15 @@ def _process(
                 if copying:
                     yield size * copying
                     worked += size * copying
-                edge = outgoing[operation.way][0]
+                edges, number = outgoing[operation.way]
+                edge = edges[number]
                 while edge.is_full:
                     edge.sender = rank
                     yield None
                 edge.put(size)
                 continue
-            edge = incoming[operation.way][0]
+            edges, number = incoming[operation.way]
+            edge = edges[number]
             while not edge.arrived:
                 edge.receiver = rank
                 yield None
@@ -206,6 +183,7 @@ class _Run:
         self._events: list[tuple[float, int, Callable[[], None]]] = []
         self._computing: list[tuple[float, int]] = []
         self._number = 0
+        self._ready: list[int] = []  # workers that go on now
         self.down = [_Edge(self, depth) for _ in range(workers - 1)]
         self.up = [_Edge(self, depth) for _ in range(workers - 1)]
         self._processes: list[Iterator[float | None]] = []
@@ -215,7 +193,8 @@ class _Run:
         self._processes, left = processes, len(processes)
         events, computing = self._events, self._computing
         done = object()
-        ready = list(range(left))
+        ready = self._ready
+        ready.extend(range(left))
         while True:
             for rank in ready:
                 took = next(processes[rank], done)
@@ -224,7 +203,7 @@ class _Run:
                 elif took is not None:
                     due = self._own_time + took  # type: ignore[operator]
                     heapq.heappush(computing, (due, rank))
-            ready = []
+            ready.clear()
             pace = min(1.0, self._cores / len(computing)) if computing else 1.0
             free = (
                 self.now + (computing[0][0] - self._own_time) / pace
@@ -234,7 +213,6 @@ class _Run:
             if events and events[0][0] <= free:
                 at, _, happen = heapq.heappop(events)
                 self._pass(at, pace)
-                self.woken = ready
                 happen()
             elif computing:
                 self._pass(free, pace)
@@ -251,7 +229,7 @@ class _Run:
 
     def wake(self, rank: int) -> None:
         """Lets a worker go on at once."""
-        self.woken.append(rank)
+        self._ready.append(rank)
 
     def _pass(self, until: float, pace: float) -> None:
         if self._computing:

@@ -117,6 +117,12 @@ def upload(tensor: Tensor, device: torch.device) -> Tensor:
     return tensor.to(device, non_blocking=True)
 
 
+def synchronize(device: torch.device) -> None:
+    """Waits until a GPU has done what it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
 def spare_memory_bytes(device: torch.device) -> int:
     """What nobody holds of a GPU's memory; 0 on a device that has no memory of its own."""
     if device.type != "cuda":

@@ -106,11 +106,13 @@ def test_a_profile_of_a_devices_speed_counts_operations() -> None:
         assert profile(Work("head", row.index, BATCH)) == pytest.approx(3 * head)
 
 
-def test_stages_are_timed_part_by_part_and_nothing_drawn() -> None:
+@pytest.mark.parametrize("loss", [None, "infopro"])
+def test_stages_are_timed_part_by_part_and_nothing_drawn(loss: str | None) -> None:
     """Every stage has every part, for the batch and parts of it, and the caller's random numbers stay."""
+    options = {"local_loss": local_loss(loss)} if loss else {}
 
     def profile(world: Any) -> Profile:
-        made = trainer(world, small_resnet())
+        made = trainer(world, small_resnet(), **options)
         made.prepare(image_batches(16))
         before = torch.get_rng_state()
         predictor = made.predictor(LINK)

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import time
-from dataclasses import replace
 
 import pytest
 import torch
 
-from pglpipe.cluster.mesh import Mesh
-from pglpipe.plan.predict import program
+from pglpipe.cluster.mesh import Place
+from pglpipe.plan.predict import programs
 from pglpipe.plan.simulate import Link, Timeline, simulate
 from pglpipe.schedules.guidance import ALWAYS, NEVER, Guidance
 from pglpipe.schedules.operations import Receive, Send, Work
@@ -40,25 +39,15 @@ def pipeline(
 ) -> Timeline:
     """So many steps of so many workers with one stage each."""
     settings = StepSettings(
-        place=Mesh(workers).place(0),
+        place=Place(),
         num_stages=workers,
         device=torch.device("cpu"),
         timetable=TIMETABLES[timetable],
         guidance=guidance,
     )
-    programs = [
-        program(
-            range(rank, rank + 1),
-            replace(settings, place=settings.place.at(rank)),
-            SAMPLES,
-            count,
-            microbatches=microbatches,
-        )
-        for rank in range(workers)
-    ]
-    return simulate(
-        programs, seconds, lambda _, send: 1, link, depth=depth, cores=cores
-    )
+    stages_of = [range(rank, rank + 1) for rank in range(workers)]
+    found = programs(stages_of, settings, SAMPLES, count, microbatches=microbatches)
+    return simulate(found, seconds, lambda _, send: 1, link, depth=depth, cores=cores)
 
 
 def efficiency(timeline: Timeline, first: int) -> float:
@@ -153,18 +142,15 @@ def test_workers_that_wait_for_each_other_are_refused() -> None:
         simulate(programs, seconds, lambda *_: 1, FREE)
 
 
-def test_bytes_and_spans_are_counted_by_worker_and_step() -> None:
+def test_bytes_and_work_are_counted_by_worker_and_step() -> None:
     first = [Work("forward", 0, SAMPLES), Send("down", "batch"), Receive("up")]
     second = [Receive("down"), Send("up", "norms")]
     programs = [iter([each] * 2) for each in (first, second, [])]
-    timeline = simulate(programs, seconds, lambda *_: 3, FREE, records=True)
+    timeline = simulate(programs, seconds, lambda *_: 3, FREE)
     assert timeline.sent_down == [[3, 6], [0, 0], [0, 0]]
     assert timeline.sent_up == [[0, 0], [3, 6], [0, 0]]
     assert timeline.most_bytes() == 3
-    assert [(s.worker, s.step, s.end - s.begin) for s in timeline.spans] == [
-        (0, 0, F),
-        (0, 1, F),
-    ]
+    assert timeline.worked == [[F, 2 * F], [0, 0], [0, 0]]
 
 
 @pytest.mark.slow

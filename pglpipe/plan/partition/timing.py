@@ -31,6 +31,7 @@ from pglpipe.plan.partition.cost import (
     head_layer,
     random_like,
 )
+from pglpipe.utils.device import synchronize
 from pglpipe.utils.seeding import seeded
 
 
@@ -107,15 +108,11 @@ class _Stopwatch:
         return output, replace(cost, seconds=statistics.median(times))
 
     def _seconds(self, module: nn.Module, x: Activation) -> float:
-        self._synchronize()
+        synchronize(self.device)
         start = time.perf_counter()
         _step(module, x)
-        self._synchronize()
+        synchronize(self.device)
         return time.perf_counter() - start
-
-    def _synchronize(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
 
 
 def _step(module: nn.Module, x: Activation) -> Activation:
