@@ -23,7 +23,6 @@ from torch.utils.checkpoint import checkpoint_sequential
 
 import pglpipe
 from benchmarks.common.runs import one_of
-from benchmarks.gpu.resnet50 import resnet50
 from benchmarks.race.workload import Batch
 from pglpipe import Cut, Machine
 from pglpipe.models import build
@@ -55,8 +54,6 @@ class Network:
     def layers(self, name: str) -> list[Layer]:
         """The chain."""
         shape = (3, self.size, self.size)
-        if name == "resnet50":
-            return resnet50(shape, CLASSES)
         return build(name, image_shape=shape, num_classes=CLASSES)
 
 
