@@ -29,7 +29,8 @@ from pglpipe.steps import find_steps
 
 LAST_TENTH = "local, the last tenth global"
 _BUCKET = 25 * 2**20  # bytes of gradients that DistributedDataParallel sends at once
-_ACTIONS = 2**18  # of a timetable that are simulated at most
+_MOST_MICROBATCHES = 2**14  # of all workers in a step that are simulated
+_MOST_STEPS = 2**18  # of all workers, until a delayed gradient has arrived
 _ENOUGH = 0.9  # of the speed of the fastest way, for exact gradients to be preferred
 
 
@@ -223,11 +224,9 @@ class _Ways:
         found: list[Way] = []
         most = min(self._samples, 8 * self._predictor.workers)
         for microbatches in (2**n for n in range(most.bit_length())):
-            if microbatches * self._predictor.workers > _ACTIONS and found:
+            if microbatches * self._predictor.workers > _MOST_MICROBATCHES and found:
                 break
             found.append(self._global(title, timetable, microbatches))
-            if _seconds(found[-1]) > 1.2 * min(map(_seconds, found)):
-                break
         return min(found, key=_seconds)
 
     def _global(self, title: str, timetable: str, microbatches: int) -> Way:
@@ -294,7 +293,7 @@ class _Ways:
         memory = self._memory(guidance, Memory(microbatches=microbatches))
         if memory is not None:
             memory += self._waiting_inputs(guidance) if latency else 0
-        if latency * workers > _ACTIONS:
+        if latency * workers > _MOST_STEPS:
             return Way(name, options, workers, False, None, memory)
         timeline, first = self._predictor.run(guidance, microbatches=microbatches)
         return Way(
